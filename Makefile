@@ -1,0 +1,37 @@
+# make demo: install into .venv and run the main job on a sample. make test: everything that CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint docs bench clean
+
+demo: .venv/demo.stamp
+	$(BIN)/pose2id demo --picture out/demo.png
+
+test: .venv/dev.stamp lint
+	$(BIN)/python -m pytest
+	$(BIN)/mkdocs build --strict --quiet
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/dev.stamp
+	$(BIN)/mkdocs serve
+
+bench: .venv/dev.stamp
+	$(BIN)/python benchmarks/core.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plots]'
+	touch $@
+
+.venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ .venv/demo.stamp
+
+clean:
+	rm -rf .venv out site dist build

@@ -1,0 +1,66 @@
+"""Training-free person re-identification: centralize the features of any ReID model towards their identity's centre.
+
+The public surface is small: `Centralizer` inside a pipeline, `nfc` and `fuse` on features, `evaluate` and `id2_score`
+to measure them. Helpers live in the submodules. Names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pose2id.centralization import NFCDiagnostics, fuse, nfc, nfc_diagnostics
+    from pose2id.centralizer import Centralizer
+    from pose2id.evaluation import EvaluationResult, evaluate, evaluate_rank
+    from pose2id.id2 import IdentityDensity, id2_score, identity_density
+    from pose2id.neighbors import nearest_neighbors
+    from pose2id.rerank import k_reciprocal, re_ranking
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Centralizer",
+    "EvaluationResult",
+    "IdentityDensity",
+    "NFCDiagnostics",
+    "evaluate",
+    "evaluate_rank",
+    "fuse",
+    "id2_score",
+    "identity_density",
+    "k_reciprocal",
+    "nearest_neighbors",
+    "nfc",
+    "nfc_diagnostics",
+    "re_ranking",
+]
+
+_HOME = {
+    "Centralizer": "centralizer",
+    "EvaluationResult": "evaluation",
+    "IdentityDensity": "id2",
+    "NFCDiagnostics": "centralization",
+    "evaluate": "evaluation",
+    "evaluate_rank": "evaluation",
+    "fuse": "centralization",
+    "id2_score": "id2",
+    "identity_density": "id2",
+    "k_reciprocal": "rerank",
+    "nearest_neighbors": "neighbors",
+    "nfc": "centralization",
+    "nfc_diagnostics": "centralization",
+    "re_ranking": "rerank",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pose2id' has no attribute {name!r}")
+    value: object = getattr(import_module(f"pose2id.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

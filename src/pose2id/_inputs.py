@@ -1,0 +1,202 @@
+"""The boundary: what callers hand in is checked here once, with errors that name the argument, and read block by block.
+
+Containers: numpy in, numpy out; torch in, torch out, on the same device and in the same dtype. `Rows` is the only place
+that knows which of the two it is. Callers' arrays are never modified and never copied whole.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FeatureArray = TypeVar("FeatureArray", "NDArray[Any]", Tensor)
+
+_TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FEATURE_NDIM = 2
+BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
+MIN_BLOCK_BYTES = 1 << 20
+
+
+class Rows:
+    """The rows of one feature set, read in blocks as fresh tensors, L2-normalised on the way when asked.
+
+    Attributes:
+        n, dim: number of rows and of columns.
+        device: where rows are computed: the features' own device, or the CPU for devices without float64 (MPS).
+        dtype: what results are computed in: float64 for float64 features, else float32.
+        norms: (n,) float64 Euclidean norms.
+
+    Raises:
+        TypeError: `features` is no numpy array or torch tensor, or not of a floating dtype.
+        ValueError: the rank is not 2, there are no columns, or a row is not finite (named by its index).
+    """
+
+    def __init__(self, features: Any, name: str, *, normalize: bool = False) -> None:
+        self._array = _checked_features(features, name)
+        self.n, self.dim = (int(size) for size in self._array.shape)
+        self.device = torch.device("cpu")
+        if isinstance(features, Tensor) and features.device.type == "cuda":
+            self.device = features.device
+        self.dtype = torch.float64 if self._array.dtype in (torch.float64, np.float64) else torch.float32
+        self.norms = self._finite_norms(name)
+        # A zero vector has no direction: it stays the zero vector.
+        self._scale = torch.where(self.norms > 0, self.norms, 1.0) if normalize else None
+
+    def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows at `index` (slice or int64 tensor) as a fresh tensor on `self.device`, in `dtype` or `self.dtype`."""
+        dtype = dtype or self.dtype
+        rows = self._raw(index, dtype)
+        return rows if self._scale is None else rows.div_(self._scale[index, None].to(dtype))
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
+        """Slices that cover all rows; four float64 copies of one block take at most `block_bytes`."""
+        return blocks(self.n, block_bytes // (32 * self.dim))
+
+    def empty(self) -> NDArray[Any] | Tensor:
+        """A new (n, dim) array in the features' own container, dtype and device."""
+        if isinstance(self._array, Tensor):
+            return torch.empty((self.n, self.dim), dtype=self._array.dtype, device=self._array.device)
+        return np.empty((self.n, self.dim), dtype=self._array.dtype.newbyteorder("="))
+
+    @staticmethod
+    def write(result: NDArray[Any] | Tensor, index: slice, rows: Tensor) -> None:
+        """Put computed rows into an array made by `empty`."""
+        if isinstance(result, Tensor):
+            result[index] = rows.to(result)
+        else:
+            result[index] = rows.cpu().numpy()
+
+    def _raw(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(self._array, Tensor):
+            local = index.to(self._array.device) if isinstance(index, Tensor) else index
+            return self._array[local].to(self.device, dtype, copy=True)
+        chosen = self._array[index.numpy() if isinstance(index, Tensor) else index]
+        # A fresh array: torch takes neither read-only memory, nor negative strides, nor foreign byte order.
+        return torch.from_numpy(np.array(chosen, dtype=np.float64 if dtype == torch.float64 else np.float32))
+
+    def _finite_norms(self, name: str) -> Tensor:
+        norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
+        for block in self.blocks():
+            rows = self._raw(block, torch.float64)
+            # Scaled by the largest entry, so that no square overflows or vanishes.
+            peak = rows.abs().amax(1)
+            norms[block] = peak * torch.linalg.vector_norm(rows / torch.where(peak > 0, peak, 1.0)[:, None], dim=1)
+        bad = torch.nonzero(~torch.isfinite(norms)).flatten().tolist()
+        if bad:
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"{name} must be finite; {len(bad)} of {self.n} rows have a NaN or infinite norm (row {shown}). "
+                "Drop these rows, or find out why the model produced them."
+            )
+        return norms
+
+
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` (at least 1) that cover `range(n)`."""
+    size = max(1, size)
+    return (slice(low, min(low + size, n)) for low in range(0, n, size))
+
+
+def as_container(result: Tensor, like: NDArray[Any] | Tensor) -> NDArray[Any] | Tensor:
+    """A result in the container of `like` (numpy array or torch tensor on its device), dtype kept."""
+    return result.to(like.device) if isinstance(like, Tensor) else result.cpu().numpy()
+
+
+def checked_pair(first: Rows, second: Rows, first_name: str, second_name: str) -> None:
+    """Raise unless both sets have rows, the same number of columns, and (for tensors) the same device."""
+    for rows, name in ((first, first_name), (second, second_name)):
+        if rows.n == 0:
+            raise ValueError(f"{name} must hold at least one row, got an empty set.")
+    if first.dim != second.dim:
+        raise ValueError(
+            f"{first_name} and {second_name} must have the same number of columns, got {first.dim} and {second.dim}. "
+            "Extract both with the same model."
+        )
+    if first.device != second.device:
+        raise ValueError(f"{first_name} and {second_name} must be on one device, got {first.device}, {second.device}.")
+
+
+def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
+    """Integer labels (array, tensor or sequence) as a (length,) int64 array."""
+    if labels is None or isinstance(labels, (str, bytes)):
+        raise TypeError(f"{name} must be a one-dimensional array of integers, got {type(labels).__name__}.")
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if array.size == 0 and length == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}. Map other labels to integers first.")
+    if array.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), one label per row, got {array.shape}.")
+    return array.astype(np.int64)
+
+
+def checked_distances(distances: Any, name: str) -> NDArray[Any]:
+    """A (Q, G) matrix of distances as a floating numpy array, without a copy where it is one already."""
+    if isinstance(distances, Tensor):
+        distances = distances.detach().cpu()
+        distances = (distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances).numpy()
+    if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
+        given = distances.dtype if isinstance(distances, np.ndarray) else type(distances).__name__
+        raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {given}.")
+    if distances.ndim != _FEATURE_NDIM:
+        raise ValueError(f"{name} must have two dimensions, got shape {distances.shape}.")
+    return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
+
+
+def checked_count(value: Any, name: str) -> int:
+    """A positive integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return int(value)
+
+
+def checked_memory(max_memory: Any) -> int:
+    """Bytes for one block of temporaries, at least 1 MiB; None: the default."""
+    size = BLOCK_BYTES if max_memory is None else checked_count(max_memory, "max_memory")
+    if size < MIN_BLOCK_BYTES:
+        raise ValueError(f"max_memory must be at least {MIN_BLOCK_BYTES} bytes (1 MiB), got {max_memory}.")
+    return size
+
+
+def checked_number(value: Any, name: str, low: float, high: float) -> float:
+    """A finite real number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not low <= float(value) <= high:  # NaN fails too
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
+    return float(value)
+
+
+def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
+    """One of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return str(value)
+
+
+def _checked_features(features: Any, name: str) -> Any:
+    if isinstance(features, Tensor):
+        floating = features.dtype in _TORCH_DTYPES
+        features = features.detach()
+    elif isinstance(features, np.ndarray) and not isinstance(features, np.ma.MaskedArray):
+        floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
+    else:
+        raise TypeError(
+            f"{name} must be a numpy array or a torch tensor of shape (N, D), got {type(features).__name__}. "
+            "Convert it with numpy.asarray or torch.as_tensor."
+        )
+    if not floating:
+        raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {features.dtype}.")
+    if features.ndim != _FEATURE_NDIM:
+        raise ValueError(f"{name} must have shape (N, D), one feature a row, got shape {tuple(features.shape)}.")
+    if features.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one column, got shape {tuple(features.shape)}.")
+    return features

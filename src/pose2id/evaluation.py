@@ -1,0 +1,224 @@
+"""mAP, CMC and mINP, from features (rows at a time, never a full distance matrix) or from given distances.
+
+Names at this boundary are the field's: qf, gf are query and gallery features, pids identity and camids camera labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pose2id._inputs import (
+    Rows,
+    blocks,
+    checked_choice,
+    checked_count,
+    checked_distances,
+    checked_labels,
+    checked_pair,
+)
+from pose2id.distance import full_precision, squared_distances
+
+_METRICS = ("cosine", "euclidean")
+JUNK_PID = -1
+_BLOCK_BYTES = 8 << 20  # of distances: small blocks keep the peak low and cost no time
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """Retrieval quality as fractions in [0, 1]; prints in percent.
+
+    Attributes:
+        mAP: mean average precision over the valid queries.
+        cmc: (max_rank,) float64; cmc[r - 1] is Rank-r, the share of valid queries with a match among the first r.
+        mINP: mean inverse negative penalty: number of matches over the rank of the last one (Ye et al., 2021).
+        num_valid_queries: queries with at least one match in the gallery; the others count nowhere.
+        average_precision: (Q,) float64, of each query; nan where it has no match.
+    """
+
+    mAP: float  # noqa: N815 - the field's name
+    cmc: NDArray[np.float64] = field(repr=False)
+    mINP: float  # noqa: N815
+    num_valid_queries: int
+    average_precision: NDArray[np.float64] = field(repr=False)
+
+    def rank(self, r: int) -> float:
+        """Rank-r accuracy, r in 1..max_rank."""
+        if not 1 <= r <= len(self.cmc):
+            raise ValueError(f"r must be in [1, {len(self.cmc)}] (max_rank of the evaluation), got {r}.")
+        return float(self.cmc[r - 1])
+
+    def __str__(self) -> str:
+        """One line in percent: mAP, Rank-1, Rank-5, Rank-10, mINP, number of valid queries."""
+        ranks = "".join(f"  Rank-{r} {self.cmc[r - 1]:.2%}" for r in (1, 5, 10) if r <= len(self.cmc))
+        return f"mAP {self.mAP:.2%}{ranks}  mINP {self.mINP:.2%}  ({self.num_valid_queries} valid queries)"
+
+
+def evaluate(
+    qf: Any,
+    gf: Any,
+    q_pids: Any,
+    g_pids: Any,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    *,
+    max_rank: int = 50,
+    metric: str = "cosine",
+) -> EvaluationResult:
+    """Rank the gallery for every query and measure mAP, CMC and mINP (Market1501's protocol, single-query).
+
+    For each query, gallery images of its own identity *and* camera are dropped, and so are those of pid -1 (junk).
+    Distractors (pid 0, or any identity without a query) stay and count as wrong. Queries without a match are skipped.
+    Distances are computed in float32 (float64 where a set is float64), a block of rows at a time. Ties: images at equal
+    distances rank by gallery index.
+
+    Args:
+        qf: (Q, D) query features, floating numpy array or torch tensor.
+        gf: (G, D) gallery features, on the same device.
+        q_pids: (Q,) integer identities.
+        g_pids: (G,) integer identities.
+        q_camids: (Q,) integer cameras; give both or neither. Without them nothing is dropped by camera.
+        g_camids: (G,) integer cameras.
+        max_rank: length of the CMC curve.
+        metric: "cosine": Euclidean distance of the L2-normalised features, which orders by cosine similarity;
+            "euclidean": Euclidean distance of the features as they are.
+
+    Returns:
+        Fractions in an `EvaluationResult`.
+
+    Raises:
+        TypeError, ValueError: bad input, named; or no query has a match in the gallery.
+    """
+    checked_choice(metric, "metric", _METRICS)
+    q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine") for x, name in ((qf, "qf"), (gf, "gf")))
+    checked_pair(q_rows, g_rows, "qf", "gf")
+    labels = _Labels(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
+
+    dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
+
+    def distances() -> Iterator[NDArray[Any]]:
+        for part in blocks(q_rows.n, max(64, _BLOCK_BYTES // (4 * g_rows.n))):
+            with full_precision(q_rows.device):
+                block = squared_distances(q_rows.read(part, dtype), g_rows)
+            yield from block.cpu().numpy()
+
+    return _measure(distances(), labels, max_rank)
+
+
+def evaluate_rank(
+    distmat: Any,
+    q_pids: Any,
+    g_pids: Any,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    *,
+    max_rank: int = 50,
+) -> EvaluationResult:
+    """`evaluate` from given distances, for example re-ranked or part-based ones. Same protocol, same tie rule.
+
+    Args:
+        distmat: (Q, G) distances, numpy array or torch tensor of any real dtype, small is near; infinity is allowed,
+            NaN is not. Not modified.
+        q_pids: as in `evaluate`, and so are the other labels.
+        g_pids: as in `evaluate`.
+        q_camids: as in `evaluate`.
+        g_camids: as in `evaluate`.
+        max_rank: length of the CMC curve.
+
+    Returns:
+        Fractions in an `EvaluationResult`.
+
+    Raises:
+        TypeError, ValueError: bad input, named; or no query has a match in the gallery.
+    """
+    matrix = checked_distances(distmat, "distmat")
+    if 0 in matrix.shape:
+        raise ValueError(f"distmat must hold at least one query and one gallery image, got shape {matrix.shape}.")
+    labels = _Labels(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
+
+    def distances() -> Iterator[NDArray[Any]]:
+        for query, row in enumerate(matrix):
+            if np.isnan(row).any():
+                raise ValueError(f"distmat must not hold NaN; row {query} does. Find the feature that caused it.")
+            yield row.copy()
+
+    return _measure(distances(), labels, max_rank)
+
+
+class _Labels:
+    """Which gallery images are a query's matches, and which are dropped for it."""
+
+    def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
+        self.q_pids = checked_labels(q_pids, "q_pids", q)
+        g_pids = checked_labels(g_pids, "g_pids", g)
+        if (q_camids is None) != (g_camids is None):
+            raise ValueError("q_camids and g_camids must be given together, or neither; one of them is missing.")
+        self.q_camids = None if q_camids is None else checked_labels(q_camids, "q_camids", q)
+        self.g_camids = None if g_camids is None else checked_labels(g_camids, "g_camids", g)
+        self.junk = np.flatnonzero(g_pids == JUNK_PID)
+        self._by_pid = np.argsort(g_pids, kind="stable")
+        self._sorted_pids = g_pids[self._by_pid]
+
+    def of_query(self, query: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gallery indices, ascending, of the query's matches, and of its own identity's images that are dropped."""
+        pid = self.q_pids[query]
+        if pid == JUNK_PID:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        low, high = np.searchsorted(self._sorted_pids, [pid, pid + 1])
+        same_pid = self._by_pid[low:high]
+        if self.q_camids is None or self.g_camids is None:
+            return same_pid, same_pid[:0]
+        same_camera = self.g_camids[same_pid] == self.q_camids[query]
+        return same_pid[~same_camera], same_pid[same_camera]
+
+
+def _measure(distances: Iterator[NDArray[Any]], labels: _Labels, max_rank: int) -> EvaluationResult:
+    max_rank = checked_count(max_rank, "max_rank")
+    first_match = np.zeros(max_rank, dtype=np.int64)
+    precisions = np.full(len(labels.q_pids), np.nan)
+    penalties: list[float] = []
+    for query, row in enumerate(distances):
+        matches, dropped = labels.of_query(query)
+        if len(matches) == 0:
+            continue
+        # NaN compares false: what is dropped is nearer than nothing.
+        row[dropped] = row[labels.junk] = np.nan
+        ranks = _ranks(row, matches)
+        precisions[query] = (np.arange(1, len(ranks) + 1) / ranks).mean()
+        penalties.append(len(ranks) / float(ranks[-1]))
+        if ranks[0] <= max_rank:
+            first_match[ranks[0] - 1] += 1
+    if not penalties:
+        raise ValueError(
+            "q_pids must share an identity with g_pids (in another camera where cameras are given), but none of the "
+            f"{len(labels.q_pids)} queries has a match. Check that pids and camids belong to these features."
+        )
+    valid = len(penalties)
+    return EvaluationResult(
+        mAP=float(np.nanmean(precisions)),
+        cmc=first_match.cumsum() / valid,
+        mINP=float(np.mean(penalties)),
+        num_valid_queries=valid,
+        average_precision=precisions,
+    )
+
+
+def _ranks(row: NDArray[Any], matches: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ranks, from 1, ascending, of the matches among all entries of `row` that are not NaN.
+
+    Nothing is sorted but what is as near as the last match: only the number of nearer images counts.
+    """
+    order = np.argsort(row[matches], kind="stable")
+    matches, own = matches[order], row[matches[order]]
+    near = np.sort(row[row <= own[-1]])
+    ranks = np.searchsorted(near, own, side="left") + 1
+    tied = np.flatnonzero(np.searchsorted(near, own, side="right") > ranks)
+    for position in tied:
+        # Among equals the lower gallery index comes first.
+        ranks[position] += np.count_nonzero(row[: matches[position]] == own[position])
+    return ranks

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pose2id import fuse, nearest_neighbors, nfc, nfc_diagnostics
+
+GOLDEN_PARAMETERS = [(1, 1), (2, 2), (2, 4), (4, 2), (5, 5)]
+
+
+class TestGolden:
+    @pytest.mark.parametrize(("k1", "k2"), GOLDEN_PARAMETERS)
+    def test_algorithm_1(self, golden, k1, k2, backend):
+        data = golden("nfc_id2")
+        found = nfc(data["feats"], k1, k2, normalize=False, backend=backend)
+        np.testing.assert_allclose(found, data[f"nfc_paper_{k1}_{k2}"], atol=2e-6)
+
+    @pytest.mark.parametrize(("k1", "k2"), GOLDEN_PARAMETERS)
+    def test_the_published_code_looks_no_further_than_k1(self, golden, k1, k2, backend):
+        data = golden("nfc_id2")
+        found = nfc(data["feats"], k1, min(k1, k2), backend=backend)
+        np.testing.assert_allclose(found, data[f"nfc_demo_{k1}_{k2}"], atol=2e-7)
+        if k2 > k1:
+            assert np.abs(nfc(data["feats"], k1, k2, backend=backend) - data[f"nfc_demo_{k1}_{k2}"]).max() > 0.1
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 2), (3, 7), (7, 3), (200, 200)])
+def test_equals_the_literal_algorithm(k1, k2, normalize, backend, rng):
+    x = rng.standard_normal((90, 24)).astype(np.float32)
+    x[40:60] = x[:20]
+    found = nfc(x, k1, k2, normalize=normalize, backend=backend)
+    np.testing.assert_allclose(found, reference.nfc(x, k1, k2, normalize), atol=2e-6 if normalize else 5e-5)
+
+
+def test_backends_and_blocks_give_the_same_bits(rng):
+    x = rng.standard_normal((4000, 32)).astype(np.float32)
+    x[1000:1500] = x[:500]
+    expected = nfc(x, 3, 2, backend="torch")
+    for backend in ("faiss", "torch"):
+        np.testing.assert_array_equal(nfc(x, 3, 2, backend=backend, max_memory=1 << 20), expected)
+
+
+class TestEdgeCases:
+    def test_no_rows(self):
+        assert nfc(np.empty((0, 4), np.float32)).shape == (0, 4)
+        assert nfc(torch.empty((0, 4))).shape == (0, 4)
+
+    def test_one_row_is_only_normalised(self):
+        np.testing.assert_allclose(nfc(np.array([[3.0, 4.0]])), [[0.6, 0.8]])
+        np.testing.assert_array_equal(nfc(np.array([[3.0, 4.0]]), normalize=False), [[3.0, 4.0]])
+
+    def test_two_rows_are_each_others_neighbours(self):
+        np.testing.assert_allclose(nfc(np.array([[2.0, 0.0], [0.0, 1.0]])), np.full((2, 2), 0.5**0.5))
+
+    def test_k_beyond_n_means_all_others(self, rng):
+        x = rng.standard_normal((5, 3))
+        np.testing.assert_allclose(nfc(x, 99, 99, normalize=False), np.tile(x.sum(0), (5, 1)))
+
+    def test_exact_copies_are_neighbours_and_ties_go_to_the_lower_index(self, backend):
+        x = np.repeat(np.array([[1.0, 0.0], [0.0, 1.0]]), 4, axis=0)
+        # Everyone proposes copy 0 (copy 0 proposes 1), so only 0 and 1 are mutual.
+        found = nfc(x, 1, 1, normalize=False, backend=backend)
+        np.testing.assert_array_equal(found[:, 0], [2, 2, 1, 1, 0, 0, 0, 0])
+        np.testing.assert_array_equal(found[:, 1], [0, 0, 0, 0, 2, 2, 1, 1])
+
+    def test_zero_rows_are_compared_as_the_zero_vector(self, backend):
+        x = np.array([[0.0, 0.0], [1.0, 0.0], [0.99, 0.1], [0.0, 0.0]])
+        found = nfc(x, 1, 1, backend=backend)
+        np.testing.assert_array_equal(found[[0, 3]], 0)
+        np.testing.assert_allclose(found, reference.nfc(x, 1, 1), atol=1e-12)
+
+    def test_a_lone_zero_row_takes_its_mutual_neighbours(self):
+        found = nfc(np.array([[0.0, 0.0], [-1.0, 0.0]]), 1, 1)
+        np.testing.assert_allclose(found, [[-1, 0], [-1, 0]])
+
+
+class TestContainers:
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_numpy_in_numpy_out(self, dtype, rng):
+        x = rng.standard_normal((50, 8)).astype(dtype)
+        before = x.copy()
+        found = nfc(x)
+        assert type(found) is np.ndarray
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(x, before)
+        np.testing.assert_allclose(found, reference.nfc(x, 2, 2), atol=4 * float(np.finfo(dtype).eps))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_torch_in_torch_out(self, dtype, rng):
+        x = torch.from_numpy(rng.standard_normal((50, 8))).to(dtype).requires_grad_()
+        found = nfc(x)
+        assert found.dtype == dtype
+        assert not found.requires_grad
+        expected = reference.nfc(x.detach().double().numpy(), 2, 2)
+        np.testing.assert_allclose(found.double().numpy(), expected, atol=4 * torch.finfo(dtype).eps)
+
+    def test_memory_layouts(self, rng, tmp_path):
+        x = rng.standard_normal((60, 8)).astype(np.float32)
+        expected = nfc(x)
+        np.save(tmp_path / "x.npy", x)
+        read_only = x.copy()
+        read_only.flags.writeable = False
+        wide = np.zeros((60, 16), np.float32)
+        wide[:, ::2] = x
+        for other in (
+            np.load(tmp_path / "x.npy", mmap_mode="r"),
+            read_only,
+            np.asfortranarray(x),
+            wide[:, ::2],
+            x[::-1][::-1],
+            x.astype(">f4"),
+        ):
+            np.testing.assert_array_equal(nfc(other), expected)
+        np.testing.assert_array_equal(nfc(torch.from_numpy(wide)[:, ::2]).numpy(), expected)
+        np.testing.assert_array_equal(nfc(x[::-1])[::-1], expected)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_cuda_in_cuda_out(self, dtype, rng):
+        x = torch.from_numpy(rng.standard_normal((500, 64))).to("cuda", dtype)
+        found = nfc(x)
+        assert found.is_cuda
+        np.testing.assert_allclose(found.cpu().float(), nfc(x.cpu()).float(), atol=4 * torch.finfo(dtype).eps)
+
+
+@st.composite
+def untied(draw):
+    """Continuous features: a tie has probability zero."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return rng.standard_normal((draw(st.integers(2, 60)), draw(st.integers(2, 20)))), rng
+
+
+@settings(max_examples=40, deadline=None)
+@given(untied(), st.integers(1, 6), st.integers(1, 6))
+def test_rows_in_another_order_give_rows_in_that_order(drawn, k1, k2):
+    x, rng = drawn
+    order = rng.permutation(len(x))
+    np.testing.assert_array_equal(nfc(x[order], k1, k2), nfc(x, k1, k2)[order])
+
+
+@settings(max_examples=40, deadline=None)
+@given(untied(), st.integers(1, 6), st.floats(1e-6, 1e6))
+def test_scale_does_not_matter(drawn, k, scale):
+    x, rng = drawn
+    own = scale * rng.uniform(0.5, 2, (len(x), 1))
+    np.testing.assert_allclose(nfc(x * own, k, k), nfc(x, k, k), atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(untied(), st.integers(1, 8))
+def test_neighbour_sets_grow_with_k(drawn, k):
+    x, _ = drawn
+    smaller, larger = nearest_neighbors(x, k), nearest_neighbors(x, k + 1)
+    np.testing.assert_array_equal(larger[:, : smaller.shape[1]], smaller)
+    # So the number of mutual neighbours does not shrink either.
+    assert nfc_diagnostics(x, k + 1, k).mean_mutual >= nfc_diagnostics(x, k, k).mean_mutual
+    assert nfc_diagnostics(x, k, k + 1).mean_mutual >= nfc_diagnostics(x, k, k).mean_mutual
+
+
+class TestFuse:
+    @pytest.mark.parametrize("eta", [0, 0.25, 2])
+    @pytest.mark.parametrize("count", [1, 8])
+    def test_equals_equation_9(self, eta, count, rng):
+        f, g = rng.standard_normal((20, 6)) * 7, rng.standard_normal((20, count, 6)) * 3
+        expected = reference.fuse(f, g, eta)
+        np.testing.assert_allclose(fuse(f, g, eta), expected, atol=1e-12)
+        found = fuse(torch.from_numpy(f).float(), torch.from_numpy(g).float(), eta)
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+    def test_generated_features_are_averaged_not_summed(self, rng):
+        f, g = rng.standard_normal((4, 3)), rng.standard_normal((4, 1, 3))
+        np.testing.assert_allclose(fuse(f, np.repeat(g, 8, axis=1)), fuse(f, g))
+
+    def test_half_precision_does_not_overflow_on_the_way(self):
+        f = np.full((1, 4), 60000, np.float16)
+        np.testing.assert_allclose(fuse(f, f[:, None]), 0.5)
+
+    @pytest.mark.parametrize(
+        ("generated", "error", "message"),
+        [
+            (np.zeros((3, 2)), ValueError, r"generated must have shape \(3, M, 2\)"),
+            (np.zeros((3, 2, 5)), ValueError, r"got \(3, 2, 5\)"),
+            (np.zeros((3, 0, 2)), ValueError, "M = 0"),
+            (np.full((3, 2, 2), np.nan), ValueError, r"generated\[:, 0\] must be finite"),
+            (None, TypeError, "generated must be a numpy array"),
+        ],
+    )
+    def test_bad_generated(self, generated, error, message):
+        with pytest.raises(error, match=message):
+            fuse(np.ones((3, 2)), generated)
+
+    @pytest.mark.parametrize("eta", [-1, float("nan"), "2"])
+    def test_bad_eta(self, eta):
+        with pytest.raises((TypeError, ValueError), match="eta must be"):
+            fuse(np.ones((3, 2)), np.ones((3, 1, 2)), eta)
+
+
+class TestDiagnostics:
+    def test_counts_by_hand(self, rng):
+        x = rng.standard_normal((40, 6))
+        camids = rng.integers(0, 3, 40)
+        found = nfc_diagnostics(x, 3, 2, camids=camids, max_memory=1 << 20)
+        z = reference.unit(x)
+        proposals, looks = reference.nearest(z, 3), reference.nearest(z, 2)
+        pairs = [(i, j) for i in range(40) for j in proposals[i] if i in looks[j]]
+        others = [(i, j) for i in range(40) for j in range(40) if i != j]
+        assert found.mutual_share == pytest.approx(len({i for i, _ in pairs}) / 40)
+        assert found.mean_mutual == pytest.approx(len(pairs) / 40)
+        assert found.mean_similarity == pytest.approx(np.mean([z[i] @ z[j] for i, j in pairs]))
+        assert found.background_similarity == pytest.approx(np.mean([z[i] @ z[j] for i, j in others]))
+        assert found.same_camera_share == pytest.approx(np.mean([camids[i] == camids[j] for i, j in pairs]))
+        assert found.expected_same_camera_share == pytest.approx(np.mean([camids[i] == camids[j] for i, j in others]))
+        assert "same camera" in str(found)
+
+    def test_without_cameras_or_pairs(self):
+        x = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+        found = nfc_diagnostics(x, 1, 1)
+        assert found.same_camera_share is None
+        assert "camera" not in str(found)
+        assert found.mutual_share == pytest.approx(2 / 3)
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="at least 2 rows"):
+            nfc_diagnostics(np.ones((1, 2)))
+        with pytest.raises(ValueError, match=r"camids must have shape \(3,\)"):
+            nfc_diagnostics(np.ones((3, 2)), camids=[1, 2])
+
+
+BAD_FEATURES = [
+    (None, TypeError, "numpy array or a torch tensor"),
+    ("features.npy", TypeError, "numpy array or a torch tensor"),
+    ([[1.0, 2.0]], TypeError, "numpy.asarray"),
+    (np.array([["a", "b"]]), TypeError, "dtype float16"),
+    (np.ones((3, 2), int), TypeError, "dtype float16"),
+    (torch.ones((3, 2), dtype=torch.complex64), TypeError, "dtype float16"),
+    (np.ma.masked_array(np.ones((3, 2))), TypeError, "MaskedArray"),
+    (np.ones(3), ValueError, r"shape \(N, D\)"),
+    (np.ones((3, 2, 2)), ValueError, r"shape \(N, D\)"),
+    (np.ones((3, 0)), ValueError, "at least one column"),
+    (np.array([[1.0, 2.0], [np.nan, 0.0], [0.0, 1.0]]), ValueError, r"1 of 3 rows.*row 1\)"),
+    (torch.tensor([[1.0, float("inf")], [1.0, 1.0]]), ValueError, r"1 of 2 rows.*row 0\)"),
+]
+
+
+@pytest.mark.parametrize(("features", "error", "message"), BAD_FEATURES)
+@pytest.mark.parametrize("function", [nfc, nfc_diagnostics, lambda x: nearest_neighbors(x, 1), lambda x: fuse(x, None)])
+def test_bad_features(function, features, error, message):
+    with pytest.raises(error, match=f"features.*{message}"):
+        function(features)
+
+
+@pytest.mark.parametrize("name", ["k1", "k2"])
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (None, TypeError)])
+def test_bad_k(name, value, error):
+    with pytest.raises(error, match=f"{name} must be"):
+        nfc(np.ones((3, 2)), **{name: value})

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pose2id import evaluate, evaluate_rank, evaluation
+
+
+def same(result, expected):
+    mean_ap, cmc, minp, valid = expected
+    assert result.mAP == pytest.approx(mean_ap, abs=1e-12)
+    assert result.mINP == pytest.approx(minp, abs=1e-12)
+    assert result.num_valid_queries == valid
+    np.testing.assert_allclose(result.cmc, cmc, atol=1e-12)
+
+
+def test_golden(golden):
+    data = golden("rerank_eval")
+    labels = data["q_pid"], data["g_pid"], data["q_cam"], data["g_cam"]
+    for result, suffix in (
+        (evaluate(data["q"], data["g"], *labels), ""),
+        (evaluate_rank(data["sq_euclid"], *labels), ""),
+        (evaluate_rank(data["rerank_20_6_03"], *labels), "_rerank"),
+    ):
+        assert result.mAP == pytest.approx(float(data[f"mAP{suffix}"]), abs=1e-9)
+        np.testing.assert_allclose(result.cmc, data[f"cmc{suffix}"], atol=1e-7)
+        assert result.num_valid_queries == data["valid_query"].sum() == 36
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    q=st.integers(1, 8),
+    g=st.integers(1, 25),
+    levels=st.integers(1, 30),
+    cameras=st.booleans(),
+)
+def test_equals_the_literal_protocol_with_ties_junk_and_distractors(seed, q, g, levels, cameras):
+    rng = np.random.default_rng(seed)
+    distmat = rng.integers(0, levels, (q, g)).astype(np.float32)
+    labels = [rng.integers(-1, 4, q), rng.integers(-1, 4, g)]
+    if cameras:
+        labels += [rng.integers(0, 3, q), rng.integers(0, 3, g)]
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mean of nothing
+        expected = reference.evaluate_rank(distmat, *labels, max_rank=10)
+    if expected[3] == 0:
+        with pytest.raises(ValueError, match="has a match"):
+            evaluate_rank(distmat, *labels)
+    else:
+        same(evaluate_rank(distmat, *labels, max_rank=10), expected)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.float16])
+def test_from_features_equals_from_distances(metric, kind, rng, monkeypatch):
+    monkeypatch.setattr(evaluation, "_BLOCK_BYTES", 1)  # several blocks
+    qf, gf = rng.standard_normal((150, 8)) * 3, rng.standard_normal((200, 8)) * 3
+    if kind is torch.float16:
+        qf, gf = torch.from_numpy(qf).half(), torch.from_numpy(gf).half()
+        x, y = qf.double().numpy(), gf.double().numpy()
+    else:
+        qf, gf = qf.astype(kind), gf.astype(kind)
+        x, y = qf.astype(np.float64), gf.astype(np.float64)
+    if metric == "cosine":
+        x, y = reference.unit(x), reference.unit(y)
+    labels = rng.integers(1, 9, 150), rng.integers(0, 9, 200), rng.integers(0, 4, 150), rng.integers(0, 4, 200)
+    distmat = ((x[:, None] - y[None]) ** 2).sum(-1)
+    result = evaluate(qf, gf, *labels, metric=metric)
+    expected = reference.evaluate_rank(distmat, *labels)
+    assert result.mAP == pytest.approx(expected[0], abs=1e-4)
+    np.testing.assert_allclose(result.cmc, expected[1], atol=1 / 150)
+    same(evaluate_rank(distmat, *labels), expected)
+    other = evaluate(qf, gf, *labels, metric={"cosine": "euclidean", "euclidean": "cosine"}[metric])
+    assert abs(other.mAP - result.mAP) > 1e-3
+
+
+def test_same_identity_and_camera_is_dropped_and_junk_is_nobody():
+    distmat = np.array([[0.0, 1.0, 2.0, 3.0]])
+    q, g = [5], [5, -1, 7, 5]
+    assert evaluate_rank(distmat, q, g, [1], [1, 2, 2, 2]).mAP == 1 / 2  # 7 before 5; the junk does not count
+    assert evaluate_rank(distmat, q, g).mAP == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_pid_0_is_a_distractor_only_in_so_far_as_no_query_has_it():
+    assert evaluate_rank(np.array([[0.0, 1.0]]), [5], [0, 5]).mAP == 1 / 2
+    assert evaluate_rank(np.array([[0.0, 1.0]]), [0], [0, 5]).mAP == 1
+
+
+def test_infinite_distances_rank_last_by_index():
+    distmat = np.array([[np.inf, 1.0, np.inf, np.inf]])
+    assert evaluate_rank(distmat, [5], [6, 6, 5, 6]).mAP == 1 / 3
+
+
+def test_queries_without_a_match_count_nowhere(rng):
+    distmat, g_pids = rng.random((3, 6)), [1, 1, 2, 2, 3, 3]
+    alone = evaluate_rank(distmat[:1], [1], g_pids)
+    both = evaluate_rank(distmat, [1, 9, -1], g_pids)
+    assert both.num_valid_queries == 1
+    assert both.mAP == alone.mAP
+
+
+def test_result_is_frozen_and_prints_percent():
+    result = evaluate_rank(np.array([[0.0, 1.0, 2.0]]), [5], [6, 5, 7], max_rank=7)
+    assert str(result) == "mAP 50.00%  Rank-1 0.00%  Rank-5 100.00%  mINP 50.00%  (1 valid queries)"
+    assert result.rank(2) == 1
+    assert len(result.cmc) == 7
+    with pytest.raises(ValueError, match=r"r must be in \[1, 7\]"):
+        result.rank(8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.mAP = 1
+
+
+def test_callers_distances_stay(rng):
+    distmat = rng.random((4, 6))
+    before = distmat.copy()
+    evaluate_rank(distmat, [1, 2, 3, 1], [1, 2, 3, 1, 2, -1], [0] * 4, [0, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(distmat, before)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu(rng):
+    qf, gf = (torch.from_numpy(rng.standard_normal((n, 32))).float() for n in (50, 300))
+    labels = rng.integers(0, 9, 50), rng.integers(0, 9, 300)
+    assert evaluate(qf.cuda(), gf.cuda(), *labels).mAP == pytest.approx(evaluate(qf, gf, *labels).mAP, abs=1e-4)
+
+
+ONES = np.ones((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"qf": None}, TypeError, "qf must be a numpy array"),
+        ({"gf": "x"}, TypeError, "gf must be a numpy array"),
+        ({"qf": np.ones(3)}, ValueError, r"qf must have shape \(N, D\)"),
+        ({"gf": np.ones((2, 4))}, ValueError, "same number of columns, got 3 and 4"),
+        ({"qf": np.ones((0, 3)), "q_pids": []}, ValueError, "qf must hold at least one row"),
+        ({"gf": np.ones((0, 3)), "g_pids": []}, ValueError, "gf must hold at least one row"),
+        ({"gf": np.array([[1, 2, 3], [1, np.nan, 3]])}, ValueError, "gf must be finite.*row 1"),
+        ({"q_pids": [1]}, ValueError, r"q_pids must have shape \(2,\)"),
+        ({"g_pids": ["a", "b"]}, TypeError, "g_pids must hold integers"),
+        ({"q_camids": [1, 2]}, ValueError, "q_camids and g_camids must be given together"),
+        ({"q_camids": [1, 2], "g_camids": [1]}, ValueError, r"g_camids must have shape \(2,\)"),
+        ({"q_camids": [1, 1], "g_camids": [1, 1]}, ValueError, "none of the 2 queries has a match"),
+        ({"g_pids": [8, 9]}, ValueError, "none of the 2 queries has a match"),
+        ({"metric": "dot"}, ValueError, "metric must be one of 'cosine', 'euclidean'"),
+        ({"max_rank": 0}, ValueError, "max_rank must be at least 1"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    good = {"qf": ONES, "gf": ONES, "q_pids": [1, 2], "g_pids": [1, 2]}
+    with pytest.raises(error, match=message):
+        evaluate(**{**good, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("distmat", "error", "message"),
+    [
+        (None, TypeError, "distmat must be a numpy array"),
+        ("x", TypeError, "distmat must be a numpy array"),
+        (np.array([["a", "b"]]), TypeError, "distmat"),
+        (np.ones(2), ValueError, "distmat must have two dimensions"),
+        (np.ones((0, 2)), ValueError, "at least one query"),
+        (np.ones((2, 3)), ValueError, r"g_pids must have shape \(3,\)"),
+        (np.array([[0.0, 1.0], [np.nan, 1.0]]), ValueError, "row 1"),
+    ],
+)
+def test_bad_distances(distmat, error, message):
+    with pytest.raises(error, match=message):
+        evaluate_rank(distmat, [1, 2] if np.shape(distmat) != (0, 2) else [], [1, 2])

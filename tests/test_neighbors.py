@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import logging
+import sys
+import types
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pose2id import nearest_neighbors, neighbors
+from pose2id._inputs import Rows
+
+
+def make(kind, n, d, rng):
+    """Feature sets that break careless searches."""
+    x = rng.standard_normal((n, d)).astype(np.float32)
+    if kind == "clustered":
+        x = x[rng.integers(0, n // 10 + 1, n)] + 0.1 * x
+    elif kind == "copies":
+        x = x[rng.integers(0, n // 13 + 1, n)]
+    elif kind == "one value":
+        x[:] = x[0]
+    elif kind == "nearly one value":
+        x = x[:1] + (1e-6 * x).astype(np.float32)
+    elif kind == "far from the origin":
+        x += 1e4
+    elif kind == "grid":
+        x = rng.integers(-2, 3, (n, d)).astype(np.float32)
+    elif kind == "zeros":
+        x[rng.random(n) < 0.4] = 0
+    elif kind == "sizes":
+        x *= np.float32(2.0) ** rng.integers(-40, 40, (n, 1))
+    elif kind == "near ties":
+        x = np.repeat(x[: n // 4 + 1], 4, axis=0)[:n]
+        x = (x * (1 + 1e-7 * rng.standard_normal((n, 1)))).astype(np.float32)
+    return x
+
+
+KINDS = [
+    "random",
+    "clustered",
+    "copies",
+    "one value",
+    "nearly one value",
+    "far from the origin",
+    "grid",
+    "zeros",
+    "sizes",
+    "near ties",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_memory", [None, 1 << 20])
+def test_equals_the_literal_search(kind, max_memory, backend, rng):
+    for n, d, k in [(2, 3, 1), (30, 1, 4), (150, 7, 2), (150, 64, 11), (97, 768, 3)]:
+        x = make(kind, n, d, rng)
+        found = nearest_neighbors(x, k, backend=backend, max_memory=max_memory)
+        np.testing.assert_array_equal(found, reference.nearest(x, k), err_msg=f"n={n} d={d} k={k}")
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "copies", "one value", "zeros", "sizes"])
+def test_equals_the_literal_search_on_normalised_rows(kind, backend, rng):
+    x = make(kind, 150, 64, rng)
+    np.testing.assert_array_equal(
+        nearest_neighbors(x, 5, normalize=True, backend=backend), reference.nearest(x, 5, normalize=True)
+    )
+
+
+def big_with_copies(rng):
+    """4,000 rows: video-like copies (2, 5, 13 and 200 of one row), and pairs 1e-7 apart."""
+    x = rng.standard_normal((4000, 64)).astype(np.float32)
+    centres = rng.standard_normal((300, 64)).astype(np.float32)
+    x = (centres[rng.integers(0, 300, 4000)] + 0.5 * x).astype(np.float32)
+    for copies in (2, 5, 13, 200):
+        for _ in range(3):
+            rows = rng.choice(4000, copies, replace=False)
+            x[rows] = x[rows[0]]
+    close = rng.choice(4000, (100, 2), replace=False)
+    x[close[:, 1]] = x[close[:, 0]] * (1 + 1e-7 * rng.standard_normal((100, 64))).astype(np.float32)
+    return x
+
+
+def float64_search(x, k):
+    """The float64 restatement, a row at a time but vectorised over the others."""
+    x = reference.unit(x)
+    everything = np.arange(len(x))
+    lists = []
+    for i in range(len(x)):
+        order = np.lexsort((everything, ((x - x[i]) ** 2).sum(1)))
+        lists.append(order[order != i][:k])
+    return np.array(lists)
+
+
+def test_4000_rows_with_copies_agree_row_for_row_with_float64(rng):
+    x = big_with_copies(rng)
+    expected = float64_search(x, 4)
+    for backend in ("faiss", "torch"):
+        for max_memory in (None, 1 << 20):
+            found = nearest_neighbors(x, 4, normalize=True, backend=backend, max_memory=max_memory)
+            assert (found != expected).any(1).sum() == 0, (backend, max_memory)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(backend, rng):
+    x = big_with_copies(rng)[:1500]
+    set_threads, before = torch.set_num_threads, torch.get_num_threads()
+    if backend == "faiss":
+        faiss = pytest.importorskip("faiss")
+        set_threads, before = faiss.omp_set_num_threads, faiss.omp_get_max_threads()
+    try:
+        results = []
+        for threads in (1, 2, 4):
+            set_threads(threads)
+            results.append(nearest_neighbors(x, 4, normalize=True, backend=backend))
+    finally:
+        set_threads(before)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
+    """Proven, re-scored, and searched again: each path must have rows in the tests above."""
+    ways = {"rescored": 0, "open": 0}
+    settle = neighbors._Space.settle
+
+    def counting(space, values, candidates, k):
+        values64 = values.double()
+        complete = values64[:, -1] > values64[:, k - 1] + 2 * space.bound
+        close = (values64.diff(dim=1)[:, :k] <= 2 * space.bound[:, None]).any(1)
+        ways["rescored"] += int((complete & close).sum())
+        ways["open"] += int((~complete).sum())
+        ways["proven"] = ways.get("proven", 0) + int((complete & ~close).sum())
+        return settle(space, values, candidates, k)
+
+    monkeypatch.setattr(neighbors._Space, "settle", counting)
+    nearest_neighbors(big_with_copies(rng), 4, normalize=True, backend="torch")
+    assert ways["proven"] > 3000
+    assert ways["rescored"] > 10
+    assert ways["open"] > 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_holds(kind, rng):
+    """Float32 distances are never further from the true ones than the bound that proves rows right."""
+    x = make(kind, 120, 300, rng)
+    space = neighbors._Space(Rows(x, "x"), torch.arange(120), 1 << 20)
+    true = ((x[:, None].astype(np.float64) - x[None]) ** 2).sum(-1) / space._scale**2
+    error = np.abs(space.distances(slice(None), slice(None)).double().numpy() - true)
+    assert (error <= space.bound.numpy()[:, None]).all()
+
+
+def test_thousands_of_equal_rows_are_searched_once(rng):
+    x = np.repeat(rng.standard_normal((3, 8)).astype(np.float32), 2000, axis=0)
+    kept, twin = neighbors._distinct(Rows(x, "x"), 2, 1 << 20)
+    assert kept.tolist() == [0, 1, 2, 2000, 2001, 2002, 4000, 4001, 4002]
+    assert twin.tolist() == [0, 1, *[2] * 1998, 3, 4, *[5] * 1998, 6, 7, *[8] * 1998]
+
+
+def test_equal_keys_of_different_rows_do_not_join_them(monkeypatch, rng):
+    x = np.repeat(rng.standard_normal((5, 4)).astype(np.float32), 6, axis=0)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.full((4,), -1) // 2)  # all keys collide
+    np.testing.assert_array_equal(nearest_neighbors(x, 3, backend="torch"), reference.nearest(x, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 40),
+    d=st.integers(1, 9),
+    k=st.integers(1, 45),
+    levels=st.integers(1, 4),
+    backend=st.sampled_from(["faiss", "torch"]),
+)
+def test_any_small_set_with_ties(seed, n, d, k, levels, backend):
+    x = np.random.default_rng(seed).integers(-levels, levels + 1, (n, d)).astype(np.float32)
+    found = nearest_neighbors(x, k, backend=backend)
+    assert found.shape == (n, min(k, n - 1))
+    np.testing.assert_array_equal(found, np.array(reference.nearest(x, k)).reshape(found.shape))
+
+
+def test_float64_values_of_any_size(backend, rng):
+    x = rng.standard_normal((60, 5))
+    expected = reference.nearest(x, 3)
+    for scale in (1e-200, 1e200, 1e-30, 1e30):
+        np.testing.assert_array_equal(nearest_neighbors(x * scale, 3, backend=backend), expected)
+        np.testing.assert_array_equal(
+            nearest_neighbors(x * scale, 3, normalize=True, backend=backend), reference.nearest(x, 3, normalize=True)
+        )
+
+
+def test_speed_settings_of_the_caller_change_nothing_and_stay(backend, rng):
+    x = big_with_copies(rng)[:800]
+    expected = nearest_neighbors(x, 3, backend=backend)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = nearest_neighbors(x, 3, backend=backend)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    np.testing.assert_array_equal(found, expected)
+
+
+BROKEN_FAISS = {
+    "missing": None,
+    "clobbered": types.ModuleType("faiss"),
+    "failing": types.SimpleNamespace(knn=lambda *_: (_ for _ in ()).throw(RuntimeError("bad binary"))),
+}
+
+
+class TestFaissThatCannotBeUsed:
+    @pytest.fixture(autouse=True)
+    def _linux_and_fresh_log(self, monkeypatch):
+        monkeypatch.setattr(sys, "platform", "linux")
+        neighbors._log_once.cache_clear()
+
+    @pytest.mark.parametrize("how", BROKEN_FAISS)
+    def test_torch_takes_over_and_says_so_once(self, how, monkeypatch, caplog, rng):
+        x = rng.standard_normal((20, 4)).astype(np.float32)
+        monkeypatch.setitem(sys.modules, "faiss", BROKEN_FAISS[how])
+        with caplog.at_level(logging.WARNING):
+            first, second = nearest_neighbors(x, 2), nearest_neighbors(x, 2)
+        np.testing.assert_array_equal(first, reference.nearest(x, 2))
+        np.testing.assert_array_equal(second, first)
+        assert len(caplog.records) == 1
+        assert "pip install --force-reinstall" in caplog.text
+
+    @pytest.mark.parametrize("how", BROKEN_FAISS)
+    def test_forced_it_is_an_error_that_names_the_repair(self, how, monkeypatch, rng):
+        monkeypatch.setitem(sys.modules, "faiss", BROKEN_FAISS[how])
+        with pytest.raises(RuntimeError, match=r"faiss.*pip install --force-reinstall"):
+            nearest_neighbors(rng.standard_normal((20, 4)), 2, backend="faiss")
+
+    def test_off_linux_faiss_is_only_used_when_forced(self, monkeypatch, rng, caplog):
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        x = rng.standard_normal((20, 4))
+        nearest_neighbors(x, 2)
+        assert not caplog.records
+        with pytest.raises(RuntimeError):
+            nearest_neighbors(x, 2, backend="faiss")
+
+    def test_gpu_needs_more_than_a_cpu_build(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(knn=None))
+        assert neighbors._faiss(gpu=False)[0] is not None
+        module, problem = neighbors._faiss(gpu=True)
+        assert module is None
+        assert "StandardGpuResources" in problem
+        whole = types.SimpleNamespace(knn_gpu=None, StandardGpuResources=None, get_num_gpus=lambda: 0)
+        monkeypatch.setitem(sys.modules, "faiss", whole)
+        assert neighbors._faiss(gpu=True) == (None, "it sees no GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_equals_cpu(kind, backend, rng):
+    x = make(kind, 500, 64, rng)
+    found = nearest_neighbors(torch.from_numpy(x).cuda(), 3, backend=backend)
+    assert found.is_cuda
+    np.testing.assert_array_equal(found.cpu().numpy(), nearest_neighbors(x, 3, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0}, ValueError, "k must be at least 1"),
+        ({"k": 1.5}, TypeError, "k must be an integer"),
+        ({"k": True}, TypeError, "k must be an integer"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        ({"max_memory": 100}, ValueError, "max_memory must be at least"),
+        ({"max_memory": "1GB"}, TypeError, "max_memory must be an integer"),
+    ],
+)
+def test_bad_parameters(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nearest_neighbors(np.zeros((3, 2)), **{"k": 1, **arguments})
