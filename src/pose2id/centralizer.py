@@ -9,9 +9,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pose2id._inputs import FeatureArray, Rows, checked_count, checked_number, checked_pair
+from pose2id._inputs import (
+    FeatureArray,
+    Rows,
+    checked_choice,
+    checked_count,
+    checked_memory,
+    checked_number,
+    checked_pair,
+)
 from pose2id.centralization import fuse, nfc
-from pose2id.extractor import Extractor, extract
+from pose2id.extractor import INPUTS, Extractor, extract
+from pose2id.neighbors import BACKENDS
 
 
 class Centralizer:
@@ -60,10 +69,11 @@ class Centralizer:
         self.k2 = checked_count(k2, "k2")
         self.eta = checked_number(eta, "eta", 0, 1e6)
         self.transform = transform
-        self.inputs = inputs
+        self.inputs = checked_choice(inputs, "inputs", INPUTS)
         self.batch_size = checked_count(batch_size, "batch_size")
         self.device = device
-        self.backend = backend
+        self.backend = checked_choice(backend, "backend", BACKENDS)
+        checked_memory(max_memory)
         self.max_memory = max_memory
 
     def enhance(

@@ -23,7 +23,7 @@ from pose2id._inputs import checked_choice, checked_count
 
 _IMAGE_NDIM = 3
 _BATCH_NDIM = 4
-_INPUTS = ("batch", "images")
+INPUTS = ("batch", "images")
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -131,7 +131,7 @@ def extract(
         TypeError, ValueError: bad input, an unreadable image (named by index and path), an output that is no feature.
     """
     items = _checked_images(images)
-    checked_choice(inputs, "inputs", _INPUTS)
+    checked_choice(inputs, "inputs", INPUTS)
     batch_size = checked_count(batch_size, "batch_size")
     if isinstance(transform, str):
         transform = PRESETS[checked_choice(transform, "transform", tuple(PRESETS))]

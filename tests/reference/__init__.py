@@ -86,7 +86,7 @@ def evaluate_rank(distmat, q_pids, g_pids, q_camids=None, g_camids=None, max_ran
 
 
 def re_ranking(q_g, q_q, g_g, k1, k2, lambda_value, *, half=False):
-    """k-reciprocal encoding from *squared* distances, set by set; `half`: with the published code's float16 rounding."""
+    """k-reciprocal encoding from *squared* distances, set by set; `half`: with the published float16 rounding."""
     kind = np.float16 if half else np.float64
     original = np.block([[q_q, q_g], [q_g.T, g_g]]).astype(np.float32 if half else np.float64)
     original = (original / original.max(axis=0)).T

@@ -1,0 +1,161 @@
+"""Feature files: query and gallery features with their labels, as .npz or as the field's .mat.
+
+Both are read as plain arrays: nothing in a file is ever executed. Written files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pose2id._inputs import Rows, checked_labels, checked_pair
+
+_NPZ_KEYS = {
+    "query_feats": "query_feats",
+    "gallery_feats": "gallery_feats",
+    "q_pids": "q_pids",
+    "g_pids": "g_pids",
+    "q_camids": "q_camids",
+    "g_camids": "g_camids",
+}
+# The layout in which Market1501 features are commonly passed around between Python and MATLAB.
+_MAT_KEYS = {
+    "query_feats": "query_f",
+    "gallery_feats": "gallery_f",
+    "q_pids": "query_label",
+    "g_pids": "gallery_label",
+    "q_camids": "query_cam",
+    "g_camids": "gallery_cam",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureFile:
+    """The content of a feature file.
+
+    Attributes:
+        query_feats: (Q, D) floating features.
+        gallery_feats: (G, D) floating features.
+        q_pids, g_pids, q_camids, g_camids: (Q,) or (G,) int64 labels, or None where the file has none.
+        others: every other array of the file, by name; kept when the file is written again.
+    """
+
+    query_feats: NDArray[Any]
+    gallery_feats: NDArray[Any]
+    q_pids: NDArray[np.int64] | None = None
+    g_pids: NDArray[np.int64] | None = None
+    q_camids: NDArray[np.int64] | None = None
+    g_camids: NDArray[np.int64] | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def with_features(self, query_feats: NDArray[Any], gallery_feats: NDArray[Any]) -> FeatureFile:
+        """The same file with other features."""
+        return replace(self, query_feats=query_feats, gallery_feats=gallery_feats)
+
+
+def load_features(path: str | os.PathLike[str]) -> FeatureFile:
+    """Read a feature file.
+
+    .npz: `query_feats` (Q, D), `gallery_feats` (G, D); optional `q_pids`, `g_pids`, `q_camids`, `g_camids`.
+    .mat (up to version 7): `query_f`, `gallery_f`; optional `query_label`, `gallery_label`, `query_cam`, `gallery_cam`.
+
+    Args:
+        path: the file; its ending tells the format.
+
+    Returns:
+        The arrays, checked: features are finite and of one width, labels integers and as many as features.
+
+    Raises:
+        ValueError: another ending, a broken file, pickled objects, a missing array, or bad content, named.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    keys = _keys(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no feature file {path}.")
+    arrays = _read_npz(path) if path.suffix == ".npz" else _read_mat(path)
+    missing = [key for key in (keys["query_feats"], keys["gallery_feats"]) if key not in arrays]
+    if missing:
+        raise ValueError(f"{path} must hold {' and '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
+    found: dict[str, Any] = {name: arrays.pop(key, None) for name, key in keys.items()}
+    query, gallery = (Rows(found[name], f"{keys[name]} of {path}") for name in ("query_feats", "gallery_feats"))
+    checked_pair(query, gallery, keys["query_feats"], keys["gallery_feats"])
+    for name in ("q_pids", "g_pids", "q_camids", "g_camids"):
+        if found[name] is not None:
+            labels = _integral(np.asarray(found[name]))
+            found[name] = checked_labels(labels, f"{keys[name]} of {path}", (query if name[0] == "q" else gallery).n)
+    return FeatureFile(**found, others=arrays)
+
+
+def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write a feature file in the format of the path's ending; it appears whole or not at all.
+
+    Args:
+        features: what to write, its other arrays included.
+        path: .npz or .mat.
+        overwrite: replace an existing file.
+
+    Raises:
+        ValueError: another ending, or MATLAB cells that .npz cannot hold.
+        FileExistsError: the file exists and `overwrite` is False.
+    """
+    path = Path(path)
+    keys = _keys(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
+    named = {key: getattr(features, name) for name, key in keys.items() if getattr(features, name) is not None}
+    pickled = [name for name, value in features.others.items() if np.asarray(value).dtype.hasobject]
+    if pickled and path.suffix == ".npz":
+        raise ValueError(f"{', '.join(pickled)} cannot be written to .npz without pickling. Write a .mat file.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("xb") as file:
+            if path.suffix == ".npz":
+                np.savez(file, **named, **features.others)
+            else:
+                from scipy.io import savemat  # noqa: PLC0415 - slow to import
+
+                savemat(file, {**named, **features.others}, do_compression=True)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _keys(path: Path) -> dict[str, str]:
+    if path.suffix not in (".npz", ".mat"):
+        raise ValueError(f"Feature files end in .npz or .mat, got {path}.")
+    return _NPZ_KEYS if path.suffix == ".npz" else _MAT_KEYS
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as .npz of plain arrays ({error}). Pickled objects can run code and are refused: "
+            "save the arrays alone with numpy.savez."
+        ) from error
+
+
+def _read_mat(path: Path) -> dict[str, Any]:
+    from scipy.io import loadmat  # noqa: PLC0415 - slow to import
+
+    try:
+        content = loadmat(path)
+    except Exception as error:  # loadmat raises many kinds, NotImplementedError for version 7.3 among them
+        raise ValueError(f"{path} cannot be read ({error}). Save it in MATLAB with -v7, or as .npz.") from error
+    return {name: value for name, value in content.items() if not name.startswith("__")}
+
+
+def _integral(labels: NDArray[Any]) -> NDArray[Any]:
+    """MATLAB has rows for vectors and doubles for integers."""
+    flat = labels.reshape(-1) if labels.ndim == 2 and 1 in labels.shape else labels
+    is_whole = flat.dtype.kind == "f" and bool((flat == np.rint(flat)).all())
+    return flat.astype(np.int64) if is_whole else flat

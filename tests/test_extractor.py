@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pose2id import Centralizer
+from pose2id.extractor import PRESETS, Preprocess, load_image
+
+
+class TinyModel(nn.Module):
+    """Mean colours through a linear layer; dropout shows training mode, in-place normalisation shows shared input."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 5)
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm1d(5)
+
+    def forward(self, images, cam_label=None):
+        images.sub_(0.5)
+        features = self.frozen(self.linear(self.dropout(images.mean((2, 3)))))
+        return features if cam_label is None else features + cam_label[:, None]
+
+
+@pytest.fixture
+def pictures(rng):
+    return [rng.integers(0, 256, (16, 8, 3), dtype=np.uint8) for _ in range(7)]
+
+
+def by_hand(model, pictures, preset="transreid"):
+    batch = torch.stack([PRESETS[preset](Image.fromarray(picture)) for picture in pictures])
+    model.eval()
+    with torch.no_grad():
+        features = model(batch)
+    return nn.functional.normalize(features)
+
+
+def test_pictures_of_every_kind_give_the_same_features(pictures, tmp_path):
+    model = TinyModel().eval()
+    expected = by_hand(model, pictures)
+    centralizer = Centralizer(model, transform="transreid", batch_size=3)
+    paths = []
+    for index, picture in enumerate(pictures):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(picture).save(paths[-1])
+    tensors = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    for images in (
+        pictures,
+        np.stack(pictures),
+        [Image.fromarray(picture) for picture in pictures],
+        paths,
+        [str(path) for path in paths],
+        tensors,
+        list(tensors),
+    ):
+        found = centralizer.extract(images)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(7))
+
+
+def test_without_a_transform_tensors_reach_the_model_as_they_are_and_unshared(rng):
+    batch = torch.from_numpy(rng.standard_normal((5, 3, 4, 2))).float()
+    before = batch.clone()
+    model = TinyModel().eval()
+    found = Centralizer(model, batch_size=2).extract(batch)
+    assert torch.equal(batch, before)
+    torch.testing.assert_close(found, nn.functional.normalize(model(before.clone())).detach())
+
+
+def test_the_model_is_left_as_it_was(pictures):
+    model = TinyModel().train()
+    model.frozen.eval()
+    Centralizer(model, transform="transreid").extract(pictures)
+    assert model.training
+    assert model.dropout.training
+    assert not model.frozen.training
+
+    def failing(images):
+        raise RuntimeError("out of luck")
+
+    model.linear.forward = failing
+    with pytest.raises(RuntimeError, match="out of luck"):
+        Centralizer(model, transform="transreid").extract(pictures)
+    assert model.training
+    assert model.dropout.training
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "numpy"])
+def test_ways_to_return_features(kind, pictures):
+    def extractor(images):
+        features = images.mean((2, 3))
+        if kind == "tuple":
+            return features, [images]
+        return {"features": features} if kind == "dict" else features.numpy()
+
+    found = Centralizer(extractor, transform="transreid", batch_size=3).extract(pictures)
+    expected = Centralizer(lambda images: images.mean((2, 3)), transform="transreid").extract(pictures)
+    assert isinstance(found, np.ndarray if kind == "numpy" else torch.Tensor)
+    np.testing.assert_allclose(np.asarray(found), expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_parts_with_visibility(kind, pictures):
+    def extractor(images):
+        parts = images.reshape(len(images), 3, 4, -1).mean(3)
+        visible = parts.mean(2) > 0
+        return (parts, visible, None) if kind == "tuple" else {"features": parts, "visibility": visible}
+
+    centralizer = Centralizer(extractor, transform="transreid", batch_size=3)
+    parts, visible = centralizer.extract(pictures, return_visibility=True)
+    assert parts.shape == (7, 3, 4)
+    assert visible.shape == (7, 3)
+    assert visible.dtype == torch.bool
+    torch.testing.assert_close(parts.norm(dim=2), torch.ones(7, 3))
+    assert centralizer.extract(pictures).shape == (7, 3, 4)
+
+
+def test_an_output_buffer_that_the_model_reuses(pictures):
+    buffer = torch.empty(2, 3)
+
+    def extractor(images):
+        buffer[: len(images)] = images.mean((2, 3))
+        return buffer[: len(images)]
+
+    found = Centralizer(extractor, transform="transreid", batch_size=2).extract(pictures)
+    expected = Centralizer(lambda images: images.mean((2, 3)), transform="transreid").extract(pictures)
+    torch.testing.assert_close(found, expected)
+
+
+def test_side_inputs_stay_with_their_image(rng):
+    images = torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 3, 2, 2)
+    order = rng.permutation(7)
+    seen = []
+
+    def extractor(batch, cams, names, arrays, mode, flag):
+        for value, cam, name, array in zip(batch[:, 0, 0, 0].tolist(), cams.tolist(), names, arrays, strict=True):
+            seen.append((value, cam, name, int(array), mode, flag))
+        cams.zero_()  # a model that writes into its side input
+        arrays[:] = 0
+        return torch.ones(len(batch), 2)
+
+    cams, arrays = torch.from_numpy(order) * 10, order * 100
+    Centralizer(extractor, batch_size=3).extract(
+        images[order], cams=cams, names=[str(i) for i in order], arrays=arrays, mode="seventh", flag=None
+    )
+    assert seen == [(i, i * 10, str(i), i * 100, "seventh", None) for i in order]
+    assert cams.tolist() == (order * 10).tolist()
+    assert arrays.tolist() == (order * 100).tolist()
+
+
+def test_extractors_that_read_images_themselves(pictures, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(pictures[0]).save(path)
+
+    def extractor(images):
+        arrays = [np.asarray(Image.open(x)) if isinstance(x, str) else x for x in images]
+        return np.stack([array.mean((0, 1)) for array in arrays]).astype(np.float64)
+
+    images = [path, pictures[1], Image.fromarray(pictures[2])]
+    found = Centralizer(extractor, inputs="images", batch_size=2).extract(images)
+    expected = np.stack([picture.mean((0, 1)) for picture in pictures[:3]])
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True))
+    assert found.dtype == np.float64
+
+
+def test_preprocess_by_hand():
+    picture = Image.new("RGB", (4, 8), (255, 0, 51))
+    tensor = Preprocess((6, 3), (0.5, 0.5, 0.5), (0.5, 0.25, 0.1))(picture)
+    assert tensor.shape == (3, 6, 3)
+    torch.testing.assert_close(tensor[:, 0, 0], torch.tensor([1.0, -2.0, -3.0]))
+    assert PRESETS["fast-reid"](picture)[0, 0, 0].item() == pytest.approx(255)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "YCbCr"])
+def test_picture_modes_become_rgb(mode):
+    picture = Image.new("RGB", (4, 8), (200, 200, 200)).convert(mode)
+    assert load_image(picture, "x").mode == "RGB"
+    assert np.abs(np.asarray(load_image(picture, "x")).mean() - (255 if mode == "1" else 200)) < 60
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = Image.new("RGB", (4, 8))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # rotated by a quarter
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg", "x").size == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], ValueError, "at least one image"),
+        ("a.jpg", TypeError, "Wrap a single image"),
+        (Image.new("RGB", (2, 2)), TypeError, "Wrap a single image"),
+        (np.zeros((4, 4, 3), np.uint8), TypeError, r"sequence of images, got shape \(4, 4, 3\)"),
+        (None, TypeError, "sequence of images"),
+        (["missing.jpg"], ValueError, r"images\[0\] cannot be read: missing.jpg"),
+        ([np.zeros((4, 4), np.uint8)], TypeError, r"images\[0\] must be a path.*shape \(4, 4\)"),
+        ([torch.full((3, 4, 4), 200.0)], ValueError, r"images\[0\] must be a float image in \[0, 1\]"),
+        ([torch.full((3, 4, 4), float("nan"))], ValueError, r"images\[0\]"),
+        ([Image.new("I;16", (2, 2))], ValueError, r"images\[0\] must have 8 bits"),
+        ([3], TypeError, r"images\[0\] must be a path.*got int"),
+    ],
+)
+def test_bad_images(images, error, message):
+    with pytest.raises(error, match=message):
+        Centralizer(TinyModel(), transform="transreid").extract(images)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"images\[0\] cannot be read: .*broken\.jpg"):
+        Centralizer(TinyModel(), transform="transreid").extract([tmp_path / "broken.jpg"])
+    with pytest.raises(ValueError, match=r"images\[0\] cannot be read: .*missing\.jpg"):
+        Centralizer(TinyModel(), inputs="images").extract([tmp_path / "missing.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (lambda x: None, TypeError, "extractor must return features"),
+        (lambda x: {"embedding": x}, TypeError, r"keys \['embedding'\]"),
+        (lambda x: x.mean(), ValueError, "extractor must return features"),
+        (lambda x: x.mean((2, 3))[:1], ValueError, "with B = 2"),
+        (lambda x: x.mean((2, 3)) / 0, ValueError, "extractor output must be finite"),
+        (lambda x: x.mean((2, 3)).int(), TypeError, "extractor output must be of dtype"),
+        (lambda x: torch.ones(len(x), len(x)), ValueError, "one shape for all batches"),
+        (
+            lambda x: {"features": torch.ones(len(x), 2, 3), "visibility": torch.ones(len(x), 3)},
+            ValueError,
+            "visibility of shape",
+        ),
+    ],
+)
+def test_bad_outputs(output, error, message):
+    with pytest.raises(error, match=message):
+        Centralizer(output, batch_size=2).extract(torch.ones(3, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "images", "error", "message"),
+    [
+        ({}, [np.zeros((4, 4, 3), np.uint8)], TypeError, r"images\[0\] must be a float tensor.*Pass transform="),
+        ({}, [torch.ones(3, 4, 4), torch.ones(3, 5, 4)], ValueError, r"images\[1\] must have the size"),
+        ({"transform": "resnet"}, [1], ValueError, "transform must be one of 'transreid'"),
+        ({"transform": lambda x: 1}, [Image.new("RGB", (2, 2))], ValueError, r"images\[0\] must give a \(3, H, W\)"),
+        ({"transform": "pmt", "inputs": "images"}, [1], ValueError, "transform must be None with inputs='images'"),
+        ({"inputs": "paths"}, [1], ValueError, "inputs must be one of 'batch', 'images'"),
+    ],
+)
+def test_bad_settings(arguments, images, error, message):
+    with pytest.raises(error, match=message):
+        Centralizer(TinyModel(), **arguments).extract(images)
+
+
+@pytest.mark.parametrize("arguments", [{"size": (0, 3)}, {"std": (0.0, 1.0, 1.0)}, {"interpolation": "cubic"}])
+def test_bad_preprocess(arguments):
+    with pytest.raises(ValueError, match="size|std|interpolation"):
+        Preprocess(**{"size": (2, 2), "mean": (0.0,) * 3, "std": (1.0,) * 3, **arguments})
+
+
+@pytest.mark.gpu
+def test_batches_go_where_the_model_is(pictures):
+    model = TinyModel().eval()
+    expected = by_hand(model, pictures)
+    cams = torch.zeros(7)
+    found = Centralizer(model.cuda(), transform="transreid").extract(pictures, cam_label=cams)
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected)
