@@ -259,7 +259,7 @@ def test_bad_settings(arguments, images, error, message):
 
 @pytest.mark.parametrize("arguments", [{"size": (0, 3)}, {"std": (0.0, 1.0, 1.0)}, {"interpolation": "cubic"}])
 def test_bad_preprocess(arguments):
-    with pytest.raises(ValueError, match="size|std|interpolation"):
+    with pytest.raises(ValueError, match=r"size|std|interpolation"):
         Preprocess(**{"size": (2, 2), "mean": (0.0,) * 3, "std": (1.0,) * 3, **arguments})
 
 

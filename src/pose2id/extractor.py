@@ -40,8 +40,8 @@ class Extractor(Protocol):
     stand under "visibility".
     """
 
-    def __call__(self, images: Any, **side_inputs: Any) -> Any:
-        """Features of a batch of images."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Features of a batch of images, the only positional argument, with the side inputs as keywords."""
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,9 @@ def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwr
         ValueError: another ending, or MATLAB cells that .npz cannot hold.
         FileExistsError: the file exists and `overwrite` is False.
     """
+    check_target(path, overwrite=overwrite)
     path = Path(path)
     keys = _keys(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
     named = {key: getattr(features, name) for name, key in keys.items() if getattr(features, name) is not None}
     pickled = [name for name, value in features.others.items() if np.asarray(value).dtype.hasobject]
     if pickled and path.suffix == ".npz":
@@ -125,6 +124,16 @@ def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwr
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise what `save_features` would raise for this path, before any work is done."""
+    path = Path(path)
+    _keys(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
 
 
 def _keys(path: Path) -> dict[str, str]:

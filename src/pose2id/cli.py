@@ -1,0 +1,119 @@
+"""The command line: `pose2id enhance`, `pose2id evaluate`, `pose2id demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_FILES = """Feature files, told apart by their ending:
+  .npz  query_feats (Q, D), gallery_feats (G, D); optional q_pids, g_pids, q_camids, g_camids
+  .mat  query_f, gallery_f; optional query_label, gallery_label, query_cam, gallery_cam
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 after an error that was printed."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        args.run(args)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        print(f"pose2id: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pose2id import __version__  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(
+        prog="pose2id", description="Training-free feature centralization for person re-identification."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    enhance = _command(commands, "enhance", "centralize the features of a file with NFC", _enhance)
+    enhance.add_argument("input", metavar="IN", help="feature file")
+    enhance.add_argument("output", metavar="OUT", help="feature file to write; everything else in IN is copied")
+    enhance.add_argument("--joint", action="store_true", help="neighbours in the union of query and gallery")
+    enhance.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    evaluate = _command(commands, "evaluate", "mAP, Rank-k, mINP and ID² of a feature file", _evaluate)
+    evaluate.add_argument("features", metavar="FEATS", help="feature file with identity labels")
+    evaluate.add_argument("--nfc", action="store_true", help="also with NFC")
+    evaluate.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking (20, 6, 0.3)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON (fractions) instead of a table (percent)")
+
+    demo = _command(commands, "demo", "table and picture for a sample, or for a feature file", _demo)
+    demo.add_argument("features", metavar="FEATS", nargs="?", help="feature file (default: drawn pedestrians)")
+    demo.add_argument("--picture", metavar="PATH", default="pose2id-demo.png", help="default: %(default)s")
+    demo.add_argument("--no-picture", action="store_true", help="print the table only")
+    return parser
+
+
+def _command(commands: Any, name: str, help_text: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text,
+        epilog=_FILES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--k1", type=int, default=2, help="neighbours that a feature proposes (default %(default)s)")
+    parser.add_argument("--k2", type=int, default=2, help="neighbours that the other side looks at (%(default)s)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _enhance(args: argparse.Namespace) -> None:
+    from pose2id.centralization import nfc_diagnostics  # noqa: PLC0415 - torch takes seconds to import
+    from pose2id.centralizer import Centralizer  # noqa: PLC0415
+    from pose2id.feature_files import check_target, load_features, save_features  # noqa: PLC0415
+
+    check_target(args.output, overwrite=args.overwrite)
+    features = load_features(args.input)
+    centralizer = Centralizer(k1=args.k1, k2=args.k2)
+    enhanced = centralizer.enhance(features.query_feats, features.gallery_feats, joint=args.joint)
+    save_features(features.with_features(*enhanced), args.output, overwrite=args.overwrite)
+    for name, feats, camids in (
+        ("query", features.query_feats, features.q_camids),
+        ("gallery", features.gallery_feats, features.g_camids),
+    ):
+        if len(feats) > 1 and not args.joint:
+            print(f"{name}: {nfc_diagnostics(feats, args.k1, args.k2, camids=camids)}")
+    print(f"wrote {args.output}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from pose2id.centralizer import Centralizer  # noqa: PLC0415
+    from pose2id.feature_files import load_features  # noqa: PLC0415
+    from pose2id.report import compare, records, table  # noqa: PLC0415
+
+    centralizer = Centralizer(k1=args.k1, k2=args.k2)
+    rows = compare(load_features(args.features), nfc=args.nfc, rerank=args.rerank, centralizer=centralizer)
+    print(json.dumps(records(rows), indent=2) if args.json else table(rows))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from pose2id import demo  # noqa: PLC0415
+    from pose2id.centralizer import Centralizer  # noqa: PLC0415
+    from pose2id.feature_files import load_features  # noqa: PLC0415
+
+    if not args.no_picture:
+        from pose2id.plots import require_plots  # noqa: PLC0415
+
+        require_plots()
+    centralizer = Centralizer(k1=args.k1, k2=args.k2)
+    shown = demo.Demo(args.features, load_features(args.features)) if args.features else demo.synthetic_demo()
+    print(demo.report(shown, centralizer))
+    if not args.no_picture:
+        demo.draw(shown, centralizer, args.picture)
+        print(f"\npicture: {args.picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

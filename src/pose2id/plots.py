@@ -1,0 +1,108 @@
+"""Pictures of what centralization does. Needs the extra: pip install "pose2id[plots]"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pose2id._inputs import Rows, checked_count, checked_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RIGHT, WRONG = "#1a9850", "#d73027"
+
+
+def require_plots() -> None:
+    """Raise an ImportError that names the pip command unless matplotlib and scikit-learn can be imported."""
+    try:
+        import matplotlib  # noqa: F401, PLC0415
+        import sklearn  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ImportError(f'Pictures need the extra "plots": pip install "pose2id[plots]" ({error}).') from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, drawn without a display and without touching pyplot's state."""
+    require_plots()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def ranked_list(
+    axes: Axes,
+    query: NDArray[np.uint8],
+    gallery: Sequence[NDArray[np.uint8]],
+    right: Sequence[bool] | NDArray[np.bool_],
+    *,
+    title: str = "",
+) -> None:
+    """Draw a query and its ranked list in one row, right answers framed green and wrong ones red.
+
+    Args:
+        axes: where to draw.
+        query: (H, W, 3) uint8 RGB.
+        gallery: ranked pictures of the same size, nearest first.
+        right: for each, whether it shows the query's identity.
+        title: text above.
+    """
+    height, width = query.shape[:2]
+    border, gap = max(2, width // 16), width // 8
+    cell = width + 2 * border + gap
+    canvas = np.full((height + 2 * border, cell * (len(gallery) + 1) + gap, 3), 255, dtype=np.uint8)
+    canvas[border:-border, border : border + width] = query
+    for place, (picture, is_right) in enumerate(zip(gallery, right, strict=True), 1):
+        left = gap + place * cell
+        colour = tuple(int((RIGHT if is_right else WRONG)[i : i + 2], 16) for i in (1, 3, 5))
+        canvas[:, left : left + width + 2 * border] = colour
+        canvas[border:-border, left + border : left + border + width] = picture
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9, loc="left")
+
+
+def feature_maps(
+    axes: Sequence[Axes], features: Mapping[str, Any], pids: Any, *, num_identities: int = 10, seed: int = 0
+) -> None:
+    """Draw feature sets of the same images as t-SNE maps, one colour an identity.
+
+    Args:
+        axes: one for each set.
+        features: title to (N, D) features; L2-normalised here.
+        pids: (N,) integer identities of the rows; the largest `num_identities` of them (-1 and 0 left out) are drawn.
+        num_identities: how many identities to draw, at least 1.
+        seed: of the t-SNE.
+
+    Raises:
+        ImportError: the extra is not installed.
+        TypeError, ValueError: bad input, named.
+    """
+    require_plots()
+    from sklearn.manifold import TSNE  # noqa: PLC0415
+
+    checked_count(num_identities, "num_identities")
+    for ax, (title, values) in zip(axes, features.items(), strict=True):
+        rows = Rows(values, f"features[{title!r}]", normalize=True)
+        labels = checked_labels(pids, "pids", rows.n)
+        identities, counts = np.unique(labels[labels > 0], return_counts=True)
+        chosen = identities[np.argsort(-counts, kind="stable")[:num_identities]]
+        shown = np.isin(labels, chosen)
+        if shown.sum() < 3:
+            raise ValueError(
+                f"pids must have at least 3 images of identities above 0 to draw a map, got {shown.sum()}."
+            )
+        unit = rows.read(slice(None)).cpu().numpy()[shown]
+        perplexity = min(15.0, (len(unit) - 1) / 3)
+        at = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
+        ax.scatter(at[:, 0], at[:, 1], c=np.searchsorted(chosen[np.argsort(chosen)], labels[shown]), cmap="tab10", s=14)
+        ax.set_title(title, fontsize=9)
+        ax.set_xticks([])
+        ax.set_yticks([])

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pose2id
+from pose2id import Centralizer, demo, evaluate, evaluate_rank, id2_score, k_reciprocal
+from pose2id.cli import main
+from pose2id.feature_files import load_features
+
+
+@pytest.fixture
+def path(rng, tmp_path):
+    centres = rng.standard_normal((10, 8))
+    q_pids, g_pids = np.repeat(np.arange(1, 11), 2), np.repeat(np.arange(1, 11), 6)
+    np.savez(
+        tmp_path / "features.npz",
+        query_feats=(centres[q_pids - 1] + 0.9 * rng.standard_normal((20, 8))).astype(np.float32),
+        gallery_feats=(centres[g_pids - 1] + 0.9 * rng.standard_normal((60, 8))).astype(np.float32),
+        q_pids=q_pids,
+        g_pids=g_pids,
+        q_camids=np.tile([1, 2], 10),
+        g_camids=np.tile([1, 2, 3], 20),
+        note=np.arange(3),
+    )
+    return tmp_path / "features.npz"
+
+
+def test_enhance_writes_the_centralized_features_and_keeps_the_rest(path, tmp_path, capsys):
+    out = tmp_path / "out.npz"
+    assert main(["enhance", str(path), str(out), "--k1", "3"]) == 0
+    before, after = load_features(path), load_features(out)
+    q, g = Centralizer(k1=3).enhance(before.query_feats, before.gallery_feats)
+    np.testing.assert_array_equal(after.query_feats, q)
+    np.testing.assert_array_equal(after.gallery_feats, g)
+    np.testing.assert_array_equal(after.g_camids, before.g_camids)
+    np.testing.assert_array_equal(after.others["note"], [0, 1, 2])
+    printed = capsys.readouterr().out
+    assert "gallery: k1=3 k2=2: " in printed
+    assert "same camera" in printed
+    joint = tmp_path / "joint.mat"
+    assert main(["enhance", str(path), str(joint), "--joint"]) == 0
+    expected = Centralizer().enhance(before.query_feats, before.gallery_feats, joint=True)
+    np.testing.assert_array_equal(load_features(joint).query_feats, expected[0])
+
+
+def test_enhance_never_replaces_a_file_unasked(path, capsys):
+    before = path.read_bytes()
+    assert main(["enhance", str(path), str(path)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert main(["enhance", str(path), str(path), "--overwrite"]) == 0
+    assert path.read_bytes() != before
+
+
+def test_evaluate_prints_what_the_functions_give(path, capsys):
+    content = load_features(path)
+    labels = content.q_pids, content.g_pids, content.q_camids, content.g_camids
+    assert main(["evaluate", str(path), "--nfc", "--rerank", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["baseline", "NFC", "re-ranking", "NFC + re-ranking"]
+    q, g = content.query_feats, content.gallery_feats
+    new_q, new_g = Centralizer().enhance(q, g)
+    results = [
+        evaluate(q, g, *labels),
+        evaluate(new_q, new_g, *labels),
+        evaluate_rank(k_reciprocal(q, g), *labels),
+        evaluate_rank(k_reciprocal(new_q, new_g), *labels),
+    ]
+    assert len({row["mAP"] for row in rows}) == 4
+    for row, result in zip(rows, results, strict=True):
+        assert row["mAP"] == pytest.approx(result.mAP, abs=1e-12)
+        assert [row["rank1"], row["rank5"], row["rank10"]] == pytest.approx([result.rank(r) for r in (1, 5, 10)])
+        assert row["mINP"] == pytest.approx(result.mINP)
+        assert row["num_valid_queries"] == result.num_valid_queries
+    pids = np.concatenate(labels[:2])
+    assert rows[1]["id2"] == pytest.approx(id2_score(np.concatenate([new_q, new_g]), pids))
+    assert rows[2]["id2"] is None
+
+    assert main(["evaluate", str(path)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["mAP", "Rank-1", "Rank-5", "Rank-10", "mINP", "ID²"]
+    assert len(lines) == 1
+    assert f"{100 * results[0].mAP:.2f}" in lines[0]
+
+
+def test_demo_of_a_users_file(path, tmp_path, capsys):
+    picture = tmp_path / "new" / "demo.png"
+    assert main(["demo", str(path), "--picture", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "NFC + re-ranking" in printed
+    assert str(picture) in printed
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] > 500
+    assert main(["demo", str(path), "--no-picture"]) == 0
+    assert "picture" not in capsys.readouterr().out
+
+
+def test_demo_says_that_its_pedestrians_are_drawn(tmp_path, capsys, monkeypatch):
+    whole = demo.synthetic_demo
+    monkeypatch.setattr(demo, "synthetic_demo", lambda: whole(num_identities=6))
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--picture", str(picture)]) == 0
+    assert "not real people" in capsys.readouterr().out
+    with Image.open(picture) as drawn:
+        assert drawn.size[1] > 1000
+
+
+def test_demo_without_the_extra_names_it_before_any_work(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["demo"]) == 2
+    assert 'pip install "pose2id[plots]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "none.npz"], "There is no feature file none.npz"),
+        (["evaluate", "none.pkl"], "end in .npz or .mat"),
+        (["enhance", "none.npz", "out.npz"], "There is no feature file none.npz"),
+        (["enhance", "none.npz", "out.txt"], "end in .npz or .mat"),
+        (["enhance", "none.npz", "nowhere/out.npz"], "There is no folder nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_k_and_missing_labels(path, tmp_path, capsys):
+    assert main(["evaluate", str(path), "--k1", "0"]) == 2
+    assert "k1 must be at least 1" in capsys.readouterr().err
+    content = load_features(path)
+    np.savez(tmp_path / "bare.npz", query_feats=content.query_feats, gallery_feats=content.gallery_feats)
+    assert main(["evaluate", str(tmp_path / "bare.npz")]) == 2
+    assert "q_pids and g_pids must be given" in capsys.readouterr().err
+
+
+def test_the_installed_command():
+    command = Path(sys.executable).with_name("pose2id")
+    found = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == pose2id.__version__
+    helped = subprocess.run(
+        [sys.executable, "-m", "pose2id.cli", "enhance", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "query_feats (Q, D)" in helped.stdout

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import pose2id
+
+HEAVY = ["diffusers", "faiss", "matplotlib", "sklearn", "torchvision", "timm"]
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+LOADED = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
+
+
+def test_importing_everything_public_loads_nothing_heavy():
+    assert run(f"import pose2id; {LOADED}") == "[]"
+    assert run(f"from pose2id import *; import pose2id.cli; {LOADED}") == "[]"
+
+
+def test_that_check_can_fail():
+    assert "faiss" in run(f"import faiss; {LOADED}")
+
+
+def test_import_adds_under_half_a_second_to_torch():
+    code = "import time, torch; start = time.perf_counter(); import pose2id; print(time.perf_counter() - start)"
+    assert min(float(run(code)) for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize("name", pose2id.__all__)
+def test_public_names_are_lazy_typed_and_documented(name):
+    value = getattr(pose2id, name)
+    assert value.__name__ == name
+    assert value.__doc__
+    assert getattr(importlib.import_module(f"pose2id.{pose2id._HOME[name]}"), name) is value
+    assert name in dir(pose2id)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pose2id.nothing
+
+
+def test_a_function_is_never_shadowed_by_a_module():
+    code = "import pose2id.centralization; from pose2id import nfc; print(callable(nfc))"
+    assert run(code) == "True"
