@@ -84,7 +84,24 @@ def id2_case(n: int, backend: str) -> tuple[Callable, Callable, Callable]:
     )
 
 
-CASES = {"nfc": (nfc_case, 20_000), "evaluate": (evaluate_case, 15_913), "id2_score": (id2_case, 20_000)}
+def rerank_case(n: int, backend: str) -> tuple[Callable, Callable, Callable]:
+    x, _ = features(n, 5)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    qf, gf = x[: n // 5].copy(), x[n // 5 :].copy()
+    return (
+        lambda: pose2id.k_reciprocal(qf, gf, 20, 6, 0.3),
+        lambda: published.re_ranking(qf, gf, 20, 6, 0.3),
+        # The published weights are float16.
+        lambda ours, theirs: float(np.abs(ours - theirs).max()) < 1e-2,
+    )
+
+
+CASES = {
+    "nfc": (nfc_case, 20_000),
+    "evaluate": (evaluate_case, 15_913),
+    "id2_score": (id2_case, 20_000),
+    "k_reciprocal": (rerank_case, 5_000),
+}
 
 
 def peak_above(call: Callable) -> float:

@@ -54,3 +54,42 @@ def id2_score(features: torch.Tensor, pids: np.ndarray) -> float:
         centres[pid] = features[torch.from_numpy(np.flatnonzero(pids == pid))].mean(0)
     total = [squared_distances(features[i : i + 1], centres[pid][None]).item() for i, pid in enumerate(pids)]
     return float(np.mean(total))
+
+
+def re_ranking(qf: np.ndarray, gf: np.ndarray, k1: int, k2: int, lambda_value: float) -> np.ndarray:
+    """Dense matrices of all images against all, a loop over rows, weights in float16."""
+    features = torch.from_numpy(np.concatenate([qf, gf]))
+    total, num_queries = len(features), len(qf)
+    original = squared_distances(features, features).numpy()
+    original = np.transpose(original / original.max(axis=0))
+    ranking = np.argsort(original, axis=1).astype(np.int32)
+    weights = np.zeros_like(original, dtype=np.float16)
+
+    def reciprocal(i: int, length: int) -> np.ndarray:
+        forward = ranking[i, :length]
+        return forward[np.where(ranking[forward, :length] == i)[0]]
+
+    for i in range(total):
+        core = reciprocal(i, k1 + 1)
+        expanded = core
+        for candidate in core:
+            own = reciprocal(candidate, int(np.around(k1 / 2)) + 1)
+            if len(np.intersect1d(own, core)) > 2 / 3 * len(own):
+                expanded = np.append(expanded, own)
+        expanded = np.unique(expanded)
+        weight = np.exp(-original[i, expanded])
+        weights[i, expanded] = weight / weight.sum()
+    original = original[:num_queries]
+    if k2 > 1:
+        averaged = np.zeros_like(weights)
+        for i in range(total):
+            averaged[i] = weights[ranking[i, :k2]].mean(axis=0)
+        weights = averaged
+    inverted = [np.where(weights[:, i] != 0)[0] for i in range(total)]
+    jaccard = np.zeros_like(original, dtype=np.float16)
+    for i in range(num_queries):
+        shared = np.zeros((1, total), dtype=np.float16)
+        for j in np.where(weights[i] != 0)[0]:
+            shared[0, inverted[j]] += np.minimum(weights[i, j], weights[inverted[j], j])
+        jaccard[i] = 1 - shared / (2 - shared)
+    return (jaccard * (1 - lambda_value) + original * lambda_value)[:, num_queries:]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
+from conftest import SHARED
+from PIL import Image
 
 from pose2id import Centralizer, evaluate, evaluate_rank, k_reciprocal
 
@@ -37,3 +42,23 @@ def test_the_table_of_an_independent_evaluator(name, model, real_features):
     # NFC makes both of a mutual pair one and the same vector: their order in a list is a tie, which each evaluator
     # breaks in its own way.
     np.testing.assert_allclose(figures[3], expected[3], atol=0.1)
+
+
+def test_a_real_model_on_real_pictures(real_features):
+    """OSNet through ONNX as the extractor. Its recorded features are of larger crops: alike, not equal."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    data = real_features("val100")
+    folder = SHARED / "data"
+    with zipfile.ZipFile(folder / "images" / "cuhk03_p1_det_val100_64x128.zip") as archive:
+        pictures = [Image.open(io.BytesIO(archive.read(name))) for name in sorted(archive.namelist())[:120]]
+    session = onnxruntime.InferenceSession(folder / "models" / "osnet_x0_25_msmt17.onnx")
+    (tensor,) = session.get_inputs()
+    model = Centralizer(lambda batch: session.run(None, {tensor.name: batch.numpy()})[0], transform="torchreid")
+    found = model.extract(pictures)
+    recorded = data["feat_osnet_msmt17"][:120].astype(np.float32)
+    recorded /= np.linalg.norm(recorded, axis=1, keepdims=True)
+    cosines = found @ recorded.T
+    own = np.diag(cosines)
+    assert own.mean() > 0.96
+    # Each picture's own record is the nearest for nearly all of them: order, colours and sizes are right.
+    assert (cosines.argmax(1) == np.arange(120)).mean() > 0.85

@@ -107,7 +107,7 @@ class _FeatureDistances:
         self.n = q_rows.n + g_rows.n
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        size = max(64, BLOCK_BYTES // (4 * self.n))
+        size = max(64, BLOCK_BYTES // (16 * self.n))
         for rows, offset in ((self._q_rows, 0), (self._g_rows, self._q_rows.n)):
             for part in blocks(rows.n, size):
                 with full_precision(rows.device):
@@ -146,9 +146,9 @@ class _GivenDistances:
 
     # Row i here is column i of the whole matrix: the official code divides by columns and then transposes.
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        for part in blocks(self.num_queries, max(1, BLOCK_BYTES // (8 * self.n))):
+        for part in blocks(self.num_queries, max(1, BLOCK_BYTES // (16 * self.n))):
             yield part, self._squared(self._q_q[:, part].T, self._q_g[part])
-        for part in blocks(self.n - self.num_queries, max(1, BLOCK_BYTES // (8 * self.n))):
+        for part in blocks(self.n - self.num_queries, max(1, BLOCK_BYTES // (16 * self.n))):
             index = slice(part.start + self.num_queries, part.stop + self.num_queries)
             yield index, self._squared(self._q_g[:, part].T, self._g_g[:, part].T)
 
@@ -185,7 +185,7 @@ def _rerank(distances: _Distances, num_queries: int, k1: int, k2: int, lambda_va
     length = min(n, max(k1 + 1, k2))
     ranking = np.empty((n, length), dtype=np.int64)
     largest = np.empty(n, dtype=np.float32)
-    original = np.empty((num_queries, n - num_queries), dtype=np.float32)
+    result = np.empty((num_queries, n - num_queries), dtype=np.float32)
     for index, squared in distances.rows():
         peak = squared.amax(1)
         peak = torch.where(peak > 0, peak, 1.0)  # all images alike
@@ -194,7 +194,7 @@ def _rerank(distances: _Distances, num_queries: int, k1: int, k2: int, lambda_va
         largest[index] = peak.cpu().numpy()
         queries = slice(index.start, min(index.stop, num_queries))
         if queries.start < queries.stop:
-            original[queries] = squared[: queries.stop - queries.start, num_queries:].cpu().numpy()
+            result[queries] = squared[: queries.stop - queries.start, num_queries:].cpu().numpy()
 
     reciprocal = _expanded_reciprocal(ranking, k1)
     row, column = reciprocal.nonzero()
@@ -205,9 +205,9 @@ def _rerank(distances: _Distances, num_queries: int, k1: int, k2: int, lambda_va
     if k2 > 1:
         encoding = (_lists(ranking[:, :k2]).astype(np.float32) @ encoding) / np.float32(min(k2, n))
 
-    result = _jaccard(encoding[:num_queries], encoding[num_queries:])
-    result *= np.float32(1 - lambda_value)
-    result += np.float32(lambda_value) * original
+    result *= np.float32(lambda_value)
+    for query, jaccard in enumerate(_jaccard(encoding[:num_queries], encoding[num_queries:])):
+        result[query] += (1 - lambda_value) * jaccard
     return result
 
 
@@ -243,10 +243,9 @@ def _expanded_reciprocal(ranking: NDArray[np.int64], k1: int) -> Any:
     return (reciprocal + joined @ half).tocsr()
 
 
-def _jaccard(queries: Any, gallery: Any) -> NDArray[np.float32]:
-    """1 - sum of minima / sum of maxima for rows that each sum to 1, through the columns of the gallery."""
+def _jaccard(queries: Any, gallery: Any) -> Iterator[NDArray[np.float64]]:
+    """For each query, (G,) 1 - sum of minima / sum of maxima of rows that sum to 1, through the gallery's columns."""
     by_column = gallery.tocsc()
-    result = np.empty((queries.shape[0], gallery.shape[0]), dtype=np.float32)
     for query in range(queries.shape[0]):
         low, high = queries.indptr[query : query + 2]
         columns = queries.indices[low:high]
@@ -255,5 +254,4 @@ def _jaccard(queries: Any, gallery: Any) -> NDArray[np.float32]:
         at = np.repeat(stop - length.cumsum(), length) + np.arange(length.sum())
         minima = np.minimum(by_column.data[at], np.repeat(queries.data[low:high], length))
         shared = np.bincount(by_column.indices[at], weights=minima, minlength=gallery.shape[0])
-        result[query] = 1 - shared / (2 - shared)
-    return result
+        yield 1 - shared / (2 - shared)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+import pose2id
+
+
+def run(*command, cwd):
+    found = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.mark.packaging
+def test_a_wheel_works_in_a_clean_environment(tmp_path):
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"pose2id-{pose2id.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "pose2id/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert all(name.startswith("pose2id") for name in names)
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    scripts = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    run(scripts / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path)
+    run(scripts / "python", "-m", "pip", "check", cwd=tmp_path)
+    code = "import numpy, pose2id; print(pose2id.nfc(numpy.eye(4), backend='faiss').shape, pose2id.__file__)"
+    printed = run(scripts / "python", "-c", code, cwd=tmp_path)
+    assert printed.startswith("(4, 4)")
+    assert str(tmp_path) in printed
+    assert "baseline" in run(scripts / "pose2id", "demo", "--no-picture", cwd=tmp_path)
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == pose2id.__version__
+
+
+def test_benchmarks_run_and_compare_outputs():
+    command = [sys.executable, "benchmarks/core.py", "--n", "300", "--runs", "1", "--json"]
+    printed = run(*command, cwd=ROOT)
+    assert printed.count('"speedup"') == 4

@@ -1,0 +1,95 @@
+"""Every Python snippet and every pose2id command of README and docs runs; every example too."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from pose2id.cli import main
+from pose2id.datasets import SyntheticPedestrians, colour_stripes
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def given():
+    """What the snippets take for granted: a user's features, labels, pictures and model."""
+    people = SyntheticPedestrians(8)
+    images = [sample.image for sample in people]
+    features = colour_stripes(np.stack(images))
+    q, g = people.query_gallery()
+    return {
+        "query_feats": features[q],
+        "gallery_feats": features[g],
+        "q_pids": people.pids[q],
+        "g_pids": people.pids[g],
+        "q_camids": people.camids[q],
+        "g_camids": people.camids[g],
+        "images": images[:5],
+        "cameras": torch.tensor(people.camids[:5]),
+        "model": lambda batch, cam_label: batch.mean((2, 3)) + 0.1 * cam_label[:, None],
+        "raw_feats": features[:4],
+        "generated_feats": np.stack([features[4:7]] * 4),
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_snippets_of(page, given):
+    namespace = dict(given)
+    for snippet in blocks(page, "python"):
+        exec(compile(snippet, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of(page, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids")
+    np.savez("features.npz", **{key: given[key] for key in keys})
+    for line in "".join(blocks(page, "sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["pose2id"] and words != ["pose2id", "demo"]:  # the bare demo has tests of its own
+            assert main(words[1:]) == 0, line
+
+
+def test_there_are_snippets_and_commands():
+    assert len(blocks(PAGES[0], "python")) >= 4
+    assert sum(line.startswith("pose2id") for line in "".join(blocks(PAGES[0], "sh")).splitlines()) >= 3
+
+
+@pytest.mark.parametrize("name", ["existing_pipeline", "own_model"])
+def test_example(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [name])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_example_of_real_features(given, tmp_path, capsys, monkeypatch):
+    queries = len(given["query_feats"])
+    np.savez(
+        tmp_path / "all.npz",
+        feat_stripes=np.concatenate([given["query_feats"], given["gallery_feats"]]),
+        pids=np.concatenate([given["q_pids"], given["g_pids"]]).astype(np.int32),
+        camids=np.concatenate([given["q_camids"], given["g_camids"]]).astype(np.int8),
+        is_query=np.arange(queries + len(given["gallery_feats"])) < queries,
+    )
+    monkeypatch.setattr("sys.argv", ["real_features.py", str(tmp_path / "all.npz")])
+    runpy.run_path(str(ROOT / "examples" / "real_features.py"), run_name="__main__")
+    assert "NFC + re-ranking" in capsys.readouterr().out
+
+
+def test_pictures_of_the_docs_exist():
+    for page in PAGES:
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            with Image.open(page.parent / target) as picture:
+                assert picture.size[0] > 300
