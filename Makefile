@@ -9,7 +9,7 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp lint
 	$(BIN)/python -m pytest
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FEATURE_NDIM = 2
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
 MIN_BLOCK_BYTES = 1 << 20
+MAX_NORM = 1e300  # differences and means of larger float64 rows overflow
 
 
 class Rows:
@@ -87,11 +88,11 @@ class Rows:
             # Scaled by the largest entry, so that no square overflows or vanishes.
             peak = rows.abs().amax(1)
             norms[block] = peak * torch.linalg.vector_norm(rows / torch.where(peak > 0, peak, 1.0)[:, None], dim=1)
-        bad = torch.nonzero(~torch.isfinite(norms)).flatten().tolist()
+        bad = torch.nonzero(~(norms <= MAX_NORM)).flatten().tolist()  # NaN compares false
         if bad:
             shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
             raise ValueError(
-                f"{name} must be finite; {len(bad)} of {self.n} rows have a NaN or infinite norm (row {shown}). "
+                f"{name} must be finite; {len(bad)} of {self.n} rows hold NaN, infinity or values near it (row {shown}). "
                 "Drop these rows, or find out why the model produced them."
             )
         return norms

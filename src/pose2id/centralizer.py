@@ -19,7 +19,7 @@ from pose2id._inputs import (
     checked_pair,
 )
 from pose2id.centralization import fuse, nfc
-from pose2id.extractor import INPUTS, Extractor, extract
+from pose2id.extractor import INPUTS, PARTS_NDIM, Extractor, extract
 from pose2id.neighbors import BACKENDS
 
 
@@ -145,7 +145,10 @@ class Centralizer:
             progress=progress,
             side_inputs=side_inputs,
         )
-        rows = Rows(features.reshape(-1, features.shape[-1]), "extractor output", normalize=True)
+        name = "extractor output"
+        if features.ndim == PARTS_NDIM:
+            name += f" (row = image * {features.shape[1]} + part)"
+        rows = Rows(features.reshape(-1, features.shape[-1]), name, normalize=True)
         result = rows.empty()
         for block in rows.blocks():
             rows.write(result, block, rows.read(block))

@@ -169,7 +169,7 @@ class _Labels:
         pid = self.q_pids[query]
         if pid == JUNK_PID:
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        low, high = np.searchsorted(self._sorted_pids, [pid, pid + 1])
+        low, high = (np.searchsorted(self._sorted_pids, pid, side) for side in ("left", "right"))
         same_pid = self._by_pid[low:high]
         if self.q_camids is None or self.g_camids is None:
             return same_pid, same_pid[:0]

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from pose2id._inputs import checked_choice, checked_count
 
+PARTS_NDIM = 3
 _IMAGE_NDIM = 3
 _BATCH_NDIM = 4
 INPUTS = ("batch", "images")
@@ -267,7 +268,7 @@ def _unpack(output: Any, index: range) -> tuple[Any, Any]:
         features, visibility = output.get("features"), output.get("visibility")
     elif isinstance(output, Sequence) and len(output) > 0:
         features, second = output[0], output[1] if len(output) > 1 else None
-        parts = getattr(features, "ndim", 0) == _IMAGE_NDIM
+        parts = getattr(features, "ndim", 0) == PARTS_NDIM
         visibility = second if parts and getattr(second, "shape", None) == features.shape[:2] else None
     else:
         features, visibility = output, None
@@ -276,7 +277,7 @@ def _unpack(output: Any, index: range) -> tuple[Any, Any]:
             "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
             f"{type(output).__name__}{f' with keys {list(output)}' if isinstance(output, Mapping) else ''}."
         )
-    if features.ndim not in (2, 3) or len(features) != len(index):
+    if features.ndim not in (2, PARTS_NDIM) or len(features) != len(index):
         raise ValueError(
             f"extractor must return features (B, D) or parts (B, P, D) with B = {len(index)}, one for each image, "
             f"got shape {tuple(features.shape)}."

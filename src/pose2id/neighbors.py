@@ -148,7 +148,8 @@ class _Space:
             self.copy[part] = (self._read(part) - mean) / self._scale
         self.squares = self.copy.square().sum(1)
         norms = self.squares.double().sqrt()
-        product = (rows.dim + 8) * _FLOAT32_ROUNDING * (norms + norms.max()) ** 2
+        # D products and sums, 8 further roundings; a tenth more for the second order.
+        product = (1.1 * rows.dim + 8) * _FLOAT32_ROUNDING * (norms + norms.max()) ** 2
         centring = 32 * _FLOAT64_ROUNDING * (float(mean.abs().max()) * rows.dim**0.5 + largest) / self._scale
         self.bound = product + centring
 
