@@ -92,7 +92,7 @@ class Rows:
         if bad:
             shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
             raise ValueError(
-                f"{name} must be finite; {len(bad)} of {self.n} rows hold NaN, infinity or values near it (row {shown}). "
+                f"{name} must be finite; {len(bad)} of {self.n} rows hold NaN or infinity (row {shown}). "
                 "Drop these rows, or find out why the model produced them."
             )
         return norms
