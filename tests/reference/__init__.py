@@ -116,6 +116,6 @@ def re_ranking(q_g, q_q, g_g, k1, k2, lambda_value, *, half=False):
             for j in range(n):
                 if weights[q, j] != 0 and weights[g, j] != 0:
                     shared = kind(shared + min(weights[q, j], weights[g, j]))
-            jaccard = kind(1 - shared / (2 - shared))
-            out[q, g - num_queries] = jaccard * (1 - lambda_value) + original[q, g] * lambda_value
+            jaccard = kind(1) - kind(shared / (kind(2) - shared))
+            out[q, g - num_queries] = kind(jaccard * kind(1 - lambda_value)) + original[q, g] * lambda_value
     return out
