@@ -301,13 +301,13 @@ def test_infrared_brightness_of_clothes_does_not_follow_their_colour():
         ({"num_cameras": 0}, ValueError, "num_cameras must be at least 1"),
         ({"images_per_camera": -1}, ValueError, "images_per_camera must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"seed": 2**32}, ValueError, r"seed .* below 2\*\*32"),
+        ({"seed": 2**32}, ValueError, "seed must be at most 4294967295"),
         ({"seed": None}, TypeError, "seed must be an integer, got None"),
-        ({"first_pid": 0}, ValueError, "first_pid must be at least 1.*distractors"),
-        ({"size": (128,)}, ValueError, "size must have two numbers"),
+        ({"first_pid": 0}, ValueError, "first_pid must be at least 1"),
+        ({"size": (128,)}, TypeError, "size must be a pair"),
         ({"size": 128}, TypeError, "size must be a pair"),
         ({"size": (128, 4)}, ValueError, r"size\[1\] must be at least 16"),
-        ({"infrared_cameras": (5,)}, ValueError, r"infrared_cameras must lie in 1\.\.4, got 5"),
+        ({"infrared_cameras": (5,)}, ValueError, "infrared_cameras must be at most 4, got 5"),
         ({"infrared_cameras": 2}, TypeError, "infrared_cameras must be a collection"),
         ({"occlusion": 1.5}, ValueError, r"occlusion must be in \[0, 1\], got 1.5"),
         ({"occlusion": float("nan")}, ValueError, "occlusion must be in"),
@@ -323,7 +323,7 @@ def test_bad_arguments_are_named(arguments, error, message):
     ("call", "error", "message"),
     [
         ((0, 1, 0), ValueError, "pid must be at least 1"),
-        ((1, 5, 0), ValueError, r"camid must be in 1\.\.4, got 5"),
+        ((1, 5, 0), ValueError, "camid must be at most 4, got 5"),
         ((1, 1, -1), ValueError, "index must be at least 0"),
         ((1.0, 1, 0), TypeError, "pid must be an integer"),
     ],
@@ -336,7 +336,7 @@ def test_render_names_bad_arguments(call, error, message):
 def test_render_names_a_bad_yaw():
     with pytest.raises(TypeError, match="yaw must be a number"):
         SyntheticPedestrians().render(1, 1, 0, yaw="front")
-    with pytest.raises(ValueError, match="yaw must be finite"):
+    with pytest.raises(ValueError, match="yaw must be in"):
         SyntheticPedestrians().render(1, 1, 0, yaw=float("inf"))
 
 
@@ -395,7 +395,7 @@ def test_descriptor_separates_people_only_middlingly(small, small_images):
         (np.zeros((1, 4, 8, 3), dtype=np.uint8), {}, ValueError, "at least 8 rows high"),
         (np.zeros((1, 16, 8, 3), dtype=np.uint8), {"stripes": 0}, ValueError, "stripes must be at least 1, got 0"),
         (np.zeros((1, 16, 8, 3), dtype=np.uint8), {"bins": 1}, ValueError, "bins must be at least 2, got 1"),
-        (np.zeros((1, 16, 8, 3), dtype=np.uint8), {"bins": 8.0}, TypeError, "bins must be an integer, got float"),
+        (np.zeros((1, 16, 8, 3), dtype=np.uint8), {"bins": 8.0}, TypeError, "bins must be an integer, got 8.0"),
     ],
 )
 def test_descriptor_names_bad_arguments(images, options, error, message):

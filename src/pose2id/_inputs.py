@@ -150,12 +150,14 @@ def checked_distances(distances: Any, name: str) -> NDArray[Any]:
     return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
 
 
-def checked_count(value: Any, name: str) -> int:
-    """A positive integer."""
+def checked_count(value: Any, name: str, least: int = 1, most: int = 2**63 - 1) -> int:
+    """An integer in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
     return int(value)
 
 

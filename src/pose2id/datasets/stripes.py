@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pose2id._inputs import checked_count
+
 _CHUNK = 16
 _CENTRE_WIDTH = 0.1
 _GREY_MEAN = 0.43
@@ -38,11 +40,8 @@ def colour_stripes(
         TypeError: If the pictures are not uint8, or stripes or bins is not an integer.
         ValueError: If a picture is not (H, W, 3), or stripes or bins is out of its range.
     """
-    for name, value, least in (("stripes", stripes, 1), ("bins", bins, 2)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}; pass for example {name}=8")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}; pass for example {name}=8")
+    checked_count(stripes, "stripes")
+    checked_count(bins, "bins", 2)
     if isinstance(images, np.ndarray):
         _check(images, 4, "images", stripes)
         chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from pose2id._inputs import checked_count, checked_number
 from pose2id.datasets._figure import (
     L_ANKLE,
     R_ANKLE,
@@ -30,7 +31,7 @@ from pose2id.datasets._figure import (
 
 # First number after the seed of every random stream, so that streams of different subjects never meet.
 _IDENTITY, _CAMERA, _IMAGE = 1, 2, 3
-_ENTROPY_LIMIT = 2**32
+_ENTROPY_LIMIT = 2**32 - 1
 # Steps of a low-discrepancy sequence: the cameras of every seed differ about as much, so no seed is easy by luck.
 _SPREAD_STEPS = np.sqrt([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 6.0])
 _PANORAMA_WIDTHS = 4
@@ -114,16 +115,14 @@ class SyntheticPedestrians(Sequence[Sample]):
         infrared_cameras: Collection[int] = (),
         occlusion: float = 0.25,
     ) -> None:
-        count = _integer("num_identities", num_identities, 1, "pass the number of people to draw")
-        self._num_cameras = _integer("num_cameras", num_cameras, 1, "pass the number of cameras to draw")
-        self._per_camera = _integer(
-            "images_per_camera", images_per_camera, 1, "pass how often each camera sees each person"
-        )
-        self._seed = _integer("seed", seed, 0, "pass an integer from 0 to 2**32 - 1")
-        first = _integer("first_pid", first_pid, 1, "pids 0 and -1 mark distractors and junk, so start at 1 or higher")
+        count = checked_count(num_identities, "num_identities", most=_ENTROPY_LIMIT)
+        self._num_cameras = checked_count(num_cameras, "num_cameras", most=_ENTROPY_LIMIT)
+        self._per_camera = checked_count(images_per_camera, "images_per_camera", most=_ENTROPY_LIMIT)
+        self._seed = checked_count(seed, "seed", 0, _ENTROPY_LIMIT)
+        first = checked_count(first_pid, "first_pid", most=_ENTROPY_LIMIT)
         self.size = _size(size)
         self._infrared = frozenset(_infrared(infrared_cameras, self._num_cameras))
-        self._occlusion = _share("occlusion", occlusion)
+        self._occlusion = checked_number(occlusion, "occlusion", 0, 1)
         people = np.arange(first, first + count, dtype=np.int64)
         cameras = np.arange(1, self._num_cameras + 1, dtype=np.int64)
         self.pids: NDArray[np.int64] = np.repeat(people, self._num_cameras * self._per_camera)
@@ -174,14 +173,11 @@ class SyntheticPedestrians(Sequence[Sample]):
             TypeError: If an argument has the wrong type.
             ValueError: If an argument is out of its range.
         """
-        person = _integer("pid", pid, 1, "pass a person's number from 1")
-        place = _integer("camid", camid, 1, f"pass a camera in 1..{self._num_cameras}")
-        if place > self._num_cameras:
-            raise ValueError(
-                f"camid must be in 1..{self._num_cameras}, got {place}; raise num_cameras for more cameras"
-            )
-        number = _integer("index", index, 0, "pass the number of the picture, from 0")
-        layers = self._layers(person, place, number, _yaw(yaw))
+        person = checked_count(pid, "pid", most=_ENTROPY_LIMIT)
+        place = checked_count(camid, "camid", most=self._num_cameras)
+        number = checked_count(index, "index", 0, _ENTROPY_LIMIT)
+        turn = None if yaw is None else math.radians(checked_number(yaw, "yaw", -1e6, 1e6))
+        layers = self._layers(person, place, number, turn)
         keypoints = (layers.keypoints[:, :2] * (2.0, 1.0)).astype(np.float32)
         image = layers.develop(self._camera(place), self.size)
         return Sample(image, person, place, number, keypoints, layers.visible)
@@ -525,53 +521,13 @@ def _generator(*entropy: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
-def _integer(name: str, value: Any, least: int, advice: str) -> int:
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be an integer, got {value!r}; {advice}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}); {advice}") from None
-    if not least <= number < _ENTROPY_LIMIT:
-        raise ValueError(f"{name} must be at least {least} and below 2**32, got {number}; {advice}")
-    return number
-
-
 def _size(size: Any) -> tuple[int, int]:
-    advice = "pass (height, width) such as (128, 64)"
-    if not isinstance(size, Sequence) or isinstance(size, str):
-        raise TypeError(f"size must be a pair of integers, got {size!r}; {advice}")
-    if len(size) != 2:
-        raise ValueError(f"size must have two numbers, got {size!r}; {advice}")
-    return _integer("size[0]", size[0], 16, advice), _integer("size[1]", size[1], 16, advice)
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise TypeError(f"size must be a pair of integers (height, width), got {size!r}.")
+    return checked_count(size[0], "size[0]", 16), checked_count(size[1], "size[1]", 16)
 
 
 def _infrared(cameras: Any, num_cameras: int) -> list[int]:
-    advice = f"pass cameras out of 1..{num_cameras}, such as (1,)"
     if not isinstance(cameras, Collection) or isinstance(cameras, str):
-        raise TypeError(f"infrared_cameras must be a collection of integers, got {cameras!r}; {advice}")
-    chosen = [_integer("infrared_cameras", camera, 1, advice) for camera in cameras]
-    for camera in chosen:
-        if camera > num_cameras:
-            raise ValueError(f"infrared_cameras must lie in 1..{num_cameras}, got {camera}; {advice}")
-    return chosen
-
-
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        raise TypeError(f"{name} must be a number, got {value!r}; pass a share in [0, 1] such as 0.25")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}; pass a share such as 0.25")
-    return float(value)
-
-
-def _yaw(degrees: Any) -> float | None:
-    if degrees is None:
-        return None
-    if isinstance(degrees, bool) or not isinstance(degrees, int | float | np.integer | np.floating):
-        raise TypeError(
-            f"yaw must be a number of degrees or None, got {degrees!r}; pass 0 for a person facing the camera"
-        )
-    if not math.isfinite(degrees):
-        raise ValueError(f"yaw must be finite, got {degrees!r}; pass degrees such as 0, 90, 180, 270")
-    return math.radians(degrees)
+        raise TypeError(f"infrared_cameras must be a collection of cameras in 1..{num_cameras}, got {cameras!r}.")
+    return [checked_count(camera, "infrared_cameras", most=num_cameras) for camera in cameras]
