@@ -154,11 +154,12 @@ def checked_count(value: Any, name: str, least: int = 1, most: int = 2**63 - 1) 
     """An integer in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}.")
-    return int(value)
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}.")
+    return number
 
 
 def checked_memory(max_memory: Any) -> int:
