@@ -76,10 +76,12 @@ class Rows:
     def _raw(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(self._array, Tensor):
             local = index.to(self._array.device) if isinstance(index, Tensor) else index
-            return self._array[local].to(self.device, dtype, copy=True)
+            return self._array[local].to(self.device, dtype, copy=True, memory_format=torch.contiguous_format)
         chosen = self._array[index.numpy() if isinstance(index, Tensor) else index]
-        # A fresh array: torch takes neither read-only memory, nor negative strides, nor foreign byte order.
-        return torch.from_numpy(np.array(chosen, dtype=np.float64 if dtype == torch.float64 else np.float32))
+        # A fresh array: torch takes neither read-only memory, nor negative strides, nor foreign byte order. Row by row
+        # in memory, so that sums over a row have one order whatever the layout of the input.
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        return torch.from_numpy(np.array(chosen, dtype=kind, order="C"))
 
     def _finite_norms(self, name: str) -> Tensor:
         norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
