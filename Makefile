@@ -5,7 +5,8 @@ BIN := .venv/bin
 .PHONY: demo test lint docs bench clean
 
 demo: .venv/demo.stamp
-	$(BIN)/pose2id demo --picture out/demo.png
+	mkdir -p out
+	$(BIN)/pose2id demo --picture out/demo.png --overwrite
 
 test: .venv/dev.stamp lint
 	$(BIN)/python -m pytest

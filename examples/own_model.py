@@ -1,4 +1,4 @@
-"""Features from your own model: images in, side inputs alongside, parts of a batch out; then eq. 9 with given poses.
+"""Features from your own model, with side inputs; then NFC, and eq. 9 with pictures in other poses.
 
 python examples/own_model.py
 """
@@ -44,10 +44,10 @@ def main() -> None:
     query_feats, gallery_feats = centralizer.enhance(query_feats, gallery_feats)
     print("enhanced:", tuple(query_feats.shape), tuple(gallery_feats.shape))
 
-    # Eq. 9, with features of 8 other pictures of the first person in place of generated ones.
-    first = centralizer.extract([people.render(1, 1, 0).image], cam_label=cameras[:1])
+    # Eq. 9 on raw features, with 8 other pictures of the first person in place of generated ones.
+    first = centralizer.extract([people.render(1, 1, 0).image], normalize=False, cam_label=cameras[:1])
     poses = [people.render(1, 1, 0, yaw=45.0 * turn).image for turn in range(8)]
-    generated = centralizer.extract(poses, cam_label=cameras[:1].repeat(8))
+    generated = centralizer.extract(poses, normalize=False, cam_label=cameras[:1].repeat(8))
     print("fused:", tuple(centralizer.fuse(first, generated[None]).shape))
 
 

@@ -9,6 +9,7 @@ and is_query (bool) for each image. For files with query_feats and gallery_feats
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from pose2id.report import compare, table
 
 def load(path: str, name: str | None) -> tuple[str, FeatureFile]:
     """Split one array of features into query and gallery."""
+    if not Path(path).is_file():
+        raise SystemExit(f"There is no file {path}.")
     with np.load(path, allow_pickle=False) as file:
         names = [key for key in file.files if file[key].ndim == 2 and file[key].dtype.kind == "f"]
         if name is None and len(names) == 1:
@@ -41,10 +44,11 @@ def main() -> None:
     print(f"{args.path}, {name}: {len(content.query_feats)} queries, {len(content.gallery_feats)} gallery images\n")
     print(table(compare(content)), "\n")
     labels = content.q_pids, content.g_pids, content.q_camids, content.g_camids
-    for k in (1, 2, 3, 4, 6) if args.grid else (2,):
+    print(f"gallery: {nfc_diagnostics(content.gallery_feats, camids=content.g_camids)}")
+    for k in (1, 2, 3, 4, 6) if args.grid else ():
         result = evaluate(*Centralizer(k1=k, k2=k).enhance(content.query_feats, content.gallery_feats), *labels)
-        print(nfc_diagnostics(content.gallery_feats, k, k, camids=content.g_camids))
-        print(f"  NFC on query and gallery: {result}")
+        print(f"\ngallery: {nfc_diagnostics(content.gallery_feats, k, k, camids=content.g_camids)}")
+        print(f"NFC on query and gallery: {result}")
 
 
 if __name__ == "__main__":

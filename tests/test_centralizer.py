@@ -81,6 +81,10 @@ def test_bad_features(q, g, error, message):
         ({"backend": "annoy"}, ValueError, "backend must be one of"),
         ({"inputs": "paths"}, ValueError, "inputs must be one of"),
         ({"max_memory": 5}, ValueError, "max_memory must be at least"),
+        ({"transform": "resnet"}, ValueError, "transform must be one of"),
+        ({"transform": 3}, TypeError, "transform must be callable"),
+        ({"transform": "pmt", "inputs": "images"}, ValueError, "transform must be None"),
+        ({"device": "gpu"}, ValueError, "device must be a torch device"),
     ],
 )
 def test_bad_parameters_are_refused_at_once(arguments, error, message):

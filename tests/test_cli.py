@@ -84,15 +84,20 @@ def test_evaluate_prints_what_the_functions_give(path, capsys):
     assert rows[2]["id2"] is None
 
     assert main(["evaluate", str(path)]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    sizes, _, head, *lines = capsys.readouterr().out.splitlines()
+    assert sizes == "20 queries (20 with a match), 60 gallery images"
     assert head.split() == ["mAP", "Rank-1", "Rank-5", "Rank-10", "mINP", "ID²"]
     assert len(lines) == 1
     assert f"{100 * results[0].mAP:.2f}" in lines[0]
 
 
 def test_demo_of_a_users_file(path, tmp_path, capsys):
-    picture = tmp_path / "new" / "demo.png"
+    picture = tmp_path / "demo.png"
     assert main(["demo", str(path), "--picture", str(picture)]) == 0
+    before = picture.read_bytes()
+    assert main(["demo", str(path), "--picture", str(picture)]) == 2
+    assert picture.read_bytes() == before
+    assert main(["demo", str(path), "--picture", str(picture), "--overwrite"]) == 0
     printed = capsys.readouterr().out
     assert "NFC + re-ranking" in printed
     assert str(picture) in printed
@@ -112,7 +117,8 @@ def test_demo_says_that_its_pedestrians_are_drawn(tmp_path, capsys, monkeypatch)
         assert drawn.size[1] > 1000
 
 
-def test_demo_without_the_extra_names_it_before_any_work(capsys, monkeypatch):
+def test_demo_without_the_extra_names_it_before_any_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo"]) == 2
     assert 'pip install "pose2id[plots]"' in capsys.readouterr().err
@@ -126,6 +132,8 @@ def test_demo_without_the_extra_names_it_before_any_work(capsys, monkeypatch):
         (["enhance", "none.npz", "out.npz"], "There is no feature file none.npz"),
         (["enhance", "none.npz", "out.txt"], "end in .npz or .mat"),
         (["enhance", "none.npz", "nowhere/out.npz"], "There is no folder nowhere"),
+        (["demo", "--picture", "nowhere/out.png"], "There is no folder nowhere"),
+        (["demo", "--picture", "out.gif"], "end in .png or .svg or .pdf"),
     ],
 )
 def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -151,6 +159,6 @@ def test_the_installed_command():
     found = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == pose2id.__version__
     helped = subprocess.run(
-        [sys.executable, "-m", "pose2id.cli", "enhance", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pose2id", "enhance", "--help"], capture_output=True, text=True, check=True
     )
     assert "query_feats (Q, D)" in helped.stdout

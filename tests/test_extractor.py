@@ -89,6 +89,21 @@ def test_the_model_is_left_as_it_was(pictures):
     assert model.dropout.training
 
 
+def test_a_bound_method_runs_its_module_in_eval_mode(pictures):
+    model = TinyModel().train()
+    found = Centralizer(model.forward, transform="transreid").extract(pictures)
+    assert model.dropout.training
+    torch.testing.assert_close(found, by_hand(model, pictures))
+
+
+def test_raw_features_on_request(pictures):
+    model = TinyModel().eval()
+    centralizer = Centralizer(model, transform="transreid")
+    raw = centralizer.extract(pictures, normalize=False)
+    assert (raw.norm(dim=1) - 1).abs().min() > 1e-3
+    torch.testing.assert_close(nn.functional.normalize(raw), centralizer.extract(pictures))
+
+
 @pytest.mark.parametrize("kind", ["tuple", "dict", "numpy"])
 def test_ways_to_return_features(kind, pictures):
     def extractor(images):
@@ -145,9 +160,9 @@ def test_side_inputs_stay_with_their_image(rng):
 
     cams, arrays = torch.from_numpy(order) * 10, order * 100
     Centralizer(extractor, batch_size=3).extract(
-        images[order], cams=cams, names=[str(i) for i in order], arrays=arrays, mode="seventh", flag=None
+        images[order], cams=cams, names=[str(i) for i in order], arrays=arrays, mode=tuple("seventh"), flag=None
     )
-    assert seen == [(i, i * 10, str(i), i * 100, "seventh", None) for i in order]
+    assert seen == [(i, i * 10, str(i), i * 100, tuple("seventh"), None) for i in order]
     assert cams.tolist() == (order * 10).tolist()
     assert arrays.tolist() == (order * 100).tolist()
 
@@ -194,11 +209,12 @@ def test_exif_rotation_is_applied(tmp_path):
     ("images", "error", "message"),
     [
         ([], ValueError, "at least one image"),
-        ("a.jpg", TypeError, "Wrap a single image"),
-        (Image.new("RGB", (2, 2)), TypeError, "Wrap a single image"),
+        ("a.jpg", TypeError, "Wrap one image"),
+        (Image.new("RGB", (2, 2)), TypeError, "Wrap one image"),
         (np.zeros((4, 4, 3), np.uint8), TypeError, r"sequence of images, got shape \(4, 4, 3\)"),
         (None, TypeError, "sequence of images"),
-        (["missing.jpg"], ValueError, r"images\[0\] cannot be read: missing.jpg"),
+        ((x for x in "ab"), TypeError, r"an iterator in list\(\)"),
+        ([Image.new("RGB", (2, 2)), "missing.jpg"], ValueError, r"images\[1\] cannot be read.*missing.jpg"),
         ([np.zeros((4, 4), np.uint8)], TypeError, r"images\[0\] must be a path.*shape \(4, 4\)"),
         ([torch.full((3, 4, 4), 200.0)], ValueError, r"images\[0\] must be a float image in \[0, 1\]"),
         ([torch.full((3, 4, 4), float("nan"))], ValueError, r"images\[0\]"),
@@ -215,7 +231,7 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"images\[0\] cannot be read: .*broken\.jpg"):
         Centralizer(TinyModel(), transform="transreid").extract([tmp_path / "broken.jpg"])
-    with pytest.raises(ValueError, match=r"images\[0\] cannot be read: .*missing\.jpg"):
+    with pytest.raises(ValueError, match=r"images\[0\] cannot be read.*missing\.jpg"):
         Centralizer(TinyModel(), inputs="images").extract([tmp_path / "missing.jpg"])
 
 
@@ -255,6 +271,12 @@ def test_bad_outputs(output, error, message):
 def test_bad_settings(arguments, images, error, message):
     with pytest.raises(error, match=message):
         Centralizer(TinyModel(), **arguments).extract(images)
+
+
+@pytest.mark.parametrize("cams", [[1, 2], np.arange(8), torch.arange(1)])
+def test_side_inputs_of_another_length(cams, pictures):
+    with pytest.raises(ValueError, match=r"cam_label must have one entry for each of the 7 images.*functools\.partial"):
+        Centralizer(TinyModel(), transform="transreid").extract(pictures, cam_label=cams)
 
 
 @pytest.mark.parametrize("arguments", [{"size": (0, 3)}, {"std": (0.0, 1.0, 1.0)}, {"interpolation": "cubic"}])

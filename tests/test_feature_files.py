@@ -95,14 +95,28 @@ def test_pickles_are_refused_and_never_run(features, tmp_path):
     bomb = np.empty(1, dtype=object)
     bomb[0] = Bomb()
     np.savez(tmp_path / "f.npz", query_feats=features.query_feats, gallery_feats=features.gallery_feats, x=bomb)
-    with pytest.raises(ValueError, match=r"plain arrays.*refused"):
+    with pytest.raises(ValueError, match=r"x of .* cannot be read.*refused"):
         load_features(tmp_path / "f.npz")
     (tmp_path / "g.npz").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="plain arrays"):
+    with pytest.raises(ValueError, match=r"damaged, or no \.npz"):
         load_features(tmp_path / "g.npz")
     (tmp_path / "h.mat").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="cannot be read"):
         load_features(tmp_path / "h.mat")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_said_to_be_damaged(share, features, tmp_path):
+    path = tmp_path / "f.npz"
+    save_features(features, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="damaged"):
+        load_features(path)
+
+
+def test_endings_in_capitals(features, tmp_path):
+    save_features(features, tmp_path / "F.NPZ")
+    same(load_features(tmp_path / "F.NPZ"), features)
 
 
 def test_matlab_cells_are_not_pickled_into_npz(features, tmp_path):

@@ -41,6 +41,12 @@ def test_public_names_are_lazy_typed_and_documented(name):
     assert name in dir(pose2id)
 
 
+@pytest.mark.parametrize("name", pose2id._SUBMODULES)
+def test_submodules_load_by_attribute(name):
+    assert run(f"import pose2id; print(pose2id.{name}.__name__)") == f"pose2id.{name}"
+    assert name in dir(pose2id)
+
+
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pose2id.nothing

@@ -53,8 +53,12 @@ _HOME = {
     "re_ranking": "rerank",
 }
 
+_SUBMODULES = ("datasets", "extractor", "feature_files", "plots", "report")
+
 
 def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return import_module(f"pose2id.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pose2id' has no attribute {name!r}")
     value: object = getattr(import_module(f"pose2id.{_HOME[name]}"), name)
@@ -63,4 +67,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

@@ -133,7 +133,10 @@ def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
     if array.size == 0 and length == 0:
         return np.zeros(0, dtype=np.int64)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}. Map other labels to integers first.")
+        raise TypeError(
+            f"{name} must hold integers, got dtype {array.dtype}. "
+            "Map other labels to integers first: numpy.unique(labels, return_inverse=True)[1]."
+        )
     if array.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), one label per row, got {array.shape}.")
     return array.astype(np.int64)
@@ -197,10 +200,13 @@ def _checked_features(features: Any, name: str) -> Any:
     else:
         raise TypeError(
             f"{name} must be a numpy array or a torch tensor of shape (N, D), got {type(features).__name__}. "
-            "Convert it with numpy.asarray or torch.as_tensor."
+            "Convert it with numpy.asarray, or torch.stack for a list of tensors."
         )
     if not floating:
-        raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {features.dtype}.")
+        raise TypeError(
+            f"{name} must be of dtype float16, bfloat16, float32 or float64, got {features.dtype}. "
+            "Convert it to float32, and check the order of the arguments."
+        )
     if features.ndim != _FEATURE_NDIM:
         raise ValueError(f"{name} must have shape (N, D), one feature a row, got shape {tuple(features.shape)}.")
     if features.shape[1] == 0:

@@ -19,7 +19,7 @@ from pose2id._inputs import (
     checked_pair,
 )
 from pose2id.centralization import fuse, nfc
-from pose2id.extractor import INPUTS, PARTS_NDIM, Extractor, extract
+from pose2id.extractor import INPUTS, PARTS_NDIM, Extractor, checked_device, checked_transform, extract
 from pose2id.neighbors import BACKENDS
 
 
@@ -68,10 +68,10 @@ class Centralizer:
         self.k1 = checked_count(k1, "k1")
         self.k2 = checked_count(k2, "k2")
         self.eta = checked_number(eta, "eta", 0, 1e6)
-        self.transform = transform
         self.inputs = checked_choice(inputs, "inputs", INPUTS)
+        self.transform = checked_transform(transform, self.inputs)
         self.batch_size = checked_count(batch_size, "batch_size")
-        self.device = device
+        self.device = None if device is None else checked_device(device)
         self.backend = checked_choice(backend, "backend", BACKENDS)
         checked_memory(max_memory)
         self.max_memory = max_memory
@@ -114,21 +114,27 @@ class Centralizer:
         return fuse(features, generated, self.eta if eta is None else eta)
 
     def extract(
-        self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
+        self,
+        images: Any,
+        *,
+        normalize: bool = True,
+        progress: bool = True,
+        return_visibility: bool = False,
+        **side_inputs: Any,
     ) -> Any:
-        """L2-normalised features of images from the user's extractor.
+        """Features of images from the user's extractor, L2-normalised unless told otherwise.
 
         Args:
             images: sequence of paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) float tensors in [0, 1], or
                 one array of them; without a transform, tensors that the model takes as they are.
+            normalize: L2-normalise each feature, or each part's. False gives the raw outputs, which `fuse` wants.
             progress: show a bar on a terminal.
             return_visibility: also return the visibility (N, P) that came with part features, or None.
-            **side_inputs: keywords for the extractor (`cam_label=cams`). Those with one entry per image are sliced with
-                the batch, the others passed on as they are.
+            **side_inputs: keywords for the extractor (`cam_label=cams`). Tensors, arrays and lists have one entry per
+                image and are sliced with the batch; anything else, tuples too, is passed on as it is.
 
         Returns:
-            (N, D) features, or (N, P, D) parts, each vector L2-normalised, in the container, dtype and device that the
-            extractor returns.
+            (N, D) features, or (N, P, D) parts, in the container, dtype and device that the extractor returns.
 
         Raises:
             TypeError, ValueError: no extractor, bad or unreadable images (named), outputs that are no finite features.
@@ -148,7 +154,7 @@ class Centralizer:
         name = "extractor output"
         if features.ndim == PARTS_NDIM:
             name += f" (row = image * {features.shape[1]} + part)"
-        rows = Rows(features.reshape(-1, features.shape[-1]), name, normalize=True)
+        rows = Rows(features.reshape(-1, features.shape[-1]), name, normalize=normalize)
         result = rows.empty()
         for block in rows.blocks():
             rows.write(result, block, rows.read(block))

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("features", metavar="FEATS", nargs="?", help="feature file (default: drawn pedestrians)")
     demo.add_argument("--picture", metavar="PATH", default="pose2id-demo.png", help="default: %(default)s")
     demo.add_argument("--no-picture", action="store_true", help="print the table only")
+    demo.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
     return parser
 
 
@@ -63,8 +64,8 @@ def _command(commands: Any, name: str, help_text: str, run: Any) -> argparse.Arg
         epilog=_FILES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--k1", type=int, default=2, help="neighbours that a feature proposes (default %(default)s)")
-    parser.add_argument("--k2", type=int, default=2, help="neighbours that the other side looks at (%(default)s)")
+    parser.add_argument("--k1", type=int, default=2, help="NFC: neighbours that a feature proposes (%(default)s)")
+    parser.add_argument("--k2", type=int, default=2, help="NFC: neighbours that the other side looks at (%(default)s)")
     parser.set_defaults(run=run)
     return parser
 
@@ -94,16 +95,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pose2id.report import compare, records, table  # noqa: PLC0415
 
     centralizer = Centralizer(k1=args.k1, k2=args.k2)
-    rows = compare(load_features(args.features), nfc=args.nfc, rerank=args.rerank, centralizer=centralizer)
-    print(json.dumps(records(rows), indent=2) if args.json else table(rows))
+    content = load_features(args.features)
+    rows = compare(content, nfc=args.nfc, rerank=args.rerank, centralizer=centralizer)
+    if args.json:
+        print(json.dumps(records(rows), indent=2))
+        return
+    valid = rows[0].result.num_valid_queries
+    print(f"{len(content.query_feats)} queries ({valid} with a match), {len(content.gallery_feats)} gallery images\n")
+    print(table(rows))
 
 
 def _demo(args: argparse.Namespace) -> None:
     from pose2id import demo  # noqa: PLC0415
     from pose2id.centralizer import Centralizer  # noqa: PLC0415
-    from pose2id.feature_files import load_features  # noqa: PLC0415
+    from pose2id.feature_files import check_target, load_features  # noqa: PLC0415
 
     if not args.no_picture:
+        check_target(args.picture, overwrite=args.overwrite, suffixes=(".png", ".svg", ".pdf"))
         from pose2id.plots import require_plots  # noqa: PLC0415
 
         require_plots()

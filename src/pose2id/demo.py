@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +80,7 @@ def draw(demo: Demo, centralizer: Centralizer, path: str | os.PathLike[str]) -> 
     Args:
         demo: what to show; identity labels are needed.
         centralizer: whose `enhance` is shown.
-        path: .png, .svg or .pdf; its folder is made if need be.
+        path: .png, .svg or .pdf, in a folder that exists; an existing file is replaced.
 
     Raises:
         ImportError: the extra "plots" is not installed.
@@ -103,10 +102,9 @@ def draw(demo: Demo, centralizer: Centralizer, path: str | os.PathLike[str]) -> 
         halves: Any = figure.subfigures(2, 1, height_ratios=[1, 2.2])
         maps = halves[0]
         _draw_lists(halves[1], demo.images, labels, sets)
-    maps.suptitle(f"{demo.title}\nt-SNE of 10 identities, one colour each", fontsize=9)
+    maps.suptitle(f"{demo.title}\nt-SNE of 10 identities, one colour each; the two maps are fitted apart", fontsize=9)
     pids = np.concatenate([labels.q_pids, labels.g_pids])
     feature_maps(maps.subplots(1, 2), {name: np.concatenate(pair) for name, pair in sets.items()}, pids)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 

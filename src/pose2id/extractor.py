@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -111,8 +111,9 @@ def extract(
     """Raw features of images, not normalised, in order.
 
     Args:
-        extractor: see `Extractor`. A module runs in eval mode, which is restored afterwards, without gradients, on the
-            device it is on.
+        extractor: see `Extractor`. A torch module, or a bound method of one, runs in eval mode, which is restored
+            afterwards, without gradients, on the device it is on. Of a model inside a lambda nothing is known: call
+            its eval() yourself.
         images: sequence of paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) float tensors in [0, 1]; or one
             array of them. Pictures in any 8-bit mode become RGB, EXIF rotation is applied.
         transform: picture to (3, H, W) float tensor, or the name of a preset (`PRESETS`). None: `images` are float
@@ -121,8 +122,9 @@ def extract(
         batch_size: images per call.
         device: where batches go; None: where the module's parameters are, else the CPU. The model is never moved.
         progress: show a bar on a terminal.
-        side_inputs: keywords for the extractor. A tensor, array, list or tuple with one entry per image is sliced with
-            the batch (tensors also go to its device); anything else is passed on as it is.
+        side_inputs: keywords for the extractor. Tensors, arrays and lists have one entry per image and are sliced with
+            the batch, in the container they come in (tensors also go to its device); anything else, tuples too, is
+            passed on as it is.
 
     Returns:
         (features, visibility): (N, D) or (N, P, D), and (N, P) or None, in the container, dtype and on the device that
@@ -134,13 +136,10 @@ def extract(
     items = _checked_images(images)
     checked_choice(inputs, "inputs", INPUTS)
     batch_size = checked_count(batch_size, "batch_size")
-    if isinstance(transform, str):
-        transform = PRESETS[checked_choice(transform, "transform", tuple(PRESETS))]
-    if inputs == "images" and transform is not None:
-        raise ValueError("transform must be None with inputs='images': such an extractor does its own preprocessing.")
-    target = torch.device(device) if device is not None else _device_of(extractor)
+    transform = checked_transform(transform, inputs)
+    target = _device_of(extractor) if device is None else checked_device(device)
     side = dict(side_inputs or {})
-    per_image = {name for name, value in side.items() if _is_per_image(value, len(items))}
+    per_image = {name for name, value in side.items() if _is_per_image(value, name, len(items))}
     collected: list[Any] = [None, None]
     with _evaluating(extractor), tqdm(total=len(items), unit="img", disable=None if progress else True) as bar:
         for low in range(0, len(items), batch_size):
@@ -151,6 +150,25 @@ def extract(
                 collected[slot] = _stored(collected[slot], output, index, len(items))
             bar.update(len(index))
     return collected[0], collected[1]
+
+
+def checked_transform(transform: Any, inputs: str) -> Callable[[Image.Image], Tensor] | None:
+    """A transform that fits `inputs`; a preset's name becomes the preset."""
+    if isinstance(transform, str):
+        transform = PRESETS[checked_choice(transform, "transform", tuple(PRESETS))]
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform must be callable, a preset's name or None, got {type(transform).__name__}.")
+    if inputs == "images" and transform is not None:
+        raise ValueError("transform must be None with inputs='images': such an extractor does its own preprocessing.")
+    return cast("Callable[[Image.Image], Tensor] | None", transform)
+
+
+def checked_device(device: Any) -> torch.device:
+    """A device that torch knows by name."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}.") from error
 
 
 def load_image(item: Any, name: str) -> Image.Image:
@@ -192,9 +210,16 @@ def _checked_images(images: Any) -> Any:
     single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != _BATCH_NDIM
     if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
         given = f"shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
-        raise TypeError(f"images must be a sequence of images, got {given}. Wrap a single image in a list.")
+        raise TypeError(
+            f"images must be a sequence of images, got {given}. Wrap one image in a list, an iterator in list()."
+        )
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got an empty sequence.")
+    if not isinstance(images, (np.ndarray, Tensor)):
+        # Before hours of extraction, not in the middle of them.
+        for i, item in enumerate(images):
+            if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
+                raise ValueError(f"images[{i}] cannot be read: there is no file {os.fspath(item)}.")
     return images
 
 
@@ -225,35 +250,46 @@ def _batch(items: Any, index: range, transform: Callable[[Image.Image], Tensor] 
 
 def _native(items: Any, i: int) -> Any:
     if isinstance(items[i], (str, os.PathLike)):
-        if not Path(items[i]).is_file():
-            raise ValueError(f"images[{i}] cannot be read: {os.fspath(items[i])} is no file.")
         return os.fspath(items[i])
     return np.array(load_image(items[i], f"images[{i}]"))
 
 
 def _device_of(extractor: Any) -> torch.device:
-    parameter = next(extractor.parameters(), None) if isinstance(extractor, nn.Module) else None
+    module = _module_of(extractor)
+    parameter = None if module is None else next(module.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _module_of(extractor: Any) -> nn.Module | None:
+    """The torch module behind an extractor: itself, or the one whose bound method it is."""
+    owner = getattr(extractor, "__self__", extractor)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 @contextmanager
 def _evaluating(extractor: Any) -> Iterator[None]:
-    training = [m for m in extractor.modules() if m.training] if isinstance(extractor, nn.Module) else []
-    if isinstance(extractor, nn.Module):
-        extractor.eval()
+    module = _module_of(extractor)
+    training = [] if module is None else [part for part in module.modules() if part.training]
+    if module is not None:
+        module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         # One by one: parts of a model may have been frozen in eval mode on purpose.
-        for module in training:
-            module.training = True
+        for part in training:
+            part.training = True
 
 
-def _is_per_image(value: Any, n: int) -> bool:
-    if isinstance(value, (np.ndarray, Tensor)):
-        return value.ndim > 0 and len(value) == n
-    return isinstance(value, (list, tuple)) and len(value) == n
+def _is_per_image(value: Any, name: str, n: int) -> bool:
+    if not isinstance(value, list) and not (isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0):
+        return False
+    if len(value) != n:
+        raise ValueError(
+            f"{name} must have one entry for each of the {n} images, got {len(value)}. Bind a constant array with "
+            "functools.partial(extractor, ...), or pass it as a tuple."
+        )
+    return True
 
 
 def _sliced(value: Any, index: range, device: torch.device) -> Any:
@@ -280,7 +316,7 @@ def _unpack(output: Any, index: range) -> tuple[Any, Any]:
     if features.ndim not in (2, PARTS_NDIM) or len(features) != len(index):
         raise ValueError(
             f"extractor must return features (B, D) or parts (B, P, D) with B = {len(index)}, one for each image, "
-            f"got shape {tuple(features.shape)}."
+            f"got shape {tuple(features.shape)}. Flatten other shapes in the extractor."
         )
     if visibility is not None and tuple(visibility.shape) != tuple(features.shape[:2]):
         raise ValueError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
     keys = _keys(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no feature file {path}.")
-    arrays = _read_npz(path) if path.suffix == ".npz" else _read_mat(path)
+    arrays = _read_npz(path) if _suffix(path) == ".npz" else _read_mat(path)
     missing = [key for key in (keys["query_feats"], keys["gallery_feats"]) if key not in arrays]
     if missing:
         raise ValueError(f"{path} must hold {' and '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
@@ -110,47 +111,65 @@ def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwr
     keys = _keys(path)
     named = {key: getattr(features, name) for name, key in keys.items() if getattr(features, name) is not None}
     pickled = [name for name, value in features.others.items() if np.asarray(value).dtype.hasobject]
-    if pickled and path.suffix == ".npz":
+    if pickled and _suffix(path) == ".npz":
         raise ValueError(f"{', '.join(pickled)} cannot be written to .npz without pickling. Write a .mat file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("xb") as file:
-            if path.suffix == ".npz":
+            if _suffix(path) == ".npz":
                 np.savez(file, **named, **features.others)
             else:
                 from scipy.io import savemat  # noqa: PLC0415 - slow to import
 
                 savemat(file, {**named, **features.others}, do_compression=True)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raise what `save_features` would raise for this path, before any work is done."""
+def check_target(
+    path: str | os.PathLike[str], *, overwrite: bool = False, suffixes: tuple[str, ...] = (".npz", ".mat")
+) -> None:
+    """Raise before any work what would hinder writing this file: its ending, a missing folder, a file that exists."""
     path = Path(path)
-    _keys(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
+    if _suffix(path) not in suffixes:
+        raise ValueError(f"Files to write here end in {' or '.join(suffixes)}, got {path}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another name, or say to overwrite it (--overwrite).")
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _keys(path: Path) -> dict[str, str]:
-    if path.suffix not in (".npz", ".mat"):
+    if _suffix(path) not in (".npz", ".mat"):
         raise ValueError(f"Feature files end in .npz or .mat, got {path}.")
-    return _NPZ_KEYS if path.suffix == ".npz" else _MAT_KEYS
+    return _NPZ_KEYS if _suffix(path) == ".npz" else _MAT_KEYS
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as .npz of plain arrays ({error}). Pickled objects can run code and are refused: "
-            "save the arrays alone with numpy.savez."
-        ) from error
+        with zipfile.ZipFile(path):
+            pass
+        file = np.load(path, allow_pickle=False)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged, or no .npz file ({error}). Write it again with numpy.savez.") from error
+    arrays = {}
+    with file:
+        for name in file.files:
+            try:
+                arrays[name] = file[name]
+            except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+                raise ValueError(
+                    f"{name} of {path} cannot be read ({error}). Pickled objects can run code and are refused; save "
+                    "plain arrays with numpy.savez."
+                ) from error
+    return arrays
 
 
 def _read_mat(path: Path) -> dict[str, Any]:
