@@ -79,6 +79,19 @@ class TestEdgeCases:
         np.testing.assert_allclose(found, [[-1, 0], [-1, 0]])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_largest_and_smallest_numbers(dtype, rng):
+    x = rng.uniform(0.5, 1, (6, 4)).astype(dtype)
+    expected = nfc(x)
+    for size in (3e38, 1e-38) if dtype == np.float32 else (1e299, 1e-299):
+        np.testing.assert_allclose(nfc(x * dtype(size)), expected, atol=1e-6)
+
+
+def test_k_of_all_others_is_not_quadratic_in_k(rng):
+    x = rng.standard_normal((300, 4))
+    np.testing.assert_allclose(nfc(x, 299, 299, normalize=False), np.tile(x.sum(0), (300, 1)), atol=1e-9)
+
+
 class TestContainers:
     @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
     def test_numpy_in_numpy_out(self, dtype, rng):
@@ -116,6 +129,7 @@ class TestContainers:
             x.astype(">f4"),
         ):
             np.testing.assert_array_equal(nfc(other), expected)
+        np.testing.assert_array_equal(nfc(x.astype(">f8")), nfc(x.astype(np.float64)))
         np.testing.assert_array_equal(nfc(torch.from_numpy(wide)[:, ::2]).numpy(), expected)
         np.testing.assert_array_equal(nfc(x[::-1])[::-1], expected)
 
@@ -176,6 +190,11 @@ class TestFuse:
     def test_generated_features_are_averaged_not_summed(self, rng):
         f, g = rng.standard_normal((4, 3)), rng.standard_normal((4, 1, 3))
         np.testing.assert_allclose(fuse(f, np.repeat(g, 8, axis=1)), fuse(f, g))
+
+    @pytest.mark.parametrize("size", [1e-200, 1e200])
+    def test_extreme_values(self, size, rng):
+        f, g = rng.standard_normal((5, 4)), rng.standard_normal((5, 2, 4))
+        np.testing.assert_allclose(fuse(f * size, g * size), fuse(f, g), atol=1e-14)
 
     def test_half_precision_does_not_overflow_on_the_way(self):
         f = np.full((1, 4), 60000, np.float16)
@@ -243,6 +262,8 @@ BAD_FEATURES = [
     (np.ones(3), ValueError, r"shape \(N, D\)"),
     (np.ones((3, 2, 2)), ValueError, r"shape \(N, D\)"),
     (np.ones((3, 0)), ValueError, "at least one column"),
+    (torch.eye(3).to_sparse(), TypeError, "must be dense"),
+    (np.full((2, 2), 1e305), ValueError, "must be finite"),
     (np.array([[1.0, 2.0], [np.nan, 0.0], [0.0, 1.0]]), ValueError, r"1 of 3 rows.*row 1\)"),
     (torch.tensor([[1.0, float("inf")], [1.0, 1.0]]), ValueError, r"1 of 2 rows.*row 0\)"),
 ]

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 
-from pose2id import Centralizer, fuse, nfc
+from pose2id import Centralizer, centralization, fuse, neighbors, nfc
 
 
 def test_sets_are_centralized_apart(rng, backend):
@@ -36,6 +36,16 @@ def test_each_set_comes_back_in_its_container(joint, rng):
     assert new_q.dtype == torch.float16
     assert type(new_g) is np.ndarray
     assert new_g.dtype == np.float64
+
+
+def test_settings_reach_the_search(monkeypatch, rng):
+    seen = []
+    search = neighbors.search
+    monkeypatch.setattr(centralization, "search", lambda *arguments: seen.append(arguments[1:]) or search(*arguments))
+    q, g = rng.standard_normal((9, 3)), rng.standard_normal((9, 3))
+    for joint in (True, False):
+        Centralizer(k1=3, backend="torch", max_memory=1 << 21).enhance(q, g, joint=joint)
+    assert seen == [(3, "torch", 1 << 21)] * 3
 
 
 def test_fuse_has_the_centralizers_eta(rng):

@@ -227,7 +227,24 @@ def test_bad_images(images, error, message):
         Centralizer(TinyModel(), transform="transreid").extract(images)
 
 
+def test_extractors_run_without_gradients():
+    seen = []
+    Centralizer(lambda x: seen.append(torch.is_grad_enabled()) or x.mean((2, 3))).extract(torch.rand(2, 3, 4, 4))
+    assert seen == [False]
+
+
+def test_bfloat16_pictures_go_through_a_transform(pictures):
+    tensor = torch.from_numpy(pictures[0]).permute(2, 0, 1) / 255
+    assert load_image(tensor.bfloat16(), "x").size == (8, 16)
+
+
 def test_a_broken_file_is_named(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "whole.png")
+    data = bytearray((tmp_path / "whole.png").read_bytes())
+    data[40:48] = b"garbage!"
+    (tmp_path / "broken.png").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"images\[0\] cannot be read: .*broken\.png"):
+        Centralizer(TinyModel(), transform="transreid").extract([tmp_path / "broken.png"])
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"images\[0\] cannot be read: .*broken\.jpg"):
         Centralizer(TinyModel(), transform="transreid").extract([tmp_path / "broken.jpg"])
@@ -243,8 +260,20 @@ def test_a_broken_file_is_named(tmp_path):
         (lambda x: x.mean(), ValueError, "extractor must return features"),
         (lambda x: x.mean((2, 3))[:1], ValueError, "with B = 2"),
         (lambda x: x.mean((2, 3)) / 0, ValueError, "extractor output must be finite"),
-        (lambda x: x.mean((2, 3)).int(), TypeError, "extractor output must be of dtype"),
-        (lambda x: torch.ones(len(x), len(x)), ValueError, "one shape for all batches"),
+        (lambda x: x.mean((2, 3)).int(), TypeError, "extractor output must be dense, of dtype"),
+        (lambda x: torch.ones(len(x), len(x)), ValueError, r"one form of output.*from images\[2\]"),
+        (
+            lambda x: x.mean((2, 3)).to(torch.float64 if len(x) == 1 else torch.float32),
+            ValueError,
+            "one form of output",
+        ),
+        (lambda x: x.mean((2, 3)) if len(x) == 2 else x.mean((2, 3)).numpy(), ValueError, "one form of output"),
+        (
+            lambda x: (torch.ones(len(x), 2, 3), torch.ones(len(x), 2) if len(x) == 1 else None),
+            ValueError,
+            "no visibility",
+        ),
+        (lambda x: torch.ones(len(x), 2, 0), ValueError, r"got shape \(2, 2, 0\)"),
         (
             lambda x: {"features": torch.ones(len(x), 2, 3), "visibility": torch.ones(len(x), 3)},
             ValueError,

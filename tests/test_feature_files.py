@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -75,12 +76,12 @@ def test_a_failed_write_leaves_nothing_behind(features, tmp_path, monkeypatch):
     path = tmp_path / "f.npz"
     path.write_bytes(b"precious")
 
-    def full(file, **_):
-        file.write(b"half")
+    def full(member, *_, **__):
+        member.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(OSError, match=r"f\.npz cannot be written: disk full"):
         save_features(features, path, overwrite=True)
     assert path.read_bytes() == b"precious"
     assert list(tmp_path.iterdir()) == [path]
@@ -112,6 +113,52 @@ def test_a_truncated_file_is_said_to_be_damaged(share, features, tmp_path):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ValueError, match="damaged"):
         load_features(path)
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".mat", "query_f"), (".npz", "g_pids")])
+def test_no_other_array_takes_the_place_of_features(suffix, name, features, tmp_path):
+    stray = FeatureFile(features.query_feats, features.gallery_feats, others={name: np.zeros(3)})
+    with pytest.raises(ValueError, match=f"{name} in the file's other arrays"):
+        save_features(stray, tmp_path / f"f{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_members_of_any_name_are_kept(features, tmp_path):
+    path = tmp_path / "f.npz"
+    np.savez(path, query_feats=features.query_feats, gallery_feats=features.gallery_feats)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", b"who made this")
+    content = load_features(path)
+    content.others["file"] = np.arange(2)
+    save_features(content, tmp_path / "g.npz")
+    found = load_features(tmp_path / "g.npz")
+    assert found.others["readme.txt"] == b"who made this"
+    assert found.others["file"].tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"readme\.txt cannot be names in a \.mat file"):
+        save_features(content, tmp_path / "g.mat")
+
+
+def test_half_precision_in_mat(features, tmp_path):
+    half = features.with_features(features.query_feats.astype(np.float16), features.gallery_feats.astype(np.float16))
+    save_features(half, tmp_path / "f.mat")
+    found = load_features(tmp_path / "f.mat").query_feats
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, half.query_feats)
+
+
+def test_a_link_stays_and_its_target_is_replaced(features, tmp_path):
+    (tmp_path / "target.npz").write_bytes(b"old")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "target.npz")
+    save_features(features, tmp_path / "link.npz", overwrite=True)
+    assert (tmp_path / "link.npz").is_symlink()
+    same(load_features(tmp_path / "target.npz"), features)
+
+
+@pytest.mark.parametrize("label", [np.inf, np.nan, 3e30, 1.5])
+def test_labels_that_are_no_integers(label, features, tmp_path):
+    savemat(tmp_path / "f.mat", {"query_f": np.ones((1, 2)), "gallery_f": np.ones((1, 2)), "query_label": label})
+    with pytest.raises(TypeError, match=r"query_label of .* must hold integers"):
+        load_features(tmp_path / "f.mat")
 
 
 def test_endings_in_capitals(features, tmp_path):

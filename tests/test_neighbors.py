@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import time
 import types
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from pose2id import nearest_neighbors, neighbors
 from pose2id._inputs import Rows
+from pose2id.distance import full_precision
 
 
 def make(kind, n, d, rng):
@@ -143,27 +146,75 @@ def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
     assert ways["open"] > 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_bound_holds(kind, rng):
+@pytest.mark.parametrize("kind", [*KINDS, "float64 far away"])
+def test_the_bound_holds(kind, rng, backend):
     """Float32 distances are never further from the true ones than the bound that proves rows right."""
     x = make(kind, 120, 300, rng)
+    if kind == "float64 far away":  # the subtraction of the mean is what rounds here
+        x = 1e12 + 1e-3 * x.astype(np.float64)
     space = neighbors._Space(Rows(x, "x"), torch.arange(120), 1 << 20)
+    values, positions = neighbors._search(space, 30, backend)
     true = ((x[:, None].astype(np.float64) - x[None]) ** 2).sum(-1) / space._scale**2
-    error = np.abs(space.distances(slice(None), slice(None)).double().numpy() - true)
+    error = np.abs(values.double().numpy() - np.take_along_axis(true, positions.numpy(), 1))
     assert (error <= space.bound.numpy()[:, None]).all()
+    assert space.holds(values, positions)
+    assert not space.holds(values + 3 * space.bound.max().float(), positions)
+
+
+@pytest.mark.parametrize("kind", ["near copies", "one far row", "nearly one value"])
+def test_float64_products_leave_few_pairs_to_gather(kind, monkeypatch, rng):
+    """What float32 cannot tell apart is multiplied in float64; only what that leaves open is scored pair by pair."""
+    x = rng.standard_normal((400, 64)).astype(np.float32)
+    if kind == "near copies":
+        x[:300] = x[0] + 5e-5 * x[:300]
+    elif kind == "one far row":
+        x[7] *= 1e4
+    else:
+        x = (x[:1] + 1e-5 * x).astype(np.float32)
+        x[7] *= -1
+    scored = []
+    exact = neighbors._Space._exact
+    monkeypatch.setattr(neighbors._Space, "_exact", lambda space, a, b: scored.append(len(a)) or exact(space, a, b))
+    found = nearest_neighbors(x, 2, backend="torch", normalize=kind == "near copies")
+    np.testing.assert_array_equal(found, reference.nearest(x, 2, normalize=kind == "near copies"))
+    assert sum(scored) <= 400 * 6 + 400 * 3
+
+
+def test_a_long_row_has_one_sum_whatever_the_threads(rng):
+    base = rng.standard_normal(40_000)
+    x = np.stack([np.zeros(40_000), *(np.roll(base, shift) for shift in (0, 1, 2, 3))])
+    before = torch.get_num_threads()
+    found = set()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for max_memory in (None, 1 << 20):
+                found.add(tuple(nearest_neighbors(x, 2, backend="torch", max_memory=max_memory)[0].tolist()))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
 
 
 def test_thousands_of_equal_rows_are_searched_once(rng):
     x = np.repeat(rng.standard_normal((3, 8)).astype(np.float32), 2000, axis=0)
-    kept, twin = neighbors._distinct(Rows(x, "x"), 2, 1 << 20)
+    kept, twin = neighbors.distinct(Rows(x, "x"), 3, 1 << 20)
     assert kept.tolist() == [0, 1, 2, 2000, 2001, 2002, 4000, 4001, 4002]
     assert twin.tolist() == [0, 1, *[2] * 1998, 3, 4, *[5] * 1998, 6, 7, *[8] * 1998]
 
 
 def test_equal_keys_of_different_rows_do_not_join_them(monkeypatch, rng):
-    x = np.repeat(rng.standard_normal((5, 4)).astype(np.float32), 6, axis=0)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.full((4,), -1) // 2)  # all keys collide
+    # With equal weights, rows with the same values in another order have the same key.
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.zeros(4, dtype=torch.int64))
+    x = rng.standard_normal((5, 4)).astype(np.float32)
+    x = np.repeat(np.concatenate([x, x[:, ::-1]]), 6, axis=0)[rng.permutation(60)]
     np.testing.assert_array_equal(nearest_neighbors(x, 3, backend="torch"), reference.nearest(x, 3))
+
+
+def test_minus_zero_is_zero():
+    x = np.zeros((50, 3), np.float32)
+    x[::2] *= -1.0
+    kept, _ = neighbors.distinct(Rows(x, "x"), 3, 1 << 20)
+    assert kept.tolist() == [0, 1, 2]
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,7 +234,7 @@ def test_any_small_set_with_ties(seed, n, d, k, levels, backend):
 
 
 def test_float64_values_of_any_size(backend, rng):
-    x = rng.standard_normal((60, 5))
+    x = np.concatenate([rng.standard_normal((60, 5)), 3 + 1e-9 * rng.standard_normal((30, 5))])
     expected = reference.nearest(x, 3)
     for scale in (1e-200, 1e200, 1e-30, 1e30):
         np.testing.assert_array_equal(nearest_neighbors(x * scale, 3, backend=backend), expected)
@@ -205,6 +256,64 @@ def test_speed_settings_of_the_caller_change_nothing_and_stay(backend, rng):
     np.testing.assert_array_equal(found, expected)
 
 
+def product_precisions():
+    """What float32 products use now: one value for CUDA and one for the CPU (torch >= 2.9), or one for both."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    return [{"highest": "ieee"}.get(torch.get_float32_matmul_precision(), "less")]
+
+
+@pytest.fixture
+def reduced():
+    """A caller who allows less precise products."""
+    torch.set_float32_matmul_precision("medium")
+    yield product_precisions()
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_products_run_in_full_precision_without_gradients(reduced):
+    assert "ieee" not in reduced
+    with full_precision(torch.device("cpu")):
+        assert set(product_precisions()) == {"ieee"}
+        assert not torch.is_grad_enabled()
+    assert product_precisions() == reduced
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_threads_do_not_undo_each_others_precision(reduced):
+    seen = set()
+
+    def work():
+        for _ in range(50):
+            with full_precision(torch.device("cpu")):
+                time.sleep(1e-4)
+                seen.update(product_precisions())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"ieee"}
+    assert product_precisions() == reduced
+
+
+def test_a_backend_whose_distances_are_off_is_not_believed(monkeypatch, rng, caplog):
+    def coarse(x, y, k):
+        distances = ((x[:, None] - y[None]) ** 2).sum(-1) * 1.001
+        order = np.argsort(distances, axis=1)[:, :k]
+        return np.take_along_axis(distances, order, 1), order
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    neighbors._logged.clear()
+    monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(knn=coarse))
+    x = rng.standard_normal((50, 4)).astype(np.float32)
+    np.testing.assert_array_equal(nearest_neighbors(x, 2), reference.nearest(x, 2))
+    assert "further off than float32" in caplog.text
+    with pytest.raises(RuntimeError, match="further off than float32"):
+        nearest_neighbors(x, 2, backend="faiss")
+
+
 BROKEN_FAISS = {
     "missing": None,
     "clobbered": types.ModuleType("faiss"),
@@ -216,7 +325,7 @@ class TestFaissThatCannotBeUsed:
     @pytest.fixture(autouse=True)
     def _linux_and_fresh_log(self, monkeypatch):
         monkeypatch.setattr(sys, "platform", "linux")
-        neighbors._log_once.cache_clear()
+        neighbors._logged.clear()
 
     @pytest.mark.parametrize("how", BROKEN_FAISS)
     def test_torch_takes_over_and_says_so_once(self, how, monkeypatch, caplog, rng):

@@ -47,3 +47,12 @@ def test_benchmarks_run_and_compare_outputs():
     command = [sys.executable, "benchmarks/core.py", "--n", "300", "--runs", "1", "--json"]
     printed = run(*command, cwd=ROOT)
     assert printed.count('"speedup"') == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc, which Linux has")
+def test_memory_is_linear():
+    """8,000 rows: their distance matrix alone would be 256 MB."""
+    command = [sys.executable, "benchmarks/core.py", "nfc", "--n", "8000", "--backend", "torch", "--memory-of"]
+    ours, theirs = (float(run(*command, side, cwd=ROOT)) for side in ("ours", "published"))
+    assert ours < 128
+    assert theirs > 256

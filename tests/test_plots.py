@@ -22,6 +22,11 @@ def test_maps_draw_every_chosen_image_once(rng):
     pids = np.array([1] * 9 + [2] * 8 + [3] * 7 + [0] * 5 + [-1] * 5)
     features = rng.standard_normal((34, 6))
     feature_maps(axes, {"before": features, "after": features * 2}, pids, num_identities=2)
+    first, second = (ax.collections[0].get_offsets() for ax in axes)
+    np.testing.assert_allclose(first, second, atol=1e-2)  # the same directions
+    other = new_figure(3, 3).subplots()
+    feature_maps([other], {"other": rng.standard_normal((34, 6))}, pids, num_identities=2)
+    assert np.abs(other.collections[0].get_offsets() - first).max() > 1
     assert [len(ax.collections[0].get_offsets()) for ax in axes] == [17, 17]
     assert [ax.get_title() for ax in axes] == ["before", "after"]
 

@@ -47,6 +47,26 @@ def test_equals_the_literal_encoding(k1, k2, weight, rng, monkeypatch):
     np.testing.assert_allclose(k_reciprocal(q, g, k1, k2, weight), normalized, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_distances_of_any_size(size, rng):
+    q, g = (rng.standard_normal((n, 4)).astype(np.float32) for n in (5, 20))
+    expected = k_reciprocal(q, g, 6, 3, normalize=False)
+    scale = np.float32(size)
+    np.testing.assert_allclose(k_reciprocal(q * scale, g * scale, 6, 3, normalize=False), expected, atol=1e-5)
+    distances = [np.sqrt(matrix).astype(np.float32) * scale for matrix in all_squared(q, g)]
+    np.testing.assert_allclose(re_ranking(*distances, 6, 3), expected, atol=1e-5)
+
+
+def test_the_default_dtype_of_torch_does_not_matter(rng):
+    q, g = rng.standard_normal((5, 4)), rng.standard_normal((9, 4))
+    expected = k_reciprocal(q, g, 4, 2)
+    torch.set_default_dtype(torch.float16)
+    try:
+        np.testing.assert_array_equal(k_reciprocal(q, g, 4, 2), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_distances_need_not_be_symmetric(rng):
     q_g, q_q, g_g = rng.random((5, 9)), rng.random((5, 5)), rng.random((9, 9))
     np.fill_diagonal(q_q, 0)

@@ -6,6 +6,7 @@ that knows which of the two it is. Callers' arrays are never modified and never 
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -44,16 +45,31 @@ class Rows:
         self.device = torch.device("cpu")
         if isinstance(features, Tensor) and features.device.type == "cuda":
             self.device = features.device
-        self.dtype = torch.float64 if self._array.dtype in (torch.float64, np.float64) else torch.float32
+        self.dtype = torch.float64 if self._array.dtype.itemsize == 8 else torch.float32
         self.norms = self._finite_norms(name)
         # A zero vector has no direction: it stays the zero vector.
-        self._scale = torch.where(self.norms > 0, self.norms, 1.0) if normalize else None
+        self._divide_by(torch.where(self.norms > 0, self.norms, 1.0) if normalize else None)
 
     def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows at `index` (slice or int64 tensor) as a fresh tensor on `self.device`, in `dtype` or `self.dtype`."""
         dtype = dtype or self.dtype
-        rows = self._raw(index, dtype)
-        return rows if self._scale is None else rows.div_(self._scale[index, None].to(dtype))
+        if self._scale is None:
+            return self._raw(index, dtype)
+        if self._beyond_float32:
+            return self._raw(index, torch.float64).div_(self._scale[index, None]).to(dtype)
+        return self._raw(index, dtype).div_(self._scale[index, None].to(dtype))
+
+    def _divide_by(self, scale: Tensor | None) -> None:
+        self._scale = scale
+        extremes = (1e-30, 1e30)  # float32 rows divided by such scales lose digits or vanish
+        self._beyond_float32 = scale is not None and bool(((scale < extremes[0]) | (scale > extremes[1])).any())
+
+    @staticmethod
+    def share_scale(*sets: Rows) -> None:
+        """Divide several sets by one power of two, so that no square overflows; ratios of distances stay the same."""
+        largest = max(float(rows.norms.max()) for rows in sets)
+        for rows in sets:
+            rows._divide_by(torch.full_like(rows.norms, 2.0 ** math.frexp(largest)[1]))
 
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
         """Slices that cover all rows; four float64 copies of one block take at most `block_bytes`."""
@@ -76,7 +92,8 @@ class Rows:
     def _raw(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(self._array, Tensor):
             local = index.to(self._array.device) if isinstance(index, Tensor) else index
-            return self._array[local].to(self.device, dtype, copy=True, memory_format=torch.contiguous_format)
+            chosen = self._array[local].to(self.device)  # first: a device without float64 cannot convert to it
+            return chosen.to(dtype, copy=True, memory_format=torch.contiguous_format)
         chosen = self._array[index.numpy() if isinstance(index, Tensor) else index]
         # A fresh array: torch takes neither read-only memory, nor negative strides, nor foreign byte order. Row by row
         # in memory, so that sums over a row have one order whatever the layout of the input.
@@ -137,6 +154,8 @@ def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
             f"{name} must hold integers, got dtype {array.dtype}. "
             "Map other labels to integers first: numpy.unique(labels, return_inverse=True)[1]."
         )
+    if array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must fit into 64-bit signed integers, got {array.max()}.")
     if array.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), one label per row, got {array.shape}.")
     return array.astype(np.int64)
@@ -193,7 +212,7 @@ def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
 
 def _checked_features(features: Any, name: str) -> Any:
     if isinstance(features, Tensor):
-        floating = features.dtype in _TORCH_DTYPES
+        floating = features.dtype in _TORCH_DTYPES and features.layout == torch.strided
         features = features.detach()
     elif isinstance(features, np.ndarray) and not isinstance(features, np.ma.MaskedArray):
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
@@ -204,7 +223,7 @@ def _checked_features(features: Any, name: str) -> Any:
         )
     if not floating:
         raise TypeError(
-            f"{name} must be of dtype float16, bfloat16, float32 or float64, got {features.dtype}. "
+            f"{name} must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}. "
             "Convert it to float32, and check the order of the arguments."
         )
     if features.ndim != _FEATURE_NDIM:

@@ -5,7 +5,6 @@ Source: "From Poses to Identity: Training-Free Person Re-Identification via Feat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pose2id._inputs import FeatureArray, Rows, blocks, checked_count, checked_labels, checked_memory, checked_number
+from pose2id._inputs import FeatureArray, Rows, checked_count, checked_labels, checked_memory, checked_number
 from pose2id.neighbors import mutual, search
 
 _STACK_NDIM = 3
@@ -47,7 +46,8 @@ def nfc(
         max_memory: bytes for working blocks, see `pose2id.neighbors.nearest_neighbors`.
 
     Returns:
-        (N, D) in the container, dtype and device of `features`, computed in at least float32.
+        (N, D) in the container, dtype and device of `features`, computed in at least float32. With normalize=False, a
+        sum beyond the range of the dtype (65,504 for float16) becomes infinite.
 
         Defined edge cases: N = 0 gives an empty array; N = 1 has no neighbour and is only normalised; k >= N means all
         others; exact copies are neighbours of each other, ties go to the lower index; a zero row is compared as the
@@ -61,13 +61,13 @@ def nfc(
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     rows = Rows(features, "features", normalize=normalize)
     neighbors = search(rows, max(k1, k2), backend, max_memory)
+    is_mutual = mutual(neighbors, k1, k2)
     result = rows.empty()
-    for block in _row_blocks(rows, k1, k2, max_memory):
-        is_mutual = mutual(neighbors, k1, k2, block)
+    for block in rows.blocks(checked_memory(max_memory)):
         total = rows.read(block)
         # Neighbour by neighbour: a fixed order of sums on every device, and no (rows, k1, D) temporary.
         for rank in range(is_mutual.shape[1]):
-            hit = torch.nonzero(is_mutual[:, rank]).flatten()
+            hit = torch.nonzero(is_mutual[block, rank]).flatten()
             total[hit] += rows.read(neighbors[block, rank][hit])
         rows.write(result, block, _unit(total) if normalize else total)
     return result  # type: ignore[return-value]
@@ -178,19 +178,18 @@ def nfc_diagnostics(
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     cameras = None if camids is None else torch.from_numpy(checked_labels(camids, "camids", rows.n)).to(rows.device)
     neighbors = search(rows, max(k1, k2), backend, max_memory)
-    pairs = with_neighbor = same_camera = 0
+    same_camera = 0
     similarity = 0.0
     total = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
     squares = 0.0
-    for block in _row_blocks(rows, k1, k2, max_memory):
-        is_mutual = mutual(neighbors, k1, k2, block)
+    is_mutual = mutual(neighbors, k1, k2)
+    pairs, with_neighbor = int(is_mutual.sum()), int(is_mutual.any(1).sum())
+    for block in rows.blocks(checked_memory(max_memory)):
         unit = rows.read(block, torch.float64)
         total += unit.sum(0)
         squares += float(unit.square().sum())
-        pairs += int(is_mutual.sum())
-        with_neighbor += int(is_mutual.any(1).sum())
         for rank in range(is_mutual.shape[1]):
-            hit = torch.nonzero(is_mutual[:, rank]).flatten()
+            hit = torch.nonzero(is_mutual[block, rank]).flatten()
             other = neighbors[block, rank][hit]
             similarity += float((unit[hit] * rows.read(other, torch.float64)).sum())
             if cameras is not None:
@@ -211,10 +210,8 @@ def nfc_diagnostics(
     )
 
 
-def _row_blocks(rows: Rows, k1: int, k2: int, max_memory: int | None) -> Iterator[slice]:
-    return blocks(rows.n, checked_memory(max_memory) // (32 * rows.dim + 16 * min(k1, rows.n) * min(k2, rows.n)))
-
-
 def _unit(rows: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / torch.where(norms > 0, norms, 1.0)
+    # Scaled by the largest entry, so that no square overflows or vanishes.
+    peak = rows.abs().amax(1, keepdim=True)
+    scaled = rows / torch.where(peak > 0, peak, 1.0)
+    return scaled / torch.where(peak > 0, torch.linalg.vector_norm(scaled, dim=1, keepdim=True), 1.0)

@@ -17,6 +17,9 @@ _FILES = """Feature files, told apart by their ending:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after an error that was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # not every console can print ID²
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
@@ -71,8 +74,7 @@ def _command(commands: Any, name: str, help_text: str, run: Any) -> argparse.Arg
 
 
 def _enhance(args: argparse.Namespace) -> None:
-    from pose2id.centralization import nfc_diagnostics  # noqa: PLC0415 - torch takes seconds to import
-    from pose2id.centralizer import Centralizer  # noqa: PLC0415
+    from pose2id.centralizer import Centralizer  # noqa: PLC0415 - torch takes seconds to import
     from pose2id.feature_files import check_target, load_features, save_features  # noqa: PLC0415
 
     check_target(args.output, overwrite=args.overwrite)
@@ -80,12 +82,6 @@ def _enhance(args: argparse.Namespace) -> None:
     centralizer = Centralizer(k1=args.k1, k2=args.k2)
     enhanced = centralizer.enhance(features.query_feats, features.gallery_feats, joint=args.joint)
     save_features(features.with_features(*enhanced), args.output, overwrite=args.overwrite)
-    for name, feats, camids in (
-        ("query", features.query_feats, features.q_camids),
-        ("gallery", features.gallery_feats, features.g_camids),
-    ):
-        if len(feats) > 1 and not args.joint:
-            print(f"{name}: {nfc_diagnostics(feats, args.k1, args.k2, camids=camids)}")
     print(f"wrote {args.output}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from pose2id._inputs import Rows
 from pose2id.centralization import nfc_diagnostics
 from pose2id.centralizer import Centralizer
 from pose2id.datasets import Sample, SyntheticPedestrians, colour_stripes
-from pose2id.evaluation import JUNK_PID, evaluate
+from pose2id.evaluation import Protocol, evaluate
 from pose2id.feature_files import FeatureFile
 from pose2id.report import compare, table
 
@@ -91,7 +91,7 @@ def draw(demo: Demo, centralizer: Centralizer, path: str | os.PathLike[str]) -> 
     features = demo.features
     if features.q_pids is None or features.g_pids is None:
         raise ValueError("q_pids and g_pids must be given to draw identities.")
-    labels = _Labels(features.q_pids, features.g_pids, features.q_camids, features.g_camids)
+    labels = features.q_pids, features.g_pids, features.q_camids, features.g_camids
     sets = {
         "before": (features.query_feats, features.gallery_feats),
         "after NFC": centralizer.enhance(features.query_feats, features.gallery_feats),
@@ -103,36 +103,29 @@ def draw(demo: Demo, centralizer: Centralizer, path: str | os.PathLike[str]) -> 
         maps = halves[0]
         _draw_lists(halves[1], demo.images, labels, sets)
     maps.suptitle(f"{demo.title}\nt-SNE of 10 identities, one colour each; the two maps are fitted apart", fontsize=9)
-    pids = np.concatenate([labels.q_pids, labels.g_pids])
+    pids = np.concatenate(labels[:2])
     feature_maps(maps.subplots(1, 2), {name: np.concatenate(pair) for name, pair in sets.items()}, pids)
     figure.savefig(path, dpi=110)
 
 
-class _Labels(NamedTuple):
-    """Arguments of `evaluate`, in its order."""
-
-    q_pids: NDArray[np.int64]
-    g_pids: NDArray[np.int64]
-    q_camids: NDArray[np.int64] | None
-    g_camids: NDArray[np.int64] | None
-
-
 def _draw_lists(
-    figure: Any, images: _Images, labels: _Labels, sets: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
+    figure: Any, images: _Images, labels: tuple[Any, ...], sets: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
 ) -> None:
     from pose2id.plots import ranked_list  # noqa: PLC0415
 
     precision = {name: evaluate(*pair, *labels).average_precision for name, pair in sets.items()}
     chosen = _telling_queries(precision["after NFC"] - precision["before"])
+    protocol = Protocol(len(images[0]), len(images[1]), *labels)
     axes = iter(figure.subplots(2 * len(chosen), 1))
     for what, query in chosen.items():
         for name, pair in sets.items():
-            order = _ranking(*pair, labels, query)[:_LIST_LENGTH]
+            matches, dropped = protocol.of_query(query)
+            order = _ranking(*pair, query, dropped)[:_LIST_LENGTH]
             ranked_list(
                 next(axes),
                 images[0][query],
                 [images[1][i] for i in order],
-                labels.g_pids[order] == labels.q_pids[query],
+                np.isin(order, matches),
                 title=f"{what} query, {name}: average precision {precision[name][query]:.0%}",
             )
 
@@ -143,13 +136,9 @@ def _telling_queries(gain: NDArray[np.float64]) -> dict[str, int]:
     return {"most helped": int(order[-1]), "median": int(order[len(order) // 2]), "most harmed": int(order[0])}
 
 
-def _ranking(qf: NDArray[Any], gf: NDArray[Any], labels: _Labels, query: int) -> NDArray[np.int64]:
-    """Gallery indices, nearest first, without what the protocol drops for this query."""
+def _ranking(qf: NDArray[Any], gf: NDArray[Any], query: int, dropped: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Gallery indices, nearest first, without the dropped ones."""
     q, g = (Rows(x, "features", normalize=True).read(slice(None)).numpy() for x in (qf[query : query + 1], gf))
     order: NDArray[np.int64] = np.argsort(-(g @ q[0]), kind="stable")
-    dropped = labels.g_pids[order] == JUNK_PID
-    if labels.q_camids is not None and labels.g_camids is not None:
-        same_pid = labels.g_pids[order] == labels.q_pids[query]
-        dropped |= same_pid & (labels.g_camids[order] == labels.q_camids[query])
-    kept: NDArray[np.int64] = order[~dropped]
+    kept: NDArray[np.int64] = order[~np.isin(order, dropped)]
     return kept

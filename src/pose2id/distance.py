@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,26 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pose2id._inputs import Rows
+from pose2id._inputs import BLOCK_BYTES, Rows, blocks
+
+_LOCK = threading.RLock()
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Run without gradients and with true float32 products.
+    """Run without gradients and with true float32 products, one thread at a time.
 
     Callers may sit under autocast, or have allowed TF32 or bfloat16 products for their model, which would reorder
-    neighbours. Their settings are restored on the way out.
+    neighbours. Their settings are restored on the way out; they are the process's, hence the lock.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _LOCK, torch.no_grad(), torch.autocast(device.type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
-            settings: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-            before = [setting.fp32_precision for setting in settings]
+            settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+            changed = [(setting, setting.fp32_precision) for setting in settings if setting.fp32_precision != "ieee"]
             try:
-                for setting in settings:
+                for setting, _ in changed:
                     setting.fp32_precision = "ieee"
                 yield
             finally:
-                for setting, precision in zip(settings, before, strict=True):
+                for setting, precision in changed:
                     setting.fp32_precision = precision
         else:
             precision = torch.get_float32_matmul_precision()
@@ -47,11 +50,15 @@ def squared_euclidean(x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor
     return torch.addmm(y_squares[None, :], x, y.T, alpha=-2).add_(x_squares[:, None])
 
 
-def squared_distances(x: Tensor, rows: Rows) -> Tensor:
-    """(B, n) squared Euclidean distances of x (B, D) to all rows, which are read block by block, in the dtype of x."""
+def squared_distances(x: Tensor, rows: Rows, index: Tensor | None = None) -> Tensor:
+    """(B, n) squared Euclidean distances of x (B, D) to the rows at `index` (None: all), in the dtype of x.
+
+    The rows are read block by block.
+    """
     squares = x.square().sum(1)
-    result = x.new_empty((len(x), rows.n))
-    for part in rows.blocks():
-        other = rows.read(part, x.dtype)
+    n = rows.n if index is None else len(index)
+    result = x.new_empty((len(x), n))
+    for part in blocks(n, BLOCK_BYTES // (32 * rows.dim)):
+        other = rows.read(part if index is None else index[part], x.dtype)
         result[:, part] = squared_euclidean(x, other, squares, other.square().sum(1))
     return result

@@ -23,6 +23,7 @@ from pose2id._inputs import (
     checked_pair,
 )
 from pose2id.distance import full_precision, squared_distances
+from pose2id.neighbors import distinct
 
 _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
@@ -49,9 +50,7 @@ class EvaluationResult:
 
     def rank(self, r: int) -> float:
         """Rank-r accuracy, r in 1..max_rank."""
-        if not 1 <= r <= len(self.cmc):
-            raise ValueError(f"r must be in [1, {len(self.cmc)}] (max_rank of the evaluation), got {r}.")
-        return float(self.cmc[r - 1])
+        return float(self.cmc[checked_count(r, "r", most=len(self.cmc)) - 1])
 
     def __str__(self) -> str:
         """One line in percent: mAP, Rank-1, Rank-5, Rank-10, mINP, number of valid queries."""
@@ -75,7 +74,7 @@ def evaluate(
     For each query, gallery images of its own identity *and* camera are dropped, and so are those of pid -1 (junk).
     Distractors (pid 0, or any identity without a query) stay and count as wrong. Queries without a match are skipped.
     Distances are computed in float32 (float64 where a set is float64), a block of rows at a time. Ties: images at equal
-    distances rank by gallery index.
+    distances, those with equal features among them, rank by gallery index.
 
     Args:
         qf: (Q, D) query features, floating numpy array or torch tensor.
@@ -97,15 +96,19 @@ def evaluate(
     checked_choice(metric, "metric", _METRICS)
     q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine") for x, name in ((qf, "qf"), (gf, "gf")))
     checked_pair(q_rows, g_rows, "qf", "gf")
-    labels = _Labels(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
+    if metric == "euclidean":
+        Rows.share_scale(q_rows, g_rows)
+    labels = Protocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
 
     dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
+    # Equal rows, which NFC makes often, are multiplied once: only then is their tie exact.
+    kept, twin = distinct(g_rows, 1, _BLOCK_BYTES)
 
     def distances() -> Iterator[NDArray[Any]]:
         for part in blocks(q_rows.n, max(64, _BLOCK_BYTES // (4 * g_rows.n))):
             with full_precision(q_rows.device):
-                block = squared_distances(q_rows.read(part, dtype), g_rows)
-            yield from block.cpu().numpy()
+                block = squared_distances(q_rows.read(part, dtype), g_rows, None if twin is None else kept)
+            yield from (block if twin is None else block[:, twin]).cpu().numpy()
 
     return _measure(distances(), labels, max_rank)
 
@@ -139,7 +142,7 @@ def evaluate_rank(
     matrix = checked_distances(distmat, "distmat")
     if 0 in matrix.shape:
         raise ValueError(f"distmat must hold at least one query and one gallery image, got shape {matrix.shape}.")
-    labels = _Labels(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
+    labels = Protocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
 
     def distances() -> Iterator[NDArray[Any]]:
         for query, row in enumerate(matrix):
@@ -150,8 +153,8 @@ def evaluate_rank(
     return _measure(distances(), labels, max_rank)
 
 
-class _Labels:
-    """Which gallery images are a query's matches, and which are dropped for it."""
+class Protocol:
+    """Which gallery images are a query's matches, and which are dropped for it, by Market1501's rules."""
 
     def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
         self.q_pids = checked_labels(q_pids, "q_pids", q)
@@ -160,24 +163,24 @@ class _Labels:
             raise ValueError("q_camids and g_camids must be given together, or neither; one of them is missing.")
         self.q_camids = None if q_camids is None else checked_labels(q_camids, "q_camids", q)
         self.g_camids = None if g_camids is None else checked_labels(g_camids, "g_camids", g)
-        self.junk = np.flatnonzero(g_pids == JUNK_PID)
+        self._junk = np.flatnonzero(g_pids == JUNK_PID)
         self._by_pid = np.argsort(g_pids, kind="stable")
         self._sorted_pids = g_pids[self._by_pid]
 
     def of_query(self, query: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Gallery indices, ascending, of the query's matches, and of its own identity's images that are dropped."""
+        """Gallery indices, ascending, of the query's matches, and of all images that are dropped for it."""
         pid = self.q_pids[query]
         if pid == JUNK_PID:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
+            return np.empty(0, np.int64), self._junk
         low, high = (np.searchsorted(self._sorted_pids, pid, side) for side in ("left", "right"))
         same_pid = self._by_pid[low:high]
         if self.q_camids is None or self.g_camids is None:
-            return same_pid, same_pid[:0]
+            return same_pid, self._junk
         same_camera = self.g_camids[same_pid] == self.q_camids[query]
-        return same_pid[~same_camera], same_pid[same_camera]
+        return same_pid[~same_camera], np.concatenate([same_pid[same_camera], self._junk])
 
 
-def _measure(distances: Iterator[NDArray[Any]], labels: _Labels, max_rank: int) -> EvaluationResult:
+def _measure(distances: Iterator[NDArray[Any]], labels: Protocol, max_rank: int) -> EvaluationResult:
     max_rank = checked_count(max_rank, "max_rank")
     first_match = np.zeros(max_rank, dtype=np.int64)
     precisions = np.full(len(labels.q_pids), np.nan)
@@ -187,7 +190,7 @@ def _measure(distances: Iterator[NDArray[Any]], labels: _Labels, max_rank: int) 
         if len(matches) == 0:
             continue
         # NaN compares false: what is dropped is nearer than nothing.
-        row[dropped] = row[labels.junk] = np.nan
+        row[dropped] = np.nan
         ranks = _ranks(row, matches)
         precisions[query] = (np.arange(1, len(ranks) + 1) / ranks).mean()
         penalties.append(len(ranks) / float(ranks[-1]))

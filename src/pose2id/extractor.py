@@ -177,11 +177,13 @@ def load_image(item: Any, name: str) -> Image.Image:
         try:
             with Image.open(item) as picture:
                 return _as_rgb(picture, f"{name} ({os.fspath(item)})")
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG is a SyntaxError
             raise ValueError(f"{name} cannot be read: {os.fspath(item)} ({error}).") from error
     if isinstance(item, Image.Image):
         return _as_rgb(item, name)
-    array = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
+    array = item
+    if isinstance(item, Tensor):
+        array = (item.detach().float() if item.is_floating_point() else item.detach()).cpu().numpy()
     if isinstance(array, np.ndarray) and array.ndim == _IMAGE_NDIM:
         if array.dtype == np.uint8 and array.shape[2] == 3:
             return Image.fromarray(np.ascontiguousarray(array))
@@ -313,7 +315,7 @@ def _unpack(output: Any, index: range) -> tuple[Any, Any]:
             "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
             f"{type(output).__name__}{f' with keys {list(output)}' if isinstance(output, Mapping) else ''}."
         )
-    if features.ndim not in (2, PARTS_NDIM) or len(features) != len(index):
+    if features.ndim not in (2, PARTS_NDIM) or len(features) != len(index) or 0 in features.shape:
         raise ValueError(
             f"extractor must return features (B, D) or parts (B, P, D) with B = {len(index)}, one for each image, "
             f"got shape {tuple(features.shape)}. Flatten other shapes in the extractor."
@@ -328,15 +330,22 @@ def _unpack(output: Any, index: range) -> tuple[Any, Any]:
 
 def _stored(whole: Any, part: Any, index: range, n: int) -> Any:
     """Copy a batch's output into the array of all: a model may reuse its output buffer for the next batch."""
-    if part is None:
-        return whole
-    if whole is None:
+    if index.start == 0:
+        if part is None:
+            return None
         shape = (n, *part.shape[1:])
         whole = np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
-    if part.shape[1:] != whole.shape[1:]:
+    if _form(part) != _form(whole):
         raise ValueError(
-            f"extractor must return one shape for all batches, got {tuple(part.shape[1:])} from images[{index.start}] "
-            f"on, after {tuple(whole.shape[1:])}."
+            f"extractor must return one form of output for all batches, got {_form(part)} from images[{index.start}] "
+            f"on, after {_form(whole)}."
         )
-    whole[index.start : index.stop] = part
+    if whole is not None:
+        whole[index.start : index.stop] = part
     return whole
+
+
+def _form(output: Any) -> str:
+    if output is None:
+        return "no visibility"
+    return f"{type(output).__name__} of {output.dtype}, shape (B, {', '.join(map(str, output.shape[1:]))})"

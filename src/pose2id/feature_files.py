@@ -6,8 +6,10 @@ Both are read as plain arrays: nothing in a file is ever executed. Written files
 from __future__ import annotations
 
 import os
+import secrets
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from pose2id._inputs import Rows, checked_labels, checked_pair
 
+_MAT_NAME_LENGTH = 63
 _NPZ_KEYS = {
     "query_feats": "query_feats",
     "gallery_feats": "gallery_feats",
@@ -99,34 +102,58 @@ def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwr
 
     Args:
         features: what to write, its other arrays included.
-        path: .npz or .mat.
+        path: .npz or .mat; float16 becomes float32 in .mat.
         overwrite: replace an existing file.
 
     Raises:
-        ValueError: another ending, or MATLAB cells that .npz cannot hold.
+        ValueError: another ending, or names or MATLAB cells that the format cannot hold.
         FileExistsError: the file exists and `overwrite` is False.
     """
     check_target(path, overwrite=overwrite)
-    path = Path(path)
-    keys = _keys(path)
-    named = {key: getattr(features, name) for name, key in keys.items() if getattr(features, name) is not None}
-    pickled = [name for name, value in features.others.items() if np.asarray(value).dtype.hasobject]
-    if pickled and _suffix(path) == ".npz":
-        raise ValueError(f"{', '.join(pickled)} cannot be written to .npz without pickling. Write a .mat file.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path = Path(path).resolve()  # what a link points to, not the link, is replaced
+    named = {key: getattr(features, name) for name, key in _keys(path).items() if getattr(features, name) is not None}
+    collisions = sorted(set(_keys(path).values()) & set(features.others))
+    if collisions:
+        raise ValueError(f"{', '.join(collisions)} in the file's other arrays would replace the features or labels.")
+    write = _write_npz if _suffix(path) == ".npz" else _write_mat
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:
-            if _suffix(path) == ".npz":
-                np.savez(file, **named, **features.others)
-            else:
-                from scipy.io import savemat  # noqa: PLC0415 - slow to import
-
-                savemat(file, {**named, **features.others}, do_compression=True)
+            write(file, {**named, **features.others})
         temporary.replace(path)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_npz(file: Any, arrays: Mapping[str, Any]) -> None:
+    pickled = [name for name, value in arrays.items() if np.asanyarray(value).dtype.hasobject]
+    if pickled:
+        raise ValueError(f"{', '.join(pickled)} cannot be written to .npz without pickling. Write a .mat file.")
+    # Not numpy.savez: its keywords cannot hold every name, and it would pickle.
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        for name, value in arrays.items():
+            if isinstance(value, bytes):  # a member that is no array
+                archive.writestr(name, value)
+                continue
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
+
+
+def _write_mat(file: Any, arrays: Mapping[str, Any]) -> None:
+    from scipy.io import savemat  # noqa: PLC0415 - slow to import
+
+    bad = [name for name in arrays if not name.isidentifier() or name.startswith("_") or len(name) > _MAT_NAME_LENGTH]
+    if bad:
+        raise ValueError(f"{', '.join(bad)} cannot be names in a .mat file. Write an .npz file.")
+    # MATLAB knows no half precision.
+    wide = {name: value.astype(np.float32) if _is_half(value) else value for name, value in arrays.items()}
+    savemat(file, wide, do_compression=True, long_field_names=True)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == np.float16
 
 
 def check_target(
@@ -185,5 +212,5 @@ def _read_mat(path: Path) -> dict[str, Any]:
 def _integral(labels: NDArray[Any]) -> NDArray[Any]:
     """MATLAB has rows for vectors and doubles for integers."""
     flat = labels.reshape(-1) if labels.ndim == 2 and 1 in labels.shape else labels
-    is_whole = flat.dtype.kind == "f" and bool((flat == np.rint(flat)).all())
+    is_whole = flat.dtype.kind == "f" and bool(((flat == np.rint(flat)) & (np.abs(flat) < 2**53)).all())
     return flat.astype(np.int64) if is_whole else flat

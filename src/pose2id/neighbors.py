@@ -12,7 +12,6 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +22,7 @@ from pose2id._inputs import FeatureArray, Rows, as_container, blocks, checked_ch
 from pose2id.distance import full_precision, squared_euclidean
 
 logger = logging.getLogger(__name__)
+_logged: list[str] = []
 
 BACKENDS = ("auto", "faiss", "torch")
 _FLOAT32_ROUNDING = 2.0**-24
@@ -75,7 +75,7 @@ def search(rows: Rows, k: int, backend: str = "auto", max_memory: int | None = N
     if k < 1:
         return torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
     with full_precision(rows.device):
-        kept, twin = _distinct(rows, k, block_bytes)
+        kept, twin = distinct(rows, k + 1, block_bytes)
         space = _Space(rows, kept, block_bytes)
         # Twice k and two more: a group of exact copies that straddles the k-th place still fits in.
         values, candidates = _search(space, min(2 * k + 2, space.n - 1), backend)
@@ -83,18 +83,26 @@ def search(rows: Rows, k: int, backend: str = "auto", max_memory: int | None = N
         return neighbors if twin is None else neighbors[twin]
 
 
-def mutual(neighbors: Tensor, k1: int, k2: int, index: slice) -> Tensor:
-    """Which of the k1 nearest of the rows at `index` have them among their own k2 nearest: bool, (rows, k1 at most)."""
-    forward = neighbors[index, :k1]
-    own = torch.arange(index.start, index.stop, device=neighbors.device)
-    return (neighbors[:, :k2][forward] == own[:, None, None]).any(2)
+def mutual(neighbors: Tensor, k1: int, k2: int) -> Tensor:
+    """Which of the k1 nearest of each row have it among their own k2 nearest: (n, k1 at most) bool.
+
+    A join of edges: i -> j counts if j -> i is among the edges to k2 neighbours.
+    """
+    n = len(neighbors)
+    own = torch.arange(n, device=neighbors.device)[:, None]
+    proposed, looks = neighbors[:, :k1], neighbors[:, :k2]
+    edges = (own * n + looks).flatten().sort().values
+    wanted = proposed * n + own
+    at = torch.searchsorted(edges, wanted).clamp(max=max(len(edges) - 1, 0))
+    return edges[at] == wanted if len(edges) else wanted.bool()
 
 
-def _distinct(rows: Rows, k: int, block_bytes: int) -> tuple[Tensor, Tensor | None]:
-    """Row indices to search, and for every row the position among them whose neighbours are its own (None: itself).
+def distinct(rows: Rows, copies: int, block_bytes: int) -> tuple[Tensor, Tensor | None]:
+    """The first `copies` of equal rows, by index, and for every row its place among them (None: nothing was dropped).
 
     Of many exact copies only the k + 1 with the lowest indices can be among anybody's k nearest, and every later copy
-    has the neighbours of the (k + 1)-th: the search never sees thousands of equal rows, which no list could hold.
+    has the neighbours of the (k + 1)-th, its place here: the search never sees thousands of equal rows, which no
+    candidate list could hold.
     """
     everything = torch.arange(rows.n, device=rows.device)
     keys = torch.empty(rows.n, dtype=torch.int64, device=rows.device)
@@ -112,13 +120,13 @@ def _distinct(rows: Rows, k: int, block_bytes: int) -> tuple[Tensor, Tensor | No
         new_group[at] = (rows.read(order[at], torch.float64) != rows.read(order[at - 1], torch.float64)).any(1)
     first = torch.cummax(torch.where(new_group, everything, 0), 0).values
     rank = everything - first
-    if int(rank.max()) <= k:
+    if int(rank.max()) < copies:
         return everything, None
-    kept = torch.sort(order[rank <= k]).values
+    kept = torch.sort(order[rank < copies]).values
     position = torch.empty_like(everything)
     position[kept] = torch.arange(len(kept), device=rows.device)
     twin = torch.empty_like(everything)
-    twin[order] = position[order[first + rank.clamp(max=k)]]
+    twin[order] = position[order[first + rank.clamp(max=copies - 1)]]
     return kept, twin
 
 
@@ -139,30 +147,42 @@ class _Space:
         self._rows, self._kept, self._block_bytes = rows, kept, block_bytes
         self.n = len(kept)
         self.side = max(64, int((block_bytes / 16) ** 0.5))
-        parts = list(blocks(self.n, block_bytes // (32 * rows.dim)))
-        mean = torch.stack([(self._read(part) / self.n).sum(0) for part in parts]).sum(0)
-        largest = max(float((self._read(part) - mean).abs().max()) for part in parts) * rows.dim**0.5
+        self._parts = list(blocks(self.n, block_bytes // (32 * rows.dim)))
+        self._mean = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
+        for part in self._parts:
+            self._mean += (self._read(part) / self.n).sum(0)
+        largest = max(float((self._read(part) - self._mean).abs().max()) for part in self._parts) * rows.dim**0.5
         self._scale = 2.0 ** math.frexp(largest)[1]
         self.copy = torch.empty((self.n, rows.dim), dtype=torch.float32, device=rows.device)
-        for part in parts:
-            self.copy[part] = (self._read(part) - mean) / self._scale
-        self.squares = self.copy.square().sum(1)
+        self.squares = torch.empty(self.n, dtype=torch.float32, device=rows.device)
+        for part in self._parts:
+            self.copy[part] = self._centred(part)
+            self.squares[part] = self.copy[part].square().sum(1)
         norms = self.squares.double().sqrt()
         # D products and sums, 8 further roundings; a tenth more for the second order.
-        product = (1.1 * rows.dim + 8) * _FLOAT32_ROUNDING * (norms + norms.max()) ** 2
-        centring = 32 * _FLOAT64_ROUNDING * (float(mean.abs().max()) * rows.dim**0.5 + largest) / self._scale
-        self.bound = product + centring
+        self._roundings = (1.1 * rows.dim + 8) * (norms + norms.max()) ** 2
+        magnitude = float(self._mean.abs().max()) * rows.dim**0.5 + largest
+        self._centring = 32 * _FLOAT64_ROUNDING * magnitude / self._scale
+        self.bound = _FLOAT32_ROUNDING * self._roundings + self._centring
 
     def distances(self, part: slice | Tensor, other: slice) -> Tensor:
         """Float32 squared distances between two sets of positions, wrong by at most `bound`."""
         return squared_euclidean(self.copy[part], self.copy[other], self.squares[part], self.squares[other])
+
+    def holds(self, values: Tensor, candidates: Tensor) -> bool:
+        """Whether a sample of a backend's float32 distances keeps to the bound, whatever arithmetic it used."""
+        width = candidates.shape[1]
+        sample = torch.arange(0, self.n, max(1, self.n // 64), device=candidates.device)
+        exact = self._exact(sample.repeat_interleave(width), candidates[sample].flatten()).view(-1, width)
+        return bool(((values[sample] - exact).abs() <= self.bound[sample, None]).all())
 
     def settle(self, values: Tensor, candidates: Tensor, k: int) -> Tensor:
         """(n, k) positions in exact order, from (n, m) candidates in the order of their float32 values.
 
         The k-th true distance is at most the k-th value plus the bound, and nothing that the search left out is nearer
         than the last value minus the bound: where these don't meet, the list is complete. Where the values in it are
-        more than two bounds apart, their order is the true one.
+        more than two bounds apart, their order is the true one. Rows whose list may be incomplete, because too many
+        others are about as near, are multiplied again in float64.
         """
         values = values.double()
         complete = values[:, -1] > values[:, k - 1] + 2 * self.bound
@@ -175,27 +195,47 @@ class _Space:
         width = candidates.shape[1]
         for rows in _chunks(complete & ~ordered, self._block_bytes // (32 * self._rows.dim * width)):
             result[rows] = self._best(rows.repeat_interleave(width), candidates[rows].flatten(), k)
-        for rows in _chunks(~complete, self._block_bytes // (64 * self.n)):
-            near = self.distances(rows, slice(None)).double()
+        # Every chunk reads all rows once: not too few at a time.
+        for rows in _chunks(~complete, max(128, self._block_bytes // (32 * self.n))):
+            near = self._float64_distances(rows)
             near[torch.arange(len(rows), device=near.device), rows] = torch.inf
-            limit = near.kthvalue(k, dim=1).values + 2 * self.bound[rows]
+            bound = 2 * _FLOAT64_ROUNDING * self._roundings[rows] + self._centring
+            limit = near.kthvalue(k, dim=1).values + 2 * bound
             row, other = torch.nonzero(near <= limit[:, None], as_tuple=True)
             result[rows] = self._best(rows[row], other, k)
         return result
 
+    def _float64_distances(self, rows: Tensor) -> Tensor:
+        x = self._centred(rows)
+        squares = x.square().sum(1)
+        near = torch.empty((len(rows), self.n), dtype=torch.float64, device=x.device)
+        for part in self._parts:
+            other = self._centred(part)
+            near[:, part] = squared_euclidean(x, other, squares, other.square().sum(1))
+        return near
+
     def _best(self, first: Tensor, second: Tensor, k: int) -> Tensor:
         """For pairs grouped by `first`, each group's k best of `second`: by exact distance, then by position."""
-        distance = torch.empty(len(first), dtype=torch.float64, device=first.device)
-        for part in blocks(len(first), self._block_bytes // (32 * self._rows.dim)):
-            # Scaled, so that no square overflows; each sum has one order, whatever pairs stand beside it.
-            difference = (self._read(first[part]) - self._read(second[part])) / self._scale
-            distance[part] = difference.square().sum(1)
+        distance = self._exact(first, second)
         group, sizes = torch.unique_consecutive(first, return_inverse=True, return_counts=True)[1:]
         order = torch.argsort(second, stable=True)
         for key in (distance, group):
             order = order[torch.argsort(key[order], stable=True)]
         start = sizes.cumsum(0) - sizes
         return second[order[start[:, None] + torch.arange(k, device=first.device)]]
+
+    def _exact(self, first: Tensor, second: Tensor) -> Tensor:
+        """Float64 squared distances of pairs of positions, scaled as `copy` is, so that no square overflows."""
+        result = torch.empty(len(first), dtype=torch.float64, device=first.device)
+        for part in blocks(len(first), self._block_bytes // (32 * self._rows.dim)):
+            # A single long row would be summed in pieces, one a thread; two rows are not.
+            pairs = slice(part.start, part.stop) if part.stop - part.start > 1 else [part.start] * 2
+            difference = (self._read(first[pairs]) - self._read(second[pairs])) / self._scale
+            result[part] = difference.square().sum(1)[: part.stop - part.start]
+        return result
+
+    def _centred(self, positions: slice | Tensor) -> Tensor:
+        return (self._read(positions) - self._mean) / self._scale
 
     def _read(self, positions: slice | Tensor) -> Tensor:
         return self._rows.read(self._kept[positions], torch.float64)
@@ -214,20 +254,22 @@ def _search(space: _Space, count: int, backend: str) -> tuple[Tensor, Tensor]:
         faiss, problem = _faiss(on_gpu)
         if faiss is not None:
             try:
-                return _search_faiss(faiss, space.copy, count)
-            except Exception as error:
-                if backend == "faiss":
-                    raise RuntimeError(f"backend='faiss' failed: {error!r}. {_FAISS_REPAIR}.") from error
+                found = _search_faiss(faiss, space.copy, count)
+                if space.holds(*found):
+                    return found
+                problem = "its distances are further off than float32 arithmetic can be"
+            except Exception as error:  # a broken binary raises whatever it likes
                 problem = repr(error)
-        elif backend == "faiss":
+        if backend == "faiss":
             raise RuntimeError(f"backend='faiss' cannot be used: {problem}. {_FAISS_REPAIR}.")
-        _log_once(f"neighbours are searched with torch, because faiss cannot be used: {problem}. {_FAISS_REPAIR}.")
+        _log_once(problem)
     return _search_torch(space, count)
 
 
-@cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
+def _log_once(problem: str) -> None:
+    if not _logged:
+        _logged.append(problem)
+        logger.warning("neighbours are searched with torch, faiss cannot be used: %s. %s.", problem, _FAISS_REPAIR)
 
 
 def _faiss(gpu: bool) -> tuple[Any, str]:
@@ -246,13 +288,12 @@ def _faiss(gpu: bool) -> tuple[Any, str]:
 
 
 def _search_faiss(faiss: ModuleType, copy: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    rows = copy.cpu().numpy()
     if copy.device.type == "cuda":
-        import faiss.contrib.torch_utils  # noqa: PLC0415 - teaches knn_gpu to take CUDA tensors
-
-        resources = faiss.StandardGpuResources()
-        values, positions = faiss.knn_gpu(resources, copy, copy, count + 1, device=copy.device.index)
+        found = faiss.knn_gpu(faiss.StandardGpuResources(), rows, rows, count + 1, device=copy.device.index or 0)
     else:
-        values, positions = map(torch.from_numpy, faiss.knn(copy.numpy(), copy.numpy(), count + 1))
+        found = faiss.knn(rows, rows, count + 1)
+    values, positions = (torch.from_numpy(array).to(copy.device) for array in found)
     is_self = positions == torch.arange(len(copy), device=copy.device)[:, None]
     # Equal rows can push a row off its own list: then the last candidate is one too many.
     is_self[:, -1] |= ~is_self.any(1)
@@ -261,7 +302,7 @@ def _search_faiss(faiss: ModuleType, copy: Tensor, count: int) -> tuple[Tensor, 
 
 def _search_torch(space: _Space, count: int) -> tuple[Tensor, Tensor]:
     device = space.copy.device
-    values = torch.full((space.n, count), torch.inf, device=device)
+    values = torch.full((space.n, count), torch.inf, dtype=torch.float32, device=device)
     positions = torch.zeros((space.n, count), dtype=torch.int64, device=device)
     for part in blocks(space.n, space.side):
         for column in blocks(space.n, space.side):

@@ -102,7 +102,7 @@ def feature_maps(
         unit = rows.read(slice(None)).cpu().numpy()[shown]
         perplexity = min(15.0, (len(unit) - 1) / 3)
         at = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
-        ax.scatter(at[:, 0], at[:, 1], c=np.searchsorted(chosen[np.argsort(chosen)], labels[shown]), cmap="tab10", s=14)
+        ax.scatter(at[:, 0], at[:, 1], c=np.searchsorted(np.sort(chosen), labels[shown]), cmap="tab10", s=14)
         ax.set_title(title, fontsize=9)
         ax.set_xticks([])
         ax.set_yticks([])

@@ -53,9 +53,11 @@ def compare(
     if features.q_pids is None or features.g_pids is None:
         raise ValueError("q_pids and g_pids must be given to evaluate features (query_label, gallery_label in .mat).")
     labels = features.q_pids, features.g_pids, features.q_camids, features.g_camids
-    sets = [("baseline", "re-ranking", features.query_feats, features.gallery_feats)]
+    # Half precision would round what NFC gives back.
+    query, gallery = (_at_least_float32(x) for x in (features.query_feats, features.gallery_feats))
+    sets = [("baseline", "re-ranking", query, gallery)]
     if nfc:
-        enhanced = (centralizer or Centralizer()).enhance(features.query_feats, features.gallery_feats)
+        enhanced = (centralizer or Centralizer()).enhance(query, gallery)
         sets.append(("NFC", "NFC + re-ranking", *enhanced))
     rows = [Row(name, evaluate(q, g, *labels), _id2(q, g, *labels[:2])) for name, _, q, g in sets]
     if rerank:
@@ -91,6 +93,10 @@ def records(rows: Sequence[Row]) -> list[dict[str, str | float | int | None]]:
         }
         for row in rows
     ]
+
+
+def _at_least_float32(features: NDArray[Any]) -> NDArray[Any]:
+    return features.astype(np.float32) if features.dtype == np.float16 else features
 
 
 def _cmc(result: EvaluationResult) -> list[float]:

@@ -6,6 +6,7 @@ grows with (Q + G) k1, never with (Q + G)^2. All in float32; the published imple
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -58,6 +59,8 @@ def k_reciprocal(
     """
     q_rows, g_rows = Rows(qf, "qf", normalize=normalize), Rows(gf, "gf", normalize=normalize)
     checked_pair(q_rows, g_rows, "qf", "gf")
+    if not normalize:
+        Rows.share_scale(q_rows, g_rows)
     result = _rerank(_FeatureDistances(q_rows, g_rows), q_rows.n, k1, k2, lambda_value)
     return as_container(torch.from_numpy(result), qf)  # type: ignore[return-value]
 
@@ -124,7 +127,7 @@ class _FeatureDistances:
 
     def _read(self, index: NDArray[np.int64]) -> Tensor:
         at = torch.from_numpy(index).to(self._q_rows.device)
-        out = torch.empty((len(at), self._q_rows.dim), device=at.device)
+        out = torch.empty((len(at), self._q_rows.dim), dtype=torch.float32, device=at.device)
         is_query = at < self._q_rows.n
         out[is_query] = self._q_rows.read(at[is_query], torch.float32)
         out[~is_query] = self._g_rows.read(at[~is_query] - self._q_rows.n, torch.float32)
@@ -143,6 +146,9 @@ class _GivenDistances:
             if matrix.shape != (size, size):
                 raise ValueError(f"{name} must have shape ({size}, {size}) to fit q_g_dist, got {matrix.shape}.")
         self.n = self.num_queries + num_gallery
+        # A power of two, so that no square overflows or vanishes; only ratios count.
+        largest = max(float(np.abs(matrix).max()) for matrix in (self._q_g, self._q_q, self._g_g))
+        self._scale = 2.0 ** math.frexp(largest)[1]
 
     # Row i here is column i of the whole matrix: the official code divides by columns and then transposes.
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
@@ -154,7 +160,7 @@ class _GivenDistances:
 
     def pairs(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float32]:
         q = self.num_queries
-        result = np.empty(len(first), dtype=np.float32)
+        result = np.empty(len(first))
         for a_query in (True, False):
             for b_query in (True, False):
                 at = np.flatnonzero(((first < q) == a_query) & ((second < q) == b_query))
@@ -163,11 +169,11 @@ class _GivenDistances:
                     result[at] = self._q_q[b, a] if b_query else self._q_g[a, b]
                 else:
                     result[at] = self._q_g[b, a] if b_query else self._g_g[b, a]
-        return np.square(result)
+        return np.square(result / self._scale).astype(np.float32)
 
-    @staticmethod
-    def _squared(left: NDArray[Any], right: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.square(np.concatenate([left, right], 1).astype(np.float32)))
+    def _squared(self, left: NDArray[Any], right: NDArray[Any]) -> Tensor:
+        rows = np.concatenate([left, right], 1).astype(np.float64) / self._scale
+        return torch.from_numpy(np.square(rows).astype(np.float32))
 
 
 def _finite(distances: Any, name: str) -> NDArray[Any]:
