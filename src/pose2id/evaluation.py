@@ -22,8 +22,8 @@ from pose2id._inputs import (
     checked_labels,
     checked_pair,
 )
-from pose2id.distance import full_precision, squared_distances
-from pose2id.neighbors import distinct
+from pose2id.distance import full_precision
+from pose2id.neighbors import tying_distances
 
 _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
@@ -101,14 +101,13 @@ def evaluate(
     labels = Protocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
 
     dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
-    # Equal rows, which NFC makes often, are multiplied once: only then is their tie exact.
-    kept, twin = distinct(g_rows, 1, _BLOCK_BYTES)
+    to_gallery = tying_distances(g_rows)
 
     def distances() -> Iterator[NDArray[Any]]:
         for part in blocks(q_rows.n, max(64, _BLOCK_BYTES // (4 * g_rows.n))):
             with full_precision(q_rows.device):
-                block = squared_distances(q_rows.read(part, dtype), g_rows, None if twin is None else kept)
-            yield from (block if twin is None else block[:, twin]).cpu().numpy()
+                block = to_gallery(q_rows.read(part, dtype))
+            yield from block.cpu().numpy()
 
     return _measure(distances(), labels, max_rank)
 

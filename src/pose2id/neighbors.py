@@ -11,15 +11,24 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pose2id._inputs import FeatureArray, Rows, as_container, blocks, checked_choice, checked_count, checked_memory
-from pose2id.distance import full_precision, squared_euclidean
+from pose2id._inputs import (
+    BLOCK_BYTES,
+    FeatureArray,
+    Rows,
+    as_container,
+    blocks,
+    checked_choice,
+    checked_count,
+    checked_memory,
+)
+from pose2id.distance import full_precision, squared_distances, squared_euclidean
 
 logger = logging.getLogger(__name__)
 _logged: list[str] = []
@@ -128,6 +137,17 @@ def distinct(rows: Rows, copies: int, block_bytes: int) -> tuple[Tensor, Tensor 
     twin = torch.empty_like(everything)
     twin[order] = position[order[first + rank.clamp(max=copies - 1)]]
     return kept, twin
+
+
+def tying_distances(rows: Rows) -> Callable[[Tensor], Tensor]:
+    """A function from x (B, D) to its (B, n) squared distances to all rows, in which equal rows are equally far.
+
+    A product may round equal columns differently. NFC makes many of them, so equal rows are multiplied once.
+    """
+    kept, twin = distinct(rows, 1, BLOCK_BYTES)
+    if twin is None:
+        return lambda x: squared_distances(x, rows)
+    return lambda x: squared_distances(x, rows, kept)[:, twin]
 
 
 class _Space:

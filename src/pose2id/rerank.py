@@ -27,7 +27,8 @@ from pose2id._inputs import (
     checked_number,
     checked_pair,
 )
-from pose2id.distance import full_precision, squared_distances
+from pose2id.distance import full_precision
+from pose2id.neighbors import tying_distances
 
 
 def k_reciprocal(
@@ -110,12 +111,13 @@ class _FeatureDistances:
         self.n = q_rows.n + g_rows.n
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        to_queries, to_gallery = tying_distances(self._q_rows), tying_distances(self._g_rows)
         size = max(64, BLOCK_BYTES // (16 * self.n))
         for rows, offset in ((self._q_rows, 0), (self._g_rows, self._q_rows.n)):
             for part in blocks(rows.n, size):
                 with full_precision(rows.device):
                     x = rows.read(part, torch.float32)
-                    block = torch.cat([squared_distances(x, self._q_rows), squared_distances(x, self._g_rows)], 1)
+                    block = torch.cat([to_queries(x), to_gallery(x)], 1)
                 yield slice(part.start + offset, part.stop + offset), block
 
     def pairs(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float32]:
