@@ -129,6 +129,7 @@ class TestContainers:
             x.astype(">f4"),
         ):
             np.testing.assert_array_equal(nfc(other), expected)
+        assert nfc(x.astype(">f4")).dtype == ">f4"
         np.testing.assert_array_equal(nfc(x.astype(">f8")), nfc(x.astype(np.float64)))
         np.testing.assert_array_equal(nfc(torch.from_numpy(wide)[:, ::2]).numpy(), expected)
         np.testing.assert_array_equal(nfc(x[::-1])[::-1], expected)

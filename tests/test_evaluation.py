@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pose2id import evaluate, evaluate_rank, evaluation
+from pose2id import distance, evaluate, evaluate_rank, evaluation
+from pose2id._inputs import Rows
+from pose2id.neighbors import tying_distances
 
 
 def same(result, expected):
@@ -94,6 +96,28 @@ def test_equal_features_tie_by_gallery_index(rng):
     assert whole.mAP == pytest.approx(expected[0], abs=1e-6)
     one_by_one = [evaluate(qf[i : i + 1], gf, labels[0][i : i + 1], labels[1]).mAP for i in range(30)]
     np.testing.assert_allclose(one_by_one, whole.average_precision, atol=1e-6)
+
+
+def test_equal_rows_are_equally_far_whatever_the_product_rounds(monkeypatch, rng):
+    rows = Rows(rng.standard_normal((12, 5))[[0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 4, 5]], "rows")
+    product = distance.squared_euclidean
+    # A product that rounds every column in its own way.
+    monkeypatch.setattr(
+        distance, "squared_euclidean", lambda x, y, a, b: product(x, y, a, b) + 1e-6 * torch.arange(len(y))
+    )
+    found = tying_distances(rows)(rows.read(slice(0, 3)))
+    assert torch.equal(found[:, 0:4], found[:, 4:8])
+    assert torch.equal(found[:, 0], found[:, 9])
+
+
+def test_float64_features_are_compared_in_float64(rng):
+    q, g, base = rng.standard_normal((20, 6)), rng.standard_normal((50, 6)), rng.standard_normal(6)
+    labels = rng.integers(1, 5, 20), rng.integers(1, 5, 50)
+    expected = evaluate(q, g, *labels, metric="euclidean").mAP
+    qf, gf = base + 1e-5 * q, base + 1e-5 * g  # apart by less than float32 products can tell
+    assert evaluate(qf, gf, *labels, metric="euclidean").mAP == pytest.approx(expected, abs=1e-6)
+    half = evaluate(qf.astype(np.float32), gf.astype(np.float32), *labels, metric="euclidean").mAP
+    assert abs(half - expected) > 0.01
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e20])

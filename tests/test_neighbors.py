@@ -146,12 +146,10 @@ def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
     assert ways["open"] > 3
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "float64 far away"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_holds(kind, rng, backend):
     """Float32 distances are never further from the true ones than the bound that proves rows right."""
     x = make(kind, 120, 300, rng)
-    if kind == "float64 far away":  # the subtraction of the mean is what rounds here
-        x = 1e12 + 1e-3 * x.astype(np.float64)
     space = neighbors._Space(Rows(x, "x"), torch.arange(120), 1 << 20)
     values, positions = neighbors._search(space, 30, backend)
     true = ((x[:, None].astype(np.float64) - x[None]) ** 2).sum(-1) / space._scale**2

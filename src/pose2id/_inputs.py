@@ -79,7 +79,7 @@ class Rows:
         """A new (n, dim) array in the features' own container, dtype and device."""
         if isinstance(self._array, Tensor):
             return torch.empty((self.n, self.dim), dtype=self._array.dtype, device=self._array.device)
-        return np.empty((self.n, self.dim), dtype=self._array.dtype.newbyteorder("="))
+        return np.empty((self.n, self.dim), dtype=self._array.dtype)
 
     @staticmethod
     def write(result: NDArray[Any] | Tensor, index: slice, rows: Tensor) -> None:

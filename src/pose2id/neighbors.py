@@ -160,7 +160,8 @@ class _Space:
             that only costs precision; scaled by a power of two to norms of at most 1, so that no square overflows.
         squares: (n,) float32 squared norms of `copy`.
         bound: (n,) float64, by how much a squared distance of `copy` to any row may differ from the true one: the
-            rounding of D products, of the rows to float32, and of the subtraction of the mean.
+            rounding of D products and of the rows to float32. Subtracting the same mean from all rows changes no
+            distance by more than the rounding of the result.
     """
 
     def __init__(self, rows: Rows, kept: Tensor, block_bytes: int) -> None:
@@ -181,9 +182,7 @@ class _Space:
         norms = self.squares.double().sqrt()
         # D products and sums, 8 further roundings; a tenth more for the second order.
         self._roundings = (1.1 * rows.dim + 8) * (norms + norms.max()) ** 2
-        magnitude = float(self._mean.abs().max()) * rows.dim**0.5 + largest
-        self._centring = 32 * _FLOAT64_ROUNDING * magnitude / self._scale
-        self.bound = _FLOAT32_ROUNDING * self._roundings + self._centring
+        self.bound = _FLOAT32_ROUNDING * self._roundings
 
     def distances(self, part: slice | Tensor, other: slice) -> Tensor:
         """Float32 squared distances between two sets of positions, wrong by at most `bound`."""
@@ -219,7 +218,8 @@ class _Space:
         for rows in _chunks(~complete, max(128, self._block_bytes // (32 * self.n))):
             near = self._float64_distances(rows)
             near[torch.arange(len(rows), device=near.device), rows] = torch.inf
-            bound = 2 * _FLOAT64_ROUNDING * self._roundings[rows] + self._centring
+            # Twice: these distances are rounded, and so are the exact ones of which they must miss none.
+            bound = 2 * _FLOAT64_ROUNDING * self._roundings[rows]
             limit = near.kthvalue(k, dim=1).values + 2 * bound
             row, other = torch.nonzero(near <= limit[:, None], as_tuple=True)
             result[rows] = self._best(rows[row], other, k)
