@@ -151,18 +151,25 @@ def test_side_inputs_stay_with_their_image(rng):
     order = rng.permutation(7)
     seen = []
 
-    def extractor(batch, cams, names, arrays, mode, flag):
-        for value, cam, name, array in zip(batch[:, 0, 0, 0].tolist(), cams.tolist(), names, arrays, strict=True):
-            seen.append((value, cam, name, int(array), mode, flag))
+    def extractor(batch, cams, names, arrays, mode, flag, views):
+        values = batch[:, 0, 0, 0].tolist()
+        for value, cam, name, array, view in zip(values, cams.tolist(), names, arrays, views, strict=True):
+            seen.append((value, cam, name, int(array), mode, flag, view))
         cams.zero_()  # a model that writes into its side input
         arrays[:] = 0
         return torch.ones(len(batch), 2)
 
     cams, arrays = torch.from_numpy(order) * 10, order * 100
     Centralizer(extractor, batch_size=3).extract(
-        images[order], cams=cams, names=[str(i) for i in order], arrays=arrays, mode=tuple("seventh"), flag=None
+        images[order],
+        cams=cams,
+        names=[str(i) for i in order],
+        arrays=arrays,
+        mode=("a", 1),
+        flag=None,
+        views=tuple(order.tolist()),
     )
-    assert seen == [(i, i * 10, str(i), i * 100, tuple("seventh"), None) for i in order]
+    assert seen == [(i, i * 10, str(i), i * 100, ("a", 1), None, i) for i in order]
     assert cams.tolist() == (order * 10).tolist()
     assert arrays.tolist() == (order * 100).tolist()
 

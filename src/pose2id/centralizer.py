@@ -131,7 +131,7 @@ class Centralizer:
             progress: show a bar on a terminal.
             return_visibility: also return the visibility (N, P) that came with part features, or None.
             **side_inputs: keywords for the extractor (`cam_label=cams`). Tensors, arrays and lists have one entry per
-                image and are sliced with the batch; anything else, tuples too, is passed on as it is.
+                image and are sliced with the batch, and so are tuples of that length; anything else is passed on.
 
         Returns:
             (N, D) features, or (N, P, D) parts, in the container, dtype and device that the extractor returns.

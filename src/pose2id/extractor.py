@@ -123,8 +123,8 @@ def extract(
         device: where batches go; None: where the module's parameters are, else the CPU. The model is never moved.
         progress: show a bar on a terminal.
         side_inputs: keywords for the extractor. Tensors, arrays and lists have one entry per image and are sliced with
-            the batch, in the container they come in (tensors also go to its device); anything else, tuples too, is
-            passed on as it is.
+            the batch, in the container they come in (tensors also go to its device); so are tuples of that length.
+            Anything else is passed on as it is; bind constants that look otherwise with functools.partial.
 
     Returns:
         (features, visibility): (N, D) or (N, P, D), and (N, P) or None, in the container, dtype and on the device that
@@ -284,12 +284,14 @@ def _evaluating(extractor: Any) -> Iterator[None]:
 
 
 def _is_per_image(value: Any, name: str, n: int) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == n
     if not isinstance(value, list) and not (isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0):
         return False
     if len(value) != n:
         raise ValueError(
-            f"{name} must have one entry for each of the {n} images, got {len(value)}. Bind a constant array with "
-            "functools.partial(extractor, ...), or pass it as a tuple."
+            f"{name} must have one entry for each of the {n} images, got {len(value)}. Bind a constant with "
+            "functools.partial(extractor, ...)."
         )
     return True
 
