@@ -14,7 +14,7 @@ from pose2id._inputs import Rows
 from pose2id.centralization import nfc_diagnostics
 from pose2id.centralizer import Centralizer
 from pose2id.datasets import Sample, SyntheticPedestrians, colour_stripes
-from pose2id.evaluation import Protocol, evaluate
+from pose2id.evaluation import RankingProtocol, evaluate
 from pose2id.feature_files import FeatureFile
 from pose2id.report import compare, table
 
@@ -115,7 +115,7 @@ def _draw_lists(
 
     precision = {name: evaluate(*pair, *labels).average_precision for name, pair in sets.items()}
     chosen = _telling_queries(precision["after NFC"] - precision["before"])
-    protocol = Protocol(len(images[0]), len(images[1]), *labels)
+    protocol = RankingProtocol(len(images[0]), len(images[1]), *labels)
     axes = iter(figure.subplots(2 * len(chosen), 1))
     for what, query in chosen.items():
         for name, pair in sets.items():

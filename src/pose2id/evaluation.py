@@ -98,7 +98,7 @@ def evaluate(
     checked_pair(q_rows, g_rows, "qf", "gf")
     if metric == "euclidean":
         Rows.share_scale(q_rows, g_rows)
-    labels = Protocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
+    labels = RankingProtocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
 
     dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
     to_gallery = tying_distances(g_rows)
@@ -141,7 +141,7 @@ def evaluate_rank(
     matrix = checked_distances(distmat, "distmat")
     if 0 in matrix.shape:
         raise ValueError(f"distmat must hold at least one query and one gallery image, got shape {matrix.shape}.")
-    labels = Protocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
+    labels = RankingProtocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
 
     def distances() -> Iterator[NDArray[Any]]:
         for query, row in enumerate(matrix):
@@ -152,7 +152,7 @@ def evaluate_rank(
     return _measure(distances(), labels, max_rank)
 
 
-class Protocol:
+class RankingProtocol:
     """Which gallery images are a query's matches, and which are dropped for it, by Market1501's rules."""
 
     def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
@@ -179,7 +179,7 @@ class Protocol:
         return same_pid[~same_camera], np.concatenate([same_pid[same_camera], self._junk])
 
 
-def _measure(distances: Iterator[NDArray[Any]], labels: Protocol, max_rank: int) -> EvaluationResult:
+def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_rank: int) -> EvaluationResult:
     max_rank = checked_count(max_rank, "max_rank")
     first_match = np.zeros(max_rank, dtype=np.int64)
     precisions = np.full(len(labels.q_pids), np.nan)

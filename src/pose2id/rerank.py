@@ -149,7 +149,7 @@ class _GivenDistances:
                 raise ValueError(f"{name} must have shape ({size}, {size}) to fit q_g_dist, got {matrix.shape}.")
         self.n = self.num_queries + num_gallery
         # A power of two, so that no square overflows or vanishes; only ratios count.
-        largest = max(float(np.abs(matrix).max()) for matrix in (self._q_g, self._q_q, self._g_g))
+        largest = max(float(max(matrix.max(), -matrix.min())) for matrix in (self._q_g, self._q_q, self._g_g))
         self._scale = 2.0 ** math.frexp(largest)[1]
 
     # Row i here is column i of the whole matrix: the official code divides by columns and then transposes.
