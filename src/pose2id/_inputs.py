@@ -103,10 +103,7 @@ class Rows:
     def _finite_norms(self, name: str) -> Tensor:
         norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
         for block in self.blocks():
-            rows = self._raw(block, torch.float64)
-            # Scaled by the largest entry, so that no square overflows or vanishes.
-            peak = rows.abs().amax(1)
-            norms[block] = peak * torch.linalg.vector_norm(rows / torch.where(peak > 0, peak, 1.0)[:, None], dim=1)
+            norms[block] = row_norms(self._raw(block, torch.float64))
         bad = torch.nonzero(~(norms <= MAX_NORM)).flatten().tolist()  # NaN compares false
         if bad:
             shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
@@ -115,6 +112,13 @@ class Rows:
                 "Drop these rows, or find out why the model produced them."
             )
         return norms
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """(B,) Euclidean norms of rows (B, D), scaled by the largest entry so that no square overflows or vanishes."""
+    peak = rows.abs().amax(1)
+    norms: Tensor = peak * torch.linalg.vector_norm(rows / torch.where(peak > 0, peak, 1.0)[:, None], dim=1)
+    return norms
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pose2id._inputs import FeatureArray, Rows, checked_count, checked_labels, checked_memory, checked_number
+from pose2id._inputs import (
+    FeatureArray,
+    Rows,
+    checked_count,
+    checked_labels,
+    checked_memory,
+    checked_number,
+    row_norms,
+)
 from pose2id.neighbors import mutual, search
 
 _STACK_NDIM = 3
@@ -211,7 +219,5 @@ def nfc_diagnostics(
 
 
 def _unit(rows: Tensor) -> Tensor:
-    # Scaled by the largest entry, so that no square overflows or vanishes.
-    peak = rows.abs().amax(1, keepdim=True)
-    scaled = rows / torch.where(peak > 0, peak, 1.0)
-    return scaled / torch.where(peak > 0, torch.linalg.vector_norm(scaled, dim=1, keepdim=True), 1.0)
+    norms = row_norms(rows)
+    return rows / torch.where(norms > 0, norms, 1.0)[:, None]

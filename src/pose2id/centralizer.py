@@ -154,12 +154,13 @@ class Centralizer:
         name = "extractor output"
         if features.ndim == PARTS_NDIM:
             name += f" (row = image * {features.shape[1]} + part)"
-        rows = Rows(features.reshape(-1, features.shape[-1]), name, normalize=normalize)
-        result = rows.empty()
-        for block in rows.blocks():
-            rows.write(result, block, rows.read(block))
-        unit = result.reshape(features.shape)
-        return (unit, visibility) if return_visibility else unit
+        # A view of the array that `extract` has just made: normalised where it lies.
+        flat = features.reshape(-1, features.shape[-1])
+        rows = Rows(flat, name, normalize=normalize)
+        if normalize:
+            for block in rows.blocks():
+                rows.write(flat, block, rows.read(block))
+        return (features, visibility) if return_visibility else features
 
     def __repr__(self) -> str:
         """The parameters."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from pose2id._inputs import BLOCK_BYTES, Rows, blocks
 
 _LOCK = threading.RLock()
 
@@ -50,15 +48,11 @@ def squared_euclidean(x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor
     return torch.addmm(y_squares[None, :], x, y.T, alpha=-2).add_(x_squares[:, None])
 
 
-def squared_distances(x: Tensor, rows: Rows, index: Tensor | None = None) -> Tensor:
-    """(B, n) squared Euclidean distances of x (B, D) to the rows at `index` (None: all), in the dtype of x.
-
-    The rows are read block by block.
-    """
+def squared_distances(x: Tensor, parts: Sequence[slice], read: Callable[[slice], Tensor]) -> Tensor:
+    """(B, n) squared Euclidean distances of x (B, D) to n rows, which `read` gives in parts, in the dtype of x."""
     squares = x.square().sum(1)
-    n = rows.n if index is None else len(index)
-    result = x.new_empty((len(x), n))
-    for part in blocks(n, BLOCK_BYTES // (32 * rows.dim)):
-        other = rows.read(part if index is None else index[part], x.dtype)
+    result = x.new_empty((len(x), parts[-1].stop))
+    for part in parts:
+        other = read(part)
         result[:, part] = squared_euclidean(x, other, squares, other.square().sum(1))
     return result

@@ -102,8 +102,8 @@ def mutual(neighbors: Tensor, k1: int, k2: int) -> Tensor:
     proposed, looks = neighbors[:, :k1], neighbors[:, :k2]
     edges = (own * n + looks).flatten().sort().values
     wanted = proposed * n + own
-    at = torch.searchsorted(edges, wanted).clamp(max=max(len(edges) - 1, 0))
-    return edges[at] == wanted if len(edges) else wanted.bool()
+    at = torch.searchsorted(edges, wanted).clamp(max=len(edges) - 1)
+    return edges[at] == wanted
 
 
 def distinct(rows: Rows, copies: int, block_bytes: int) -> tuple[Tensor, Tensor | None]:
@@ -145,9 +145,10 @@ def tying_distances(rows: Rows) -> Callable[[Tensor], Tensor]:
     A product may round equal columns differently. NFC makes many of them, so equal rows are multiplied once.
     """
     kept, twin = distinct(rows, 1, BLOCK_BYTES)
+    parts = list(blocks(len(kept), BLOCK_BYTES // (32 * rows.dim)))
     if twin is None:
-        return lambda x: squared_distances(x, rows)
-    return lambda x: squared_distances(x, rows, kept)[:, twin]
+        return lambda x: squared_distances(x, parts, lambda part: rows.read(part, x.dtype))
+    return lambda x: squared_distances(x, parts, lambda part: rows.read(kept[part], x.dtype))[:, twin]
 
 
 class _Space:
@@ -216,7 +217,7 @@ class _Space:
             result[rows] = self._best(rows.repeat_interleave(width), candidates[rows].flatten(), k)
         # Every chunk reads all rows once: not too few at a time.
         for rows in _chunks(~complete, max(128, self._block_bytes // (32 * self.n))):
-            near = self._float64_distances(rows)
+            near = squared_distances(self._centred(rows), self._parts, self._centred)
             near[torch.arange(len(rows), device=near.device), rows] = torch.inf
             # Twice: these distances are rounded, and so are the exact ones of which they must miss none.
             bound = 2 * _FLOAT64_ROUNDING * self._roundings[rows]
@@ -224,15 +225,6 @@ class _Space:
             row, other = torch.nonzero(near <= limit[:, None], as_tuple=True)
             result[rows] = self._best(rows[row], other, k)
         return result
-
-    def _float64_distances(self, rows: Tensor) -> Tensor:
-        x = self._centred(rows)
-        squares = x.square().sum(1)
-        near = torch.empty((len(rows), self.n), dtype=torch.float64, device=x.device)
-        for part in self._parts:
-            other = self._centred(part)
-            near[:, part] = squared_euclidean(x, other, squares, other.square().sum(1))
-        return near
 
     def _best(self, first: Tensor, second: Tensor, k: int) -> Tensor:
         """For pairs grouped by `first`, each group's k best of `second`: by exact distance, then by position."""
