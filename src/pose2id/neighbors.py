@@ -144,7 +144,8 @@ def tying_distances(rows: Rows) -> Callable[[Tensor], Tensor]:
 
     A product may round equal columns differently. NFC makes many of them, so equal rows are multiplied once.
     """
-    kept, twin = distinct(rows, 1, BLOCK_BYTES)
+    block_bytes = BLOCK_BYTES // 4  # finding equal rows should not set the peak
+    kept, twin = distinct(rows, 1, block_bytes)
     parts = list(blocks(len(kept), BLOCK_BYTES // (32 * rows.dim)))
     if twin is None:
         return lambda x: squared_distances(x, parts, lambda part: rows.read(part, x.dtype))
