@@ -1,7 +1,8 @@
 """Training-free person re-identification: centralize the features of any ReID model towards their identity's centre.
 
-The public surface is small: `Centralizer` inside a pipeline, `nfc` and `fuse` on features, `evaluate` and `id2_score`
-to measure them. Helpers live in the submodules. Names load on first use, so that importing the package costs nothing.
+The public surface is small: `Centralizer` inside a pipeline, `IdentityGenerator` for pictures of a person in other
+poses, `nfc` and `fuse` on features, `evaluate` and `id2_score` to measure them. Helpers live in the submodules. Names
+load on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pose2id.centralizer import Centralizer
     from pose2id.evaluation import EvaluationResult, evaluate, evaluate_rank
     from pose2id.id2 import IdentityDensity, id2_score, identity_density
+    from pose2id.ipg.generator import IdentityGenerator
     from pose2id.neighbors import nearest_neighbors
     from pose2id.rerank import k_reciprocal, re_ranking
 
@@ -23,6 +25,7 @@ __all__ = [
     "Centralizer",
     "EvaluationResult",
     "IdentityDensity",
+    "IdentityGenerator",
     "NFCDiagnostics",
     "evaluate",
     "evaluate_rank",
@@ -40,6 +43,7 @@ _HOME = {
     "Centralizer": "centralizer",
     "EvaluationResult": "evaluation",
     "IdentityDensity": "id2",
+    "IdentityGenerator": "ipg.generator",
     "NFCDiagnostics": "centralization",
     "evaluate": "evaluation",
     "evaluate_rank": "evaluation",
@@ -53,7 +57,7 @@ _HOME = {
     "re_ranking": "rerank",
 }
 
-_SUBMODULES = ("datasets", "extractor", "feature_files", "plots", "report")
+_SUBMODULES = ("datasets", "extractor", "feature_files", "ipg", "plots", "report")
 
 
 def __getattr__(name: str) -> object:

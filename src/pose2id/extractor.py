@@ -133,7 +133,7 @@ def extract(
     Raises:
         TypeError, ValueError: bad input, an unreadable image (named by index and path), an output that is no feature.
     """
-    items = _checked_images(images)
+    items = checked_images(images)
     checked_choice(inputs, "inputs", INPUTS)
     batch_size = checked_count(batch_size, "batch_size")
     transform = checked_transform(transform, inputs)
@@ -171,6 +171,25 @@ def checked_device(device: Any) -> torch.device:
         raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}.") from error
 
 
+def checked_images(images: Any, name: str = "images") -> Any:
+    """A non-empty sequence of images, or one array of them, whose files are there."""
+    single = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
+    single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != _BATCH_NDIM
+    if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+        given = f"shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
+        raise TypeError(
+            f"{name} must be a sequence of images, got {given}. Wrap one image in a list, an iterator in list()."
+        )
+    if len(images) == 0:
+        raise ValueError(f"{name} must hold at least one image, got an empty sequence.")
+    if not isinstance(images, (np.ndarray, Tensor)):
+        # Before hours of extraction, not in the middle of them.
+        for i, item in enumerate(images):
+            if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
+                raise ValueError(f"{name}[{i}] cannot be read: there is no file {os.fspath(item)}.")
+    return images
+
+
 def load_image(item: Any, name: str) -> Image.Image:
     """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture."""
     if isinstance(item, (str, os.PathLike)):
@@ -205,24 +224,6 @@ def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} must have 8 bits a channel, got mode {picture.mode!r}. Scale it to 0..255 first.")
     return ImageOps.exif_transpose(picture).convert("RGB")
-
-
-def _checked_images(images: Any) -> Any:
-    single = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
-    single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != _BATCH_NDIM
-    if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
-        given = f"shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
-        raise TypeError(
-            f"images must be a sequence of images, got {given}. Wrap one image in a list, an iterator in list()."
-        )
-    if len(images) == 0:
-        raise ValueError("images must hold at least one image, got an empty sequence.")
-    if not isinstance(images, (np.ndarray, Tensor)):
-        # Before hours of extraction, not in the middle of them.
-        for i, item in enumerate(images):
-            if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
-                raise ValueError(f"images[{i}] cannot be read: there is no file {os.fspath(item)}.")
-    return images
 
 
 def _batch(items: Any, index: range, transform: Callable[[Image.Image], Tensor] | None, device: torch.device) -> Tensor:

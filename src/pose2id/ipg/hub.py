@@ -1,0 +1,129 @@
+"""Files by name, from a directory or from a repository of the Hugging Face Hub.
+
+The Hub's own client does everything: its cache, its resumption, its HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+class MissingFilesError(FileNotFoundError):
+    """A place that is there lacks files, or they are not in the cache."""
+
+
+class Place:
+    """A directory, or a repository at one commit.
+
+    Args:
+        repo_or_dir: a directory if there is one of this name, else a repository.
+        argument: what the caller calls it, for errors.
+        revision: branch, tag or commit of a repository.
+        cache_dir: of the Hub's client.
+        local_files_only: take only what is in the cache.
+        token: for the Hub; None: the client's own; False: none.
+
+    Attributes:
+        commit: what `revision` resolved to, once a file was there; None for a directory.
+
+    Raises:
+        FileNotFoundError: neither a directory, nor the name of a repository.
+    """
+
+    def __init__(
+        self,
+        repo_or_dir: str | os.PathLike[str],
+        argument: str,
+        *,
+        revision: str = "main",
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> None:
+        self.name = os.fspath(repo_or_dir)
+        self.commit: str | None = None
+        self._argument = argument
+        self._revision = revision
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._local_files_only = local_files_only
+        self._token = token
+        directory = Path(self.name).expanduser()
+        self._directory = directory if directory.is_dir() else None
+        if self._directory is None and not _REPOSITORY.fullmatch(self.name):
+            raise FileNotFoundError(
+                f"{argument} must be a directory or a repository of the Hub such as 'user/name'; there is no directory "
+                f"{self.name!r}."
+            )
+
+    def __str__(self) -> str:
+        return f"directory {self.name}" if self._directory else f"repository {self.name} at {self._revision!r}"
+
+    def source(self) -> dict[str, str]:
+        """Repository to commit; nothing for a directory, whose path is nobody's business."""
+        return {} if self.commit is None else {self.name: self.commit}
+
+    def files(self, names: Sequence[str]) -> list[Path]:
+        """Paths of all these files, all of one commit.
+
+        Raises:
+            MissingFilesError: one or more are not there; each is named.
+            FileNotFoundError: no such repository or revision.
+        """
+        found, missing, reasons = [], [], []
+        for name in names:
+            try:
+                found.append(self._path(name))
+            except MissingFilesError as error:
+                missing.append(name)
+                reasons.append(str(error))
+        if missing:
+            raise MissingFilesError(f"{self} lacks {', '.join(missing)} ({'; '.join(dict.fromkeys(reasons))}).")
+        return found
+
+    def _path(self, name: str) -> Path:
+        if self._directory is not None:
+            path = self._directory / name
+            if not path.is_file():
+                raise MissingFilesError("no such file")
+            return path
+        try:
+            path = Path(
+                hf_hub_download(
+                    self.name,
+                    name,
+                    revision=self.commit or self._revision,
+                    cache_dir=self._cache_dir,
+                    local_files_only=self._local_files_only,
+                    token=self._token,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            how = "local_files_only=True" if self._local_files_only else "the Hub cannot be reached"
+            raise MissingFilesError(f"not in the cache, and {how}") from error
+        except EntryNotFoundError as error:
+            raise MissingFilesError("no such file in the repository") from error
+        except RevisionNotFoundError as error:
+            raise FileNotFoundError(
+                f"revision must be a branch, tag or commit of {self.name}, got {self._revision!r}."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self._argument} must be a directory or a repository of the Hub; there is no directory {self.name!r} "
+                "and no repository that you may read. Check the name, or log in with `hf auth login`."
+            ) from error
+        # The first file decides the commit: a push in between must not mix parts of two.
+        self.commit = path.parent.name
+        return path

@@ -1,0 +1,163 @@
+"""Who is on the picture: the identity encoder (a frozen ReID model) and the tokens that its feature becomes.
+
+The tokens take the place of a prompt's: every cross-attention of both UNets takes its keys and values from them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TransReID(nn.Module):
+    """The identity encoder of the published weights: TransReID (ViT, overlapping patches, JPM), before the neck.
+
+    Rearranged from "TransReID: Transformer-based Object Re-Identification" (ICCV 2021) with neither camera nor view
+    embedding. Only what inference needs is built: the last block stands in the two heads, without the classifiers and
+    batch norms of the training. Parameters are named as in the published state dict.
+
+    Args:
+        image_size: (height, width) of the input, in pixels.
+        patch_size: side of a patch, in pixels.
+        stride: step between patches, in pixels; below `patch_size` they overlap.
+        dim: width of a token.
+        depth: blocks, the one in the heads included.
+        heads: attention heads.
+        parts: groups of patches that the jigsaw head describes one by one.
+        shift: sequence position (0 is the class token) at which the jigsaw starts to count.
+        groups: how many interleaved groups the jigsaw shuffles patches into.
+
+    Raises:
+        ValueError: the patches cannot be shuffled into `groups`.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (256, 128),
+        *,
+        patch_size: int = 16,
+        stride: int = 12,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        parts: int = 4,
+        shift: int = 5,
+        groups: int = 2,
+    ) -> None:
+        super().__init__()
+        height, width = image_size
+        patches = ((height - patch_size) // stride + 1) * ((width - patch_size) // stride + 1)
+        if patches % groups or patches < parts:
+            raise ValueError(
+                f"image_size, patch_size and stride must give patches in a multiple of groups={groups} and at least "
+                f"parts={parts} of them, got {patches}."
+            )
+        self.config = {
+            "image_size": [height, width],
+            "patch_size": patch_size,
+            "stride": stride,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "parts": parts,
+            "shift": shift,
+            "groups": groups,
+        }
+        self.image_size = (height, width)
+        self.feature_dim = (1 + parts) * dim
+        self._parts, self._shift, self._groups = parts, shift, groups
+        self.base = _Trunk(patches, patch_size, stride, dim, depth - 1, heads)
+        self.b1 = nn.Sequential(_Block(dim, heads), nn.LayerNorm(dim, eps=1e-6))
+        self.b2 = nn.Sequential(_Block(dim, heads), nn.LayerNorm(dim, eps=1e-6))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, (1 + parts) * dim), not normalised, of images (B, 3, H, W): RGB, float, in [-1, 1]."""
+        tokens = self.base(images)
+        class_token, patches = tokens[:, :1], tokens[:, 1:]
+        # The jigsaw: count from another patch, then deal the patches out in turn, so that every part sees all heights.
+        shuffled = patches.roll(1 - self._shift, dims=1).unflatten(1, (self._groups, -1)).transpose(1, 2).flatten(1, 2)
+        length = shuffled.shape[1] // self._parts  # a remainder of patches belongs to no part
+        parts = shuffled[:, : length * self._parts].unflatten(1, (self._parts, length))
+        parts = torch.cat([class_token[:, None].expand(-1, self._parts, -1, -1), parts], dim=2)
+        local_features = self.b2(parts.flatten(0, 1))[:, 0].unflatten(0, (-1, self._parts))
+        global_feature = self.b1(tokens)[:, :1]
+        return torch.cat([global_feature, local_features / self._parts], dim=1).flatten(1)
+
+
+class IdentityTokens(nn.Module):
+    """IFR, the Identity Feature Redistribution of the paper (eq. 5): LayerNorm(Linear(feature)) as N tokens of width D.
+
+    Args:
+        feature_dim: width of the identity encoder's feature.
+        num_tokens: N.
+        dim: D, the width that the UNets' cross-attention takes.
+    """
+
+    def __init__(self, feature_dim: int = 3840, num_tokens: int = 20, dim: int = 768) -> None:
+        super().__init__()
+        self.config = {"feature_dim": feature_dim, "num_tokens": num_tokens, "dim": dim}
+        self.feature_dim, self.num_tokens, self.dim = feature_dim, num_tokens, dim
+        # The names of the published state dict.
+        self.proj_motion = nn.Linear(feature_dim, num_tokens * dim)
+        self.norm_motion = nn.LayerNorm(dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Tokens (B, N, D) of identity features (B, feature_dim)."""
+        tokens: Tensor = self.norm_motion(self.proj_motion(features).unflatten(1, (self.num_tokens, self.dim)))
+        return tokens
+
+
+class _Trunk(nn.Module):
+    """Patches to tokens: the class token and the patch tokens after all blocks but the last, without a final norm."""
+
+    def __init__(self, patches: int, patch_size: int, stride: int, dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, stride)})
+        self.blocks = nn.Sequential(*(_Block(dim, heads) for _ in range(depth)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        result: Tensor = self.blocks(tokens)
+        return result
+
+
+class _Block(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = _Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = _MLP(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens))
+        result: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return result
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        result: Tensor = self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return result
+
+
+class _MLP(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        return result

@@ -1,0 +1,213 @@
+"""Reference attention: what the reference UNet sees of a picture, read by the denoising UNet's self-attention.
+
+Both are stock `diffusers.UNet2DConditionModel`. Their attention processors take what they need from the call's
+`cross_attention_kwargs` and keep nothing, so that no picture is left behind in a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+Bank = dict[str, Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoising UNet sees of R references, projected once for all steps.
+
+    Attributes:
+        bank: per self-attention, keys and values (R, heads, L, d) of the references.
+        tokens: per cross-attention, keys and values (rows, heads, N, d) of the identity tokens, one entry per row of
+            the UNet's batch: with guidance first the R * P unconditional rows, then P rows for each reference.
+        poses: P, the rows of one reference.
+    """
+
+    bank: dict[str, KeysValues]
+    tokens: dict[str, KeysValues]
+    poses: int
+
+
+def install_writer(unet: UNet2DConditionModel) -> None:
+    """Make `unet` a reference UNet, in place: its self-attentions write their input, its output head goes."""
+    unet.set_attn_processor(_processors(unet, _Writer, _CrossAttention))
+    # Nothing reads the output: published weights have no head.
+    unet.conv_norm_out = unet.conv_out = nn.Identity()
+
+
+def install_reader(unet: UNet2DConditionModel) -> None:
+    """Make `unet` a denoising UNet, in place: it reads a `Condition`, and its input carries pose features."""
+    unet.set_attn_processor(_processors(unet, _BankReader, _TokenReader))
+    if not isinstance(unet.conv_in, PosedConv2d):
+        unet.conv_in = PosedConv2d(unet.conv_in)
+
+
+def self_attentions(unet: UNet2DConditionModel) -> dict[str, int]:
+    """Path to width of every self-attention; both UNets must have the same."""
+    names = [name.removesuffix(".processor") for name in unet.attn_processors if "attn1" in name]
+    return {name: unet.get_submodule(name).to_k.in_features for name in names}
+
+
+def write(unet: UNet2DConditionModel, latents: Tensor, tokens: Tensor, *, round_to: torch.dtype | None = None) -> Bank:
+    """One pass of the reference UNet, at timestep 0.
+
+    Args:
+        unet: made by `install_writer`.
+        latents: (R, 4, h, w) clean, scaled latents of the reference images.
+        tokens: (R, N, D) identity tokens of the same images.
+        round_to: dtype that the bank is rounded to; it stays in the UNet's. None: it isn't rounded.
+
+    Returns:
+        The bank: per self-attention (named by its path) its normalised input (R, L, C).
+    """
+    bank: Bank = {}
+    unet(latents, 0, encoder_hidden_states=tokens, cross_attention_kwargs={"bank": bank}, return_dict=False)
+    return bank if round_to is None else {name: states.to(round_to).to(states) for name, states in bank.items()}
+
+
+def project(
+    unet: UNet2DConditionModel, bank: Bank, tokens: Tensor, *, poses: int, unconditional: Tensor | None = None
+) -> Condition:
+    """Keys and values that the denoising UNet reads, from its own projections.
+
+    Args:
+        unet: made by `install_reader`.
+        bank: made by `write`, for R references.
+        tokens: (R, N, D) identity tokens of the references.
+        poses: rows of each reference in the UNet's batch.
+        unconditional: (1, N, D) tokens of the unconditional rows; None: there are none.
+    """
+    read_bank: dict[str, KeysValues] = {}
+    read_tokens: dict[str, KeysValues] = {}
+    for processor in unet.attn_processors.values():
+        attention = unet.get_submodule(processor.name)
+        if isinstance(processor, _BankReader):
+            read_bank[processor.name] = _keys_values(attention, bank[processor.name])
+            continue
+        rows = tokens if unconditional is None else torch.cat([unconditional, tokens])
+        keys, values = (_per_row(projected, len(tokens), poses) for projected in _keys_values(attention, rows))
+        read_tokens[processor.name] = keys, values
+    return Condition(read_bank, read_tokens, poses)
+
+
+class PosedConv2d(nn.Conv2d):
+    """A UNet's first convolution whose input holds, behind the latents' channels, features to add to its output.
+
+    In place of state in the model, so that one call needs nothing from another. Takes over the given convolution's
+    parameters under the same names.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, out, h, w) of latents and pose features (B, in + out, h, w)."""
+        latents, pose_features = inputs.split([self.in_channels, self.out_channels], dim=1)
+        result: Tensor = super().forward(latents) + pose_features
+        return result
+
+
+class _Processor:
+    """An attention processor that knows the path of its attention, `down_blocks.0.attentions.0...attn1`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Writer(_Processor):
+    """Self-attention of the reference UNet. diffusers hands it the output of the block's first norm."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, bank: Bank, **__: Any) -> Tensor:
+        bank[self.name] = hidden_states
+        return _attend(attn, _query(attn, hidden_states), *_keys_values(attn, hidden_states))
+
+
+class _CrossAttention(_Processor):
+    """Cross-attention of the reference UNet."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, bank: Bank, **__: Any
+    ) -> Tensor:
+        del bank  # diffusers passes a call's keywords to every attention, and complains where one isn't taken
+        return _attend(attn, _query(attn, hidden_states), *_keys_values(attn, encoder_hidden_states))
+
+
+class _BankReader(_Processor):
+    """Self-attention of the denoising UNet: conditional rows also see their reference, unconditional ones do not."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, condition: Condition, **__: Any) -> Tensor:
+        query, (keys, values) = _query(attn, hidden_states), _keys_values(attn, hidden_states)
+        banks = condition.bank[self.name]
+        unconditional = len(hidden_states) - len(banks[0]) * condition.poses
+        keys_seen, values_seen = (
+            _with_bank(own[unconditional:], bank, condition.poses)
+            for own, bank in zip((keys, values), banks, strict=True)
+        )
+        attended = _scaled_dot_product(query[unconditional:], keys_seen, values_seen)
+        if unconditional:
+            alone = (part[:unconditional] for part in (query, keys, values))
+            attended = torch.cat([_scaled_dot_product(*alone), attended])
+        return _output(attn, attended)
+
+
+class _TokenReader(_Processor):
+    """Cross-attention of the denoising UNet, with keys and values that are the same in every step."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, condition: Condition, **__: Any) -> Tensor:
+        return _attend(attn, _query(attn, hidden_states), *condition.tokens[self.name])
+
+
+def _processors(
+    unet: UNet2DConditionModel, self_attention: type[_Processor], cross_attention: type[_Processor]
+) -> dict[str, _Processor]:
+    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    return {
+        f"{name}.processor": (self_attention if name.endswith("attn1") else cross_attention)(name) for name in names
+    }
+
+
+def _with_bank(own: Tensor, bank: Tensor, poses: int) -> Tensor:
+    """(R * P, heads, L + L', d): each row's own keys (or values), then those of its reference."""
+    shared = bank[:, None].expand(-1, poses, -1, -1, -1)
+    return torch.cat([own.unflatten(0, (len(bank), poses)), shared], dim=3).flatten(0, 1)
+
+
+def _per_row(projected: Tensor, references: int, poses: int) -> Tensor:
+    conditional = projected[-references:].repeat_interleave(poses, dim=0)
+    if len(projected) == references:
+        return conditional
+    return torch.cat([projected[:1].expand(references * poses, -1, -1, -1), conditional])
+
+
+def _query(attn: Any, hidden_states: Tensor) -> Tensor:
+    return _split_heads(attn, attn.to_q(hidden_states))
+
+
+def _keys_values(attn: Any, states: Tensor) -> KeysValues:
+    return _split_heads(attn, attn.to_k(states)), _split_heads(attn, attn.to_v(states))
+
+
+def _split_heads(attn: Any, states: Tensor) -> Tensor:
+    result: Tensor = states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return result
+
+
+def _scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, keys, values)
+
+
+def _attend(attn: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return _output(attn, _scaled_dot_product(query, keys, values))
+
+
+def _output(attn: Any, attended: Tensor) -> Tensor:
+    projection, dropout = attn.to_out
+    result: Tensor = dropout(projection(attended.transpose(1, 2).flatten(2)))
+    return result

@@ -1,0 +1,61 @@
+"""The sampler: classifier-free guidance and the scheduler's steps, from noise to latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from pose2id.ipg.reference import Condition
+
+
+def denoise(
+    unet: UNet2DConditionModel,
+    scheduler: Any,
+    noise: Tensor,
+    pose_features: Tensor,
+    condition: Condition,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Latents of R references in P poses.
+
+    Args:
+        unet: made by `install_reader`.
+        scheduler: a diffusers scheduler; its timesteps are set here.
+        noise: (R, P, 4, h, w) standard normal; latents stay in its dtype, whatever the UNet computes in.
+        pose_features: (P, C, h, w), shared by the references.
+        condition: made by `project` for the same R and P; with unconditional rows exactly if `guided(guidance_scale)`.
+        num_inference_steps: steps of the scheduler.
+        guidance_scale: prediction = unconditional + scale * (conditional - unconditional).
+
+    Returns:
+        (R, P, 4, h, w) scaled latents.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    copies = 2 if guided(guidance_scale) else 1  # the unconditional rows come first
+    pose_rows = pose_features.to(unet.dtype).repeat(copies * len(noise), 1, 1, 1)
+    latents = noise.flatten(0, 1) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(latents, timestep).to(unet.dtype).repeat(copies, 1, 1, 1)
+        prediction = unet(
+            torch.cat([inputs, pose_rows], dim=1),
+            timestep,
+            encoder_hidden_states=None,  # the condition holds their keys and values
+            cross_attention_kwargs={"condition": condition},
+            return_dict=False,
+        )[0].to(latents)
+        if copies == 2:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    result: Tensor = latents.view_as(noise)
+    return result
+
+
+def guided(guidance_scale: float) -> bool:
+    """Whether unconditional rows have a weight: at scale 1 they have none."""
+    return guidance_scale != 1

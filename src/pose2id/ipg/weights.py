@@ -1,0 +1,449 @@
+"""Weights are data: found in a directory or on the Hub, checked by key and shape, read one part at a time.
+
+Two layouts. The published one: five .pth files of tensors, and a VAE from elsewhere. Ours, written by `save`: one
+safetensors file per part and pose2id.json, which holds every configuration. No code in a file is ever run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import pickle
+import re
+import secrets
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pose2id.ipg.hub import MissingFilesError, Place
+from pose2id.ipg.identity import IdentityTokens, TransReID
+from pose2id.ipg.pose_encoder import PoseEncoder
+from pose2id.ipg.reference import install_writer
+
+logger = logging.getLogger(__name__)
+
+VAE_REPO = "stabilityai/sd-vae-ft-mse"
+CONFIG_FILE = "pose2id.json"
+_FORMAT = 1
+_SHOWN = 10  # keys of one kind that an error lists
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of IPG, and how its weights are found.
+
+    Attributes:
+        kind: its class.
+        build: configuration to module.
+        published_file: its file in the published layout.
+        config: its configuration there; None: beside the file (the VAE).
+        unused: keys that a file may have, and inference does not need.
+    """
+
+    kind: type[nn.Module]
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    published_file: str
+    config: Mapping[str, Any] | None
+    unused: str = r"(?!)"
+
+
+def _reference_unet(config: Mapping[str, Any]) -> nn.Module:
+    unet: nn.Module = diffusers.UNet2DConditionModel.from_config(config)
+    install_writer(unet)
+    return unet
+
+
+# Stable Diffusion v1.5's UNet; whatever is not named here is diffusers' default.
+_SD15_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+_PUBLISHED_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+_PUBLISHED_SETTINGS = {"image_size": [512, 256], "round_bank": True}
+
+PARTS: Mapping[str, Part] = {
+    "identity_encoder": Part(
+        TransReID,
+        lambda config: TransReID(**config),
+        "transformer_20.pth",
+        {"image_size": [256, 128]},
+        # The last block and the norm of the plain ViT, and the heads of the training.
+        unused=r"base\.(blocks\.11|norm|fc)\.|bottleneck(_\d+)?\.|classifier(_\d+)?\.",
+    ),
+    "identity_tokens": Part(IdentityTokens, lambda config: IdentityTokens(**config), "IFR.pth", {}),
+    "reference_unet": Part(
+        diffusers.UNet2DConditionModel, _reference_unet, "reference_unet.pth", _SD15_UNET, unused=r"conv_(norm_)?out\."
+    ),
+    "denoising_unet": Part(
+        diffusers.UNet2DConditionModel, diffusers.UNet2DConditionModel.from_config, "denoising_unet.pth", _SD15_UNET
+    ),
+    "pose_encoder": Part(PoseEncoder, lambda config: PoseEncoder(**config), "pose_guider.pth", {}),
+    "vae": Part(
+        diffusers.AutoencoderKL,
+        diffusers.AutoencoderKL.from_config,
+        "diffusion_pytorch_model.safetensors",
+        None,
+    ),
+}
+# Attention of VAEs that were saved before diffusers 0.15.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that were found and whose keys are right, read when asked for.
+
+    Attributes:
+        files: part to file.
+        configs: part to configuration.
+        scheduler_config: a diffusers scheduler's, with its class under `_class_name`.
+        settings: further arguments of `IdentityGenerator`.
+        sources: repository to commit.
+    """
+
+    files: Mapping[str, Path]
+    configs: Mapping[str, Mapping[str, Any]]
+    scheduler_config: Mapping[str, Any] = field(default_factory=lambda: dict(_PUBLISHED_SCHEDULER))
+    settings: Mapping[str, Any] = field(default_factory=lambda: dict(_PUBLISHED_SETTINGS))
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise one ValueError for all parts whose file lacks keys, or has others, or of other shapes."""
+        problems = []
+        for name, path in self.files.items():
+            problem = _mismatch(self._module(name), _read(name, path), PARTS[name].unused)
+            problems += [f"  {name} ({path.name}): {problem}"] if problem else []
+        if problems:
+            raise ValueError("These weights do not fit their parts:\n" + "\n".join(problems))
+
+    def state(
+        self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """The tensors that inference needs of a part, in new memory; dtype None: as stored."""
+        stored = _read(name, self.files[name])
+        return {
+            key: torch.empty_like(stored[key], dtype=dtype, device=device).copy_(stored[key])
+            for key in self._module(name).state_dict()
+        }
+
+    def load(self, name: str, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """A part, straight in its dtype and on its device."""
+        logger.info("loading %s from %s", name, self.files[name])
+        module = self._module(name)
+        module.load_state_dict(self.state(name, dtype, device), assign=True)
+        return module.requires_grad_(False)
+
+    def scheduler(self) -> Any:
+        """The scheduler, built."""
+        name = self.scheduler_config.get("_class_name")
+        kind = getattr(diffusers, str(name), None)
+        if not inspect.isclass(kind) or not issubclass(kind, diffusers.SchedulerMixin):
+            raise ValueError(
+                f"scheduler in {CONFIG_FILE} must name a diffusers scheduler as _class_name, got {name!r}."
+            )
+        build: Any = getattr(diffusers, str(name))
+        return build.from_config(dict(self.scheduler_config))
+
+    def _module(self, name: str) -> nn.Module:
+        try:
+            with torch.device("meta"):  # shapes without memory
+                return PARTS[name].build(self.configs[name])
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"the configuration of {name} builds no {PARTS[name].kind.__name__}: {error}") from error
+
+
+def open_weights(
+    repo_or_dir: str | os.PathLike[str],
+    *,
+    revision: str = "main",
+    vae: str | os.PathLike[str] = VAE_REPO,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Weights:
+    """Find weights in either layout and check their keys; arguments and errors: `IdentityGenerator.from_pretrained`."""
+    options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    place = Place(repo_or_dir, "repo_or_dir", revision=revision, **options)
+    try:
+        weights = _own_layout(place)
+    except MissingFilesError:
+        weights = _published_layout(place)
+    if "vae" not in weights.files or os.fspath(vae) != VAE_REPO:
+        weights = _with_vae(weights, Place(vae, "vae", **options))
+    weights.check()
+    return weights
+
+
+def save(
+    directory: str | os.PathLike[str],
+    configs: Mapping[str, Mapping[str, Any]],
+    states: Iterable[tuple[str, Mapping[str, Tensor]]],
+    *,
+    scheduler_config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    sources: Mapping[str, str],
+) -> None:
+    """Write weights in our layout; the directory, new or empty, appears whole or not at all.
+
+    Args:
+        directory: where to.
+        configs: part to configuration.
+        states: (part, tensors), taken one after the other.
+        scheduler_config: with its class under `_class_name`.
+        settings: further arguments of `IdentityGenerator`.
+        sources: repository to commit.
+    """
+    target = checked_target(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.parent / f".{target.name}-{secrets.token_hex(4)}"
+    unfinished.mkdir()
+    content = {
+        "format": _FORMAT,
+        "parts": {name: dict(config) for name, config in configs.items()},
+        "scheduler": dict(scheduler_config),
+        "settings": dict(settings),
+        "sources": dict(sources),
+    }
+    try:
+        for name, state in states:
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+            save_file(tensors, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
+        (unfinished / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (unfinished / "README.md").write_text(_model_card(sources), encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def convert(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> None:
+    """Rewrite weights of either layout in ours, one part at a time.
+
+    Args:
+        source: a directory or repository; see `IdentityGenerator.from_pretrained`.
+        directory: new or empty.
+        dtype: of the written weights; None: as stored.
+        **options: `revision`, `vae`, `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
+    """
+    checked_target(directory)  # before gigabytes are downloaded
+    weights = open_weights(source, **options)
+    save(
+        directory,
+        weights.configs,
+        ((name, weights.state(name, dtype)) for name in PARTS),
+        scheduler_config=weights.scheduler_config,
+        settings=weights.settings,
+        sources=weights.sources,
+    )
+
+
+def push(
+    write: Callable[[Path], None], repo_id: str, *, private: bool | None, token: str | bool | None, commit_message: str
+) -> str:
+    """Upload the directory that `write` writes, and return the commit's address."""
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "weights"
+        write(directory)  # first: nothing is made on the Hub when it fails
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
+    return str(commit.commit_url)
+
+
+def checked_target(directory: str | os.PathLike[str]) -> Path:
+    """A directory that is new or empty."""
+    target = Path(directory).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is no empty directory. Choose another, or remove it.")
+    return target
+
+
+def config_of(name: str, part: nn.Module) -> dict[str, Any]:
+    """The configuration that a part of the published architecture is built from again."""
+    kind = PARTS[name].kind
+    if type(part) is not kind:
+        raise TypeError(f"{name} must be a {kind.__name__} to be saved, got {type(part).__name__}: save it yourself.")
+    config: Any = part.config
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration, with its class."""
+    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return {"_class_name": type(scheduler).__name__, **config}
+
+
+def _own_layout(place: Place) -> Weights:
+    (config_file,) = place.files([CONFIG_FILE])
+    content = _json(config_file)
+    if content.get("format") != _FORMAT:
+        raise ValueError(
+            f"{config_file} must have format {_FORMAT}, got {content.get('format')!r}. Update pose2id to read it."
+        )
+    missing = {"parts", "scheduler", "settings", *PARTS} - {*content, *content.get("parts", ())}
+    if missing:
+        raise ValueError(f"{config_file} must describe all parts of IPG; {', '.join(sorted(missing))} missing.")
+    files = place.files([f"{name}.safetensors" for name in PARTS])
+    return Weights(
+        dict(zip(PARTS, files, strict=True)),
+        content["parts"],
+        content["scheduler"],
+        {key: content["settings"][key] for key in _PUBLISHED_SETTINGS},
+        {**content.get("sources", {}), **place.source()},
+    )
+
+
+def _published_layout(place: Place) -> Weights:
+    published = {name: part for name, part in PARTS.items() if part.config is not None}
+    try:
+        files = place.files([part.published_file for part in published.values()])
+    except MissingFilesError as error:
+        raise MissingFilesError(
+            f"{error} Weights are these published files, or {CONFIG_FILE} with a safetensors file for each part."
+        ) from error
+    configs = {name: part.config for name, part in published.items() if part.config is not None}
+    return Weights(dict(zip(published, files, strict=True)), configs, sources=place.source())
+
+
+def _with_vae(weights: Weights, place: Place) -> Weights:
+    config_file, file = place.files(["config.json", PARTS["vae"].published_file])
+    return replace(
+        weights,
+        files={**weights.files, "vae": file},
+        configs={**weights.configs, "vae": _json(config_file)},
+        sources={**weights.sources, **place.source()},
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no intact JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _read(name: str, path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, mapped into memory: what isn't looked at is not read."""
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    tensors = {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
+    return {_present_name(key): t for key, t in tensors.items()} if name == "vae" else tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no intact safetensors file ({error}). Fetch it again.") from error
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        # Only files in zip format, which torch writes since 1.6, can be mapped; older ones are read whole.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        # Without torch's own message, which explains how to run the code.
+        raise ValueError(
+            f"{path} holds something else than tensors, or is damaged, and was not loaded: it could run code. Fetch it "
+            "again; if it is meant to be so, ask its authors for a safetensors file."
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no intact file of weights ({error}). Fetch it again.") from error
+    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} must map names to tensors. Save the state dict itself, without anything around it.")
+    return dict(content)
+
+
+def _present_name(key: str) -> str:
+    return re.sub(
+        r"(?<=mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda old: _OLD_ATTENTION[old[0]], key
+    )
+
+
+def _mismatch(module: nn.Module, tensors: Mapping[str, Tensor], unused: str) -> str:
+    """What keeps tensors from being loaded, in words; empty: nothing."""
+    wanted = module.state_dict()
+    kinds = {
+        "missing": [key for key in wanted if key not in tensors],
+        "unexpected": [key for key in tensors if key not in wanted and not re.match(unused, key)],
+        "of another shape": [
+            f"{key} {tuple(tensors[key].shape)} for {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in tensors and tensors[key].shape != wanted[key].shape
+        ],
+        "not floating": [key for key in wanted if key in tensors and not tensors[key].is_floating_point()],
+    }
+    return "; ".join(
+        f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
+        for kind, keys in kinds.items()
+        if keys
+    )
+
+
+def _model_card(sources: Mapping[str, str]) -> str:
+    origin = "".join(f"* {repository} at commit {commit}\n" for repository, commit in sources.items())
+    return _MODEL_CARD + (f"\n## Made from\n\n{origin}" if origin else "")
+
+
+_MODEL_CARD = """\
+---
+library_name: pose2id
+license: creativeml-openrail-m
+tags:
+- person-re-identification
+- image-generation
+---
+
+# Weights of identity-guided pedestrian generation (IPG)
+
+For `pose2id.IdentityGenerator.from_pretrained`. One safetensors file for each part; `pose2id.json` holds their
+configurations. The method is Pose2ID, "From Poses to Identity: Training-Free Person Re-Identification via Feature
+Centralization" (CVPR 2025, arXiv 2503.00938).
+
+## Licence and use
+
+Both UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers these weights too: its
+use-based restrictions must be passed on with every copy. Other parts may have terms of their own; those of the weights'
+authors apply.
+
+The weights make pictures of people from pictures of people. Matching persons across cameras is biometric processing,
+which the law of many places restricts: use them only where you have a lawful basis.
+"""
