@@ -1,4 +1,4 @@
-"""Weights for golden vectors, from nothing but a state dict's names and shapes: the recipe that the goldens were made with.
+"""The weights that the golden vectors were made with, from nothing but the names and shapes of a state dict.
 
 A parameter is z = standard_normal(shape) in float32, of a generator seeded with the crc32 of salt + name, then
     running_mean: 0.05 z                 running_var: 1 + 0.05 |z|         num_batches_tracked: 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import diffusers
+import recipe
 import torch
 
-import recipe
 from pose2id.ipg import IdentityGenerator, IdentityTokens, PoseEncoder, TransReID
 
 UNET = {

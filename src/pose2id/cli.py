@@ -1,4 +1,4 @@
-"""The command line: `pose2id enhance`, `pose2id evaluate`, `pose2id demo`."""
+"""The command line: `pose2id enhance`, `pose2id evaluate`, `pose2id demo`, `pose2id convert`."""
 
 from __future__ import annotations
 
@@ -39,37 +39,51 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    enhance = _command(commands, "enhance", "centralize the features of a file with NFC", _enhance)
+    enhance = _feature_command(commands, "enhance", "centralize the features of a file with NFC", _enhance)
     enhance.add_argument("input", metavar="IN", help="feature file")
     enhance.add_argument("output", metavar="OUT", help="feature file to write; everything else in IN is copied")
     enhance.add_argument("--joint", action="store_true", help="neighbours in the union of query and gallery")
     enhance.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
-    evaluate = _command(commands, "evaluate", "mAP, Rank-k, mINP and ID² of a feature file", _evaluate)
+    evaluate = _feature_command(commands, "evaluate", "mAP, Rank-k, mINP and ID² of a feature file", _evaluate)
     evaluate.add_argument("features", metavar="FEATS", help="feature file with identity labels")
     evaluate.add_argument("--nfc", action="store_true", help="also with NFC")
     evaluate.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking (20, 6, 0.3)")
     evaluate.add_argument("--json", action="store_true", help="print JSON (fractions) instead of a table (percent)")
 
-    demo = _command(commands, "demo", "table and picture for a sample, or for a feature file", _demo)
+    demo = _feature_command(commands, "demo", "table and picture for a sample, or for a feature file", _demo)
     demo.add_argument("features", metavar="FEATS", nargs="?", help="feature file (default: drawn pedestrians)")
     demo.add_argument("--picture", metavar="PATH", default="pose2id-demo.png", help="default: %(default)s")
     demo.add_argument("--no-picture", action="store_true", help="print the table only")
     demo.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
+
+    convert = _command(commands, "convert", "rewrite generation weights as safetensors", _convert)
+    convert.add_argument("source", metavar="SRC", help="directory or Hugging Face repository, in either layout")
+    convert.add_argument("target", metavar="DST", help="directory to write: new or empty")
+    convert.add_argument("--revision", default="main", help="branch, tag or commit of SRC (%(default)s)")
+    convert.add_argument("--vae", help="directory or repository of the VAE (default: stabilityai/sd-vae-ft-mse)")
+    convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of DST (default: as in SRC)")
+    convert.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept (default: the Hub client's)")
+    convert.add_argument("--local-files-only", action="store_true", help="download nothing")
     return parser
 
 
-def _command(commands: Any, name: str, help_text: str, run: Any) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, help_text: str, run: Any, epilog: str = "") -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_text,
         description=help_text,
-        epilog=_FILES,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _feature_command(commands: Any, name: str, help_text: str, run: Any) -> argparse.ArgumentParser:
+    parser = _command(commands, name, help_text, run, _FILES)
     parser.add_argument("--k1", type=int, default=2, help="NFC: neighbours that a feature proposes (%(default)s)")
     parser.add_argument("--k2", type=int, default=2, help="NFC: neighbours that the other side looks at (%(default)s)")
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -99,6 +113,24 @@ def _evaluate(args: argparse.Namespace) -> None:
     valid = rows[0].result.num_valid_queries
     print(f"{len(content.query_feats)} queries ({valid} with a match), {len(content.gallery_feats)} gallery images\n")
     print(table(rows))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import torch  # noqa: PLC0415
+
+    from pose2id.ipg import convert  # noqa: PLC0415
+
+    options = {"vae": args.vae} if args.vae else {}
+    convert(
+        args.source,
+        args.target,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        local_files_only=args.local_files_only,
+        **options,
+    )
+    print(f"wrote {args.target}")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ class IdentityGenerator:
         self.pose_encoder = pose_encoder
         self.vae = vae
         self.scheduler = scheduler
-        self.image_size = (checked_count(image_size[0], "image_size"), checked_count(image_size[1], "image_size"))
+        self.image_size = _checked_size(image_size, "image_size")
         self.round_bank = round_bank
         self.sources = dict(sources or {})
         self._unconditional: Tensor | None = None
@@ -196,7 +196,8 @@ class IdentityGenerator:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IdentityGenerator:
         """Move all parts, and return the generator."""
         for part in self.parts.values():
-            part.to(device=device, dtype=dtype)
+            # Not diffusers' own `to`: it warns of float32 modules, in a list that is empty.
+            nn.Module.to(part, device=device, dtype=dtype)
         self._unconditional = None
         return self
 
@@ -234,13 +235,12 @@ class IdentityGenerator:
         images, poses = checked_images(images, "images"), checked_images(poses, "poses")
         checked_count(num_inference_steps, "num_inference_steps", most=self.scheduler.config.num_train_timesteps)
         guidance_scale = checked_number(guidance_scale, "guidance_scale", 0, 1000)
+        if size is not None:
+            size = _checked_size(size, "size")
         if generator is not None and latents is not None:
             raise ValueError("generator and latents exclude each other: both say what the noise is. Pass one of them.")
-        shape = (len(images), len(poses), *self.latent_shape)
-        if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
-            raise ValueError(
-                f"latents must be float noise of shape {shape}, got {latents.dtype} of shape {tuple(latents.shape)}."
-            )
+        if latents is not None:
+            _check_latents(latents, (len(images), len(poses), *self.latent_shape))
         drawn = torch.stack([pixels(load_image(pose, f"poses[{i}]"), self.image_size) for i, pose in enumerate(poses)])
         pose_features = self.encode_poses(self._on_device(drawn))
         pictures = []
@@ -421,6 +421,21 @@ class IdentityGenerator:
                 )
         if any(side % self._downscale for side in self.image_size):
             raise ValueError(f"image_size must be in multiples of {self._downscale}, got {self.image_size}.")
+
+
+def _checked_size(size: Any, name: str) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"{name} must be (height, width) in pixels, got {size!r}.")
+    return (checked_count(size[0], name), checked_count(size[1], name))
+
+
+def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents must be a tensor of float noise of shape {shape}, got {type(latents).__name__}.")
+    if tuple(latents.shape) != shape or not latents.is_floating_point():
+        raise ValueError(
+            f"latents must be float noise of shape {shape}, got {latents.dtype} of shape {tuple(latents.shape)}."
+        )
 
 
 def to_pictures(images: Tensor, size: tuple[int, int] | None) -> list[Image.Image]:

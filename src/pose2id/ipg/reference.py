@@ -50,7 +50,7 @@ def install_reader(unet: UNet2DConditionModel) -> None:
 
 def self_attentions(unet: UNet2DConditionModel) -> dict[str, int]:
     """Path to width of every self-attention; both UNets must have the same."""
-    names = [name.removesuffix(".processor") for name in unet.attn_processors if "attn1" in name]
+    names = [name for name in _attentions(unet) if _is_self_attention(name)]
     return {name: unet.get_submodule(name).to_k.in_features for name in names}
 
 
@@ -85,14 +85,14 @@ def project(
     """
     read_bank: dict[str, KeysValues] = {}
     read_tokens: dict[str, KeysValues] = {}
-    for processor in unet.attn_processors.values():
-        attention = unet.get_submodule(processor.name)
-        if isinstance(processor, _BankReader):
-            read_bank[processor.name] = _keys_values(attention, bank[processor.name])
-            continue
-        rows = tokens if unconditional is None else torch.cat([unconditional, tokens])
-        keys, values = (_per_row(projected, len(tokens), poses) for projected in _keys_values(attention, rows))
-        read_tokens[processor.name] = keys, values
+    groups = tokens if unconditional is None else torch.cat([unconditional, tokens])
+    for name in _attentions(unet):
+        attention = unet.get_submodule(name)
+        if name in bank:
+            read_bank[name] = _keys_values(attention, bank[name])
+        else:
+            keys, values = (_per_row(projected, len(tokens), poses) for projected in _keys_values(attention, groups))
+            read_tokens[name] = keys, values
     return Condition(read_bank, read_tokens, poses)
 
 
@@ -167,10 +167,18 @@ class _TokenReader(_Processor):
 def _processors(
     unet: UNet2DConditionModel, self_attention: type[_Processor], cross_attention: type[_Processor]
 ) -> dict[str, _Processor]:
-    names = [name.removesuffix(".processor") for name in unet.attn_processors]
     return {
-        f"{name}.processor": (self_attention if name.endswith("attn1") else cross_attention)(name) for name in names
+        f"{name}.processor": (self_attention if _is_self_attention(name) else cross_attention)(name)
+        for name in _attentions(unet)
     }
+
+
+def _attentions(unet: UNet2DConditionModel) -> list[str]:
+    return [name.removesuffix(".processor") for name in unet.attn_processors]
+
+
+def _is_self_attention(name: str) -> bool:
+    return name.endswith(".attn1")
 
 
 def _with_bank(own: Tensor, bank: Tensor, poses: int) -> Tensor:

@@ -193,9 +193,11 @@ def open_weights(
     options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     place = Place(repo_or_dir, "repo_or_dir", revision=revision, **options)
     try:
-        weights = _own_layout(place)
+        (config_file,) = place.files([CONFIG_FILE])
     except MissingFilesError:
         weights = _published_layout(place)
+    else:
+        weights = _own_layout(place, config_file)
     if "vae" not in weights.files or os.fspath(vae) != VAE_REPO:
         weights = _with_vae(weights, Place(vae, "vae", **options))
     weights.check()
@@ -309,8 +311,7 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {"_class_name": type(scheduler).__name__, **config}
 
 
-def _own_layout(place: Place) -> Weights:
-    (config_file,) = place.files([CONFIG_FILE])
+def _own_layout(place: Place, config_file: Path) -> Weights:
     content = _json(config_file)
     if content.get("format") != _FORMAT:
         raise ValueError(

@@ -1,0 +1,486 @@
+"""Weights in both layouts: what is read, what is refused, and what an error says."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import zlib
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import recipe
+import tiny
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from pose2id import IdentityGenerator
+from pose2id.cli import main
+from pose2id.ipg import convert, weights
+
+SHAPES = json.loads((ROOT / "tests" / "golden" / "published_shapes.json").read_text())
+PARTS = {part.published_file: name for name, part in weights.PARTS.items()}
+UNUSED_ENCODER_KEYS = 46  # of 210: a block, a norm, a classifier of the ViT, five heads with a batch norm each
+
+
+def constant(key):
+    return (zlib.crc32(key.encode()) % 1000 - 500) / 1000
+
+
+def stored(shapes):
+    """A state dict of the given shapes that takes a few bytes a tensor: one value each, that tells its key."""
+    return {
+        key: torch.tensor(0) if key.endswith("num_batches_tracked") else torch.tensor(constant(key)).expand(shape)
+        for key, shape in shapes.items()
+    }
+
+
+def write_published(folder, changed=None):
+    """The five published files at full size, and a small VAE beside them."""
+    folder.mkdir()
+    for file, shapes in SHAPES.items():
+        if file.endswith(".pth"):
+            torch.save((changed or {}).get(file, stored(shapes)), folder / file)
+    vae = folder / "vae"
+    vae.mkdir()
+    (vae / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **tiny.VAE}))
+    save_file(tiny.parts()["vae"].state_dict(), vae / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp("weights") / "published")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "own"
+    tiny.generator().save_pretrained(folder)
+    return folder
+
+
+def opened(folder, **options):
+    return weights.open_weights(folder, vae=options.pop("vae", folder / "vae"), **options)
+
+
+def pictures(generator):
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 100, 50, 3), dtype=np.uint8))
+    noise = torch.randn(1, 2, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
+    return [np.array(p) for p in generator.generate(images[:1], images[1:], num_inference_steps=2, latents=noise)[0]]
+
+
+def test_own_layout_gives_the_same_pictures(own):
+    assert sorted(path.name for path in own.iterdir()) == sorted(
+        ["README.md", "pose2id.json", *(f"{name}.safetensors" for name in weights.PARTS)]
+    )
+    loaded = IdentityGenerator.from_pretrained(own, device="cpu")
+    np.testing.assert_array_equal(pictures(loaded), pictures(tiny.generator()))
+    assert loaded.image_size == (128, 64)
+    assert loaded.sources == {}
+    assert not any(parameter.requires_grad for part in loaded.parts.values() for parameter in part.parameters())
+
+
+def test_the_model_card_has_the_licence_and_no_path(own):
+    card = (own / "README.md").read_text()
+    assert "license: creativeml-openrail-m" in card
+    assert "CreativeML OpenRAIL-M" in card
+    assert str(own.parent) not in card + (own / "pose2id.json").read_text()
+
+
+def test_everything_that_is_configured_is_saved(tmp_path):
+    replaced = {"scheduler": diffusers.DDPMScheduler(prediction_type="v_prediction"), "round_bank": False}
+    tiny.generator(**replaced, sources={"somebody/weights": "0123"}).save_pretrained(tmp_path / "own")
+    loaded = IdentityGenerator.from_pretrained(tmp_path / "own", device="cpu")
+    assert isinstance(loaded.scheduler, diffusers.DDPMScheduler)
+    assert loaded.scheduler.config.prediction_type == "v_prediction"
+    assert loaded.round_bank is False
+    assert loaded.sources == {"somebody/weights": "0123"}
+    assert "somebody/weights at commit 0123" in (tmp_path / "own" / "README.md").read_text()
+    assert pictures(loaded)[0].shape == (256, 128, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parts_come_in_the_dtype_asked_for(own, dtype):
+    loaded = IdentityGenerator.from_pretrained(own, dtype=dtype, device="cpu")
+    for name, part in loaded.parts.items():
+        expected = load_file(own / f"{name}.safetensors")
+        assert part.state_dict().keys() == expected.keys()
+        for key, tensor in part.state_dict().items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, expected[key].to(dtype))
+
+
+@pytest.mark.parametrize("name", [name for name in weights.PARTS if name != "vae"])
+def test_full_size_parts_load_by_key_name(published, name):
+    part = opened(published).load(name, dtype=torch.float16, device="cpu")
+    state = part.state_dict()
+    file = weights.PARTS[name].published_file
+    lacking = set(SHAPES[file]) - set(state)
+    # Only what inference does not need is left out.
+    assert all(re.match(weights.PARTS[name].unused, key) for key in lacking)
+    assert len(lacking) == (UNUSED_ENCODER_KEYS if name == "identity_encoder" else 0)
+    for key, tensor in state.items():
+        assert list(tensor.shape) == SHAPES[file][key]
+        assert tensor.is_contiguous()
+        assert tensor.flatten()[0] == tensor.flatten()[-1] == torch.tensor(constant(key)).half()
+    # Figures of the published files (values), less what is left out.
+    published_values = {
+        "denoising_unet": 859_520_964,
+        "reference_unet": 859_508_800,
+        "pose_encoder": 514_896,
+        "identity_tokens": 58_999_296,
+        "identity_encoder": 103_656_429,
+    }
+    missing_values = sum(int(np.prod(SHAPES[file][key])) for key in lacking)
+    assert sum(tensor.numel() for tensor in state.values()) == published_values[name] - missing_values
+
+
+def test_the_published_vae_fits(tmp_path, published):
+    shapes = SHAPES["diffusion_pytorch_model.safetensors"]
+    config = {**tiny.VAE, "layers_per_block": 2, "norm_num_groups": 32, "block_out_channels": [128, 256, 512, 512]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(
+        {key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()},
+        tmp_path / "diffusion_pytorch_model.safetensors",
+    )
+    vae = opened(published, vae=tmp_path).load("vae", dtype=torch.float16, device="cpu")
+    assert sum(tensor.numel() for tensor in vae.state_dict().values()) == 83_653_863
+
+
+def removed(state):
+    key = next(key for key in state if key.endswith("weight"))
+    return {name: tensor for name, tensor in state.items() if name != key}, f"1 missing: {key}"
+
+
+def added(state):
+    return {**state, "surplus.weight": torch.zeros(3)}, "1 unexpected: surplus.weight"
+
+
+def renamed(state):
+    key = next(key for key in state if key.endswith("weight"))
+    new = {name if name != key else "other.weight": tensor for name, tensor in state.items()}
+    return new, f"1 missing: {key}; 1 unexpected: other.weight"
+
+
+def reshaped(state):
+    key = next(key for key in state if key.endswith("weight"))
+    shape = tuple(state[key].shape)
+    return {**state, key: torch.zeros(1, 2)}, f"1 of another shape: {key} (1, 2) for {shape}"
+
+
+def of_integers(state):
+    key = next(key for key in state if key.endswith("weight"))
+    return {**state, key: torch.zeros(1, dtype=torch.int64).expand(state[key].shape)}, f"1 not floating: {key}"
+
+
+@pytest.mark.parametrize("change", [removed, added, renamed, reshaped, of_integers])
+@pytest.mark.parametrize("file", [file for file in SHAPES if file.endswith(".pth")])
+def test_published_files_are_strict(tmp_path, published, file, change):
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for path in published.iterdir():
+        (folder / path.name).symlink_to(path)
+    state, message = change(stored(SHAPES[file]))
+    (folder / file).unlink()
+    torch.save(state, folder / file)
+    with pytest.raises(ValueError, match="do not fit their parts") as caught:
+        opened(folder)
+    # That part and no other.
+    assert str(caught.value).splitlines()[1:] == [f"  {PARTS[file]} ({file}): {message}"]
+
+
+@pytest.mark.parametrize("change", [removed, added, renamed, reshaped, of_integers])
+@pytest.mark.parametrize("name", weights.PARTS)
+def test_own_files_are_strict(tmp_path, own, name, change):
+    shutil.copytree(own, tmp_path / "own")
+    file = tmp_path / "own" / f"{name}.safetensors"
+    state, message = change(load_file(file))
+    save_file({key: tensor.clone() for key, tensor in state.items()}, file)
+    with pytest.raises(ValueError, match=re.escape(f"{name} ({name}.safetensors): {message}")):
+        IdentityGenerator.from_pretrained(tmp_path / "own", device="cpu")
+
+
+def test_one_error_for_all_parts(tmp_path):
+    changed = {file: added(stored(SHAPES[file]))[0] for file in ("IFR.pth", "pose_guider.pth")}
+    changed["denoising_unet.pth"] = stored(SHAPES["pose_guider.pth"])
+    with pytest.raises(ValueError, match="do not fit their parts") as caught:
+        opened(write_published(tmp_path / "changed", changed))
+    lines = str(caught.value).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["identity_tokens", "denoising_unet", "pose_encoder"]
+    # A long list is cut, and counted.
+    assert "682 missing" in lines[2]
+    assert len(lines[2]) < 2000
+
+
+def test_keys_that_inference_does_not_need(tmp_path):
+    encoder, reference = SHAPES["transformer_20.pth"], SHAPES["reference_unet.pth"]
+    needed = {
+        key: shape for key, shape in encoder.items() if not re.match(weights.PARTS["identity_encoder"].unused, key)
+    }
+    head = {"conv_norm_out.weight": [320], "conv_norm_out.bias": [320], "conv_out.weight": [4, 320, 3, 3]}
+    changed = {"transformer_20.pth": stored(needed), "reference_unet.pth": stored({**reference, **head})}
+    opened(write_published(tmp_path / "lean", changed))
+    with pytest.raises(ValueError, match=r"identity_encoder \(transformer_20.pth\): 1 unexpected: base.sie_embed"):
+        opened(
+            write_published(
+                tmp_path / "cameras", {"transformer_20.pth": stored({**needed, "base.sie_embed": [6, 1, 768]})}
+            )
+        )
+
+
+def test_a_data_parallel_prefix_is_taken_off(tmp_path):
+    prefixed = {f"module.{key}": tensor for key, tensor in stored(SHAPES["transformer_20.pth"]).items()}
+    opened(write_published(tmp_path / "prefixed", {"transformer_20.pth": prefixed}))
+
+
+def test_a_vae_with_the_old_attention_names(tmp_path, published):
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = tiny.parts()["vae"].state_dict()
+    old = {re.sub(r"to_q|to_k|to_v|to_out\.0", lambda match: new[match[0]], key): t for key, t in state.items()}
+    assert sum("proj_attn" in key for key in old) == 4
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **tiny.VAE}))
+    save_file(old, folder / "diffusion_pytorch_model.safetensors")
+    vae = opened(published, vae=folder).load("vae", dtype=torch.float32, device="cpu")
+    # diffusers' own loader reads such files too.
+    expected = diffusers.AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).state_dict()
+    assert vae.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in vae.state_dict().items())
+
+
+def test_another_vae_for_weights_that_bring_one(tmp_path, own):
+    other = recipe.filled(diffusers.AutoencoderKL(**tiny.VAE), "other/")
+    other.save_pretrained(tmp_path)
+    loaded = IdentityGenerator.from_pretrained(own, vae=tmp_path, device="cpu")
+    assert torch.equal(loaded.vae.encoder.conv_in.weight, other.encoder.conv_in.weight)
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
+    ran = tmp_path / "ran"
+    state = {**stored(SHAPES["IFR.pth"]), "surplus": Harmful(ran)}
+    folder = write_published(tmp_path / "harmful")
+    torch.save(state, folder / "IFR.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"IFR.pth holds something else than tensors.*was not loaded") as caught:
+        opened(folder)
+    assert not ran.exists()
+    assert "weights_only=False" not in str(caught.value)  # how to run it all the same is nothing to suggest
+
+
+def test_a_plain_pickle_is_refused_and_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    folder = write_published(tmp_path / "harmful")
+    (folder / "IFR.pth").write_bytes(pickle.dumps(Harmful(ran), protocol=2))
+    with pytest.raises(ValueError, match="was not loaded"):
+        opened(folder)
+    assert not ran.exists()
+
+
+def test_files_of_old_torch_versions_are_read(tmp_path, published):
+    folder = write_published(tmp_path / "old")
+    torch.save(stored(SHAPES["pose_guider.pth"]), folder / "pose_guider.pth", _use_new_zipfile_serialization=False)
+    state = opened(folder).state("pose_encoder")
+    assert state["conv_in.bias"].tolist() == [pytest.approx(constant("conv_in.bias"))] * 16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "IFR.pth"),
+        (b"<!doctype html><title>Not found</title>", "IFR.pth holds something else than tensors, or is damaged"),
+        ("half", "IFR.pth is no intact file of weights"),
+        ("list", "IFR.pth must map names to tensors"),
+        ("nested", "IFR.pth must map names to tensors"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content, message):
+    folder = write_published(tmp_path / "damaged")
+    path = folder / "IFR.pth"
+    if content == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif content in ("list", "nested"):
+        torch.save([torch.zeros(1)] if content == "list" else {"state_dict": stored(SHAPES["IFR.pth"])}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        opened(folder)
+
+
+def test_a_cut_safetensors_file_is_named(tmp_path, own):
+    shutil.copytree(own, tmp_path / "own")
+    file = tmp_path / "own" / "vae.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"vae.safetensors is no intact safetensors file"):
+        IdentityGenerator.from_pretrained(tmp_path / "own", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(format=2), "must have format 1, got 2. Update pose2id"),
+        (lambda content: content["parts"].pop("vae"), "must describe all parts of IPG; vae missing"),
+        (lambda content: content.pop("scheduler"), "scheduler missing"),
+        (
+            lambda content: content["scheduler"].update(_class_name="DiffusionPipeline"),
+            "must name a diffusers scheduler",
+        ),
+        (lambda content: content["scheduler"].pop("_class_name"), "must name a diffusers scheduler"),
+        (lambda content: content["parts"]["pose_encoder"].update(width=3), "configuration of pose_encoder"),
+        (lambda content: content["parts"].update(pose_encoder=3), "configuration of pose_encoder"),
+        (lambda content: content["settings"].update(image_size=[128]), "image_size"),
+        (lambda content: content["settings"].update(image_size=[100, 64]), "image_size must be in multiples of 8"),
+    ],
+)
+def test_a_wrong_configuration_is_named(tmp_path, own, change, message):
+    shutil.copytree(own, tmp_path / "own")
+    file = tmp_path / "own" / "pose2id.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        IdentityGenerator.from_pretrained(tmp_path / "own", device="cpu")
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_json_that_is_none(tmp_path, own, content):
+    shutil.copytree(own, tmp_path / "own")
+    (tmp_path / "own" / "pose2id.json").write_text(content)
+    with pytest.raises(ValueError, match=r"pose2id.json"):
+        IdentityGenerator.from_pretrained(tmp_path / "own", device="cpu")
+
+
+def test_missing_files_are_named(tmp_path, own, published):
+    with pytest.raises(FileNotFoundError, match=r"repo_or_dir must be a directory or a repository.*'/no/where'"):
+        IdentityGenerator.from_pretrained("/no/where")
+    shutil.copytree(own, tmp_path / "own")
+    (tmp_path / "own" / "vae.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"own lacks vae.safetensors \(no such file\)"):
+        IdentityGenerator.from_pretrained(tmp_path / "own")
+    shutil.copytree(published, tmp_path / "published")
+    for file in ("IFR.pth", "denoising_unet.pth"):
+        (tmp_path / "published" / file).unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks IFR.pth, denoising_unet.pth \(no such file\).*pose2id.json"):
+        opened(tmp_path / "published")
+    with pytest.raises(FileNotFoundError, match=r"vae must be a directory or a repository"):
+        opened(published, vae="./nowhere/here")
+
+
+def test_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
+    generator = tiny.generator()
+    written = []
+
+    def full_disk(tensors, path, **options):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(weights, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        generator.save_pretrained(tmp_path / "own")
+    assert len(written) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_replaces_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    tiny.generator().save_pretrained(tmp_path / "empty")
+    assert len(list((tmp_path / "empty").iterdir())) == 8
+    for target in (tmp_path / "empty", tmp_path / "empty" / "README.md"):
+        with pytest.raises(FileExistsError, match="no empty directory"):
+            tiny.generator().save_pretrained(target)
+        with pytest.raises(FileExistsError, match="no empty directory"):
+            convert("somebody/weights", target)
+
+
+def test_a_part_of_another_class_is_not_saved(tmp_path):
+    class Encoder(torch.nn.Module):
+        image_size = (64, 32)
+
+        def forward(self, images):
+            return torch.zeros(len(images), 160)
+
+    with pytest.raises(TypeError, match=r"identity_encoder must be a TransReID to be saved, got Encoder"):
+        tiny.generator(identity_encoder=Encoder()).save_pretrained(tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_conversion_of_published_weights(tmp_path, capsys):
+    # The published file names with small parts: their configurations are what the layout lacks.
+    parts = tiny.generator().parts
+    source = tmp_path / "own"
+    tiny.generator().save_pretrained(source)
+    assert main(["convert", str(source), str(tmp_path / "half"), "--dtype", "float16"]) == 0
+    assert str(tmp_path / "half") in capsys.readouterr().out
+    for name, part in parts.items():
+        state = load_file(tmp_path / "half" / f"{name}.safetensors")
+        assert state.keys() == part.state_dict().keys()
+        assert all(torch.equal(tensor, part.state_dict()[key].half()) for key, tensor in state.items())
+    convert(tmp_path / "half", tmp_path / "same")
+    assert load_file(tmp_path / "same" / "vae.safetensors")["quant_conv.bias"].dtype == torch.float16
+    assert main(["convert", str(source), str(tmp_path / "half")]) == 2
+    assert "no empty directory" in capsys.readouterr().err
+
+
+def test_conversion_of_full_size_parts(tmp_path, monkeypatch, published):
+    monkeypatch.setattr(weights, "PARTS", {name: weights.PARTS[name] for name in ("pose_encoder", "identity_tokens")})
+    monkeypatch.setattr(weights, "_with_vae", lambda found, place: found)
+    convert(published, tmp_path / "own", vae=published / "vae")
+    state = load_file(tmp_path / "own" / "pose_encoder.safetensors")
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == SHAPES["pose_guider.pth"]
+    assert all(torch.all(tensor == torch.tensor(constant(key))) for key, tensor in state.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_the_parts_and_one_more(tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, torch, tiny, diffusers
+        from pathlib import Path
+        from pose2id import IdentityGenerator
+        from pose2id.ipg import PoseEncoder
+        folder = sys.argv[1]
+        if sys.argv[2] == "write":
+            config = {**tiny.UNET, "block_out_channels": [96, 192, 384, 384], "layers_per_block": 2}
+            unets = [diffusers.UNet2DConditionModel(**config) for _ in range(2)]
+            print(sum(p.numel() for p in unets[0].parameters()) * 4)
+            parts = {"denoising_unet": unets[0], "reference_unet": unets[1], "pose_encoder": PoseEncoder(96)}
+            tiny.generator(**parts).save_pretrained(folder)
+        else:
+            tiny.generator()
+            status = Path("/proc/self/status")
+            resident = lambda name: int(status.read_text().split(name + ":")[1].split()[0]) * 1024
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+            before = resident("VmRSS")
+            generator = IdentityGenerator.from_pretrained(folder, dtype=torch.float16, device="cpu")
+            print(resident("VmHWM") - before)
+        """
+    )
+
+    def run(what):
+        command = [sys.executable, "-c", script, str(tmp_path / "own"), what]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "tests")
+        return int(done.stdout.split()[-1])
+
+    unet = run("write")
+    assert unet > 250e6
+    peak = run("load")
+    # Both UNets in half precision, and the file of one, mapped into memory: read whole before, it would be three units.
+    assert unet < peak < 2 * unet + 100e6
