@@ -8,8 +8,9 @@ demo: .venv/demo.stamp
 	mkdir -p out
 	$(BIN)/pose2id demo --picture out/demo.png --overwrite
 
-test: .venv/dev.stamp lint
+test: .venv/dev.stamp .oldest/stamp lint
 	$(BIN)/python -m pytest
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/ipg
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/dev.stamp
@@ -34,5 +35,11 @@ bench: .venv/dev.stamp
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ .venv/demo.stamp
 
+# What generation is built on, in the oldest versions that pyproject.toml allows, to be put before the newest ones.
+.oldest/stamp: .venv/dev.stamp constraints-oldest.txt
+	rm -rf .oldest
+	$(BIN)/python -m pip install -q --target .oldest -c constraints-oldest.txt diffusers huggingface_hub safetensors
+	touch $@
+
 clean:
-	rm -rf .venv out site dist build
+	rm -rf .venv .oldest out site dist build

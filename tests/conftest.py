@@ -1,13 +1,44 @@
 from __future__ import annotations
 
+import atexit
+import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub_server import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+HUB = Hub()
+
+
+def _isolate_hub_client():
+    # huggingface_hub reads these when it is imported, so they are set before any test can import it: no test reaches
+    # the real Hub, nor the cache and the token of whoever runs the tests.
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGING")) or name == "TRANSFORMERS_OFFLINE":
+            del os.environ[name]
+    home = tempfile.mkdtemp(prefix="pose2id-hf-home-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ.update(HF_ENDPOINT=HUB.endpoint, HF_HOME=home, HF_HUB_DISABLE_TELEMETRY="1")
+
+
+_isolate_hub_client()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_for_miniatures(request):
+    # Small networks gain nothing from threads, and lose minutes to them where other processes want the cores.
+    miniature = request.path.parent.name == "ipg" and request.path.stem != "test_full_size"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if miniature else threads)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -25,6 +56,15 @@ def golden():
     return lambda name: np.load(ROOT / "tests" / "golden" / f"{name}.npz")
 
 
+@pytest.fixture
+def hub():
+    """The Hub that huggingface_hub talks to in tests: running, and empty."""
+    HUB.clear()
+    HUB.start()
+    yield HUB
+    HUB.stop()
+
+
 @pytest.fixture(scope="session")
 def real_features():
     """Loader of the real CUHK03 features; they are not part of the project."""
@@ -34,6 +74,19 @@ def real_features():
         if not path.exists():
             pytest.skip(f"the real CUHK03 features are not on this machine: {path}")
         return np.load(path)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def published_vectors():
+    """Loader of golden vectors, with their descriptions, that are too large for the project."""
+
+    def load(name):
+        path = SHARED / "golden" / f"{name}.npz"
+        if not path.exists():
+            pytest.skip(f"this golden vector is not on this machine: {path}")
+        return np.load(path), json.loads(path.with_suffix(".json").read_text())
 
     return load
 

@@ -8,6 +8,7 @@ import shlex
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -20,6 +21,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Files of small weights, for the repository of the large ones."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    tiny.generator().save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +46,7 @@ def given():
         "q_camids": people.camids[q],
         "g_camids": people.camids[g],
         "images": images[:5],
+        "pose_drawings": images[5:7],
         "cameras": torch.tensor(people.camids[:5]),
         "model": lambda batch, cam_label: batch.mean((2, 3)) + 0.1 * cam_label[:, None],
         "raw_feats": features[:4],
@@ -45,14 +55,18 @@ def given():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_snippets_of(page, given):
+# numpy about tensors that diffusers' solvers hand it.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+def test_python_snippets_of(page, given, weights, hub):
+    hub.add("yuanc3/Pose2ID", weights)
     namespace = dict(given)
     for snippet in blocks(page, "python"):
         exec(compile(snippet, page.name, "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of(page, given, tmp_path, monkeypatch):
+def test_commands_of(page, given, weights, hub, tmp_path, monkeypatch):
+    hub.add("yuanc3/Pose2ID", weights)
     monkeypatch.chdir(tmp_path)
     keys = ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids")
     np.savez("features.npz", **{key: given[key] for key in keys})
