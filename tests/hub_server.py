@@ -38,6 +38,7 @@ class Hub:
     Attributes:
         endpoint: its address.
         requests: every `Request` since `clear`.
+        refusal: the status that every download is answered with; None: downloads are answered as they should be.
         on_get: called with the path of every GET before its body is sent.
     """
 
@@ -51,6 +52,7 @@ class Hub:
     def clear(self) -> None:
         """Forget everything."""
         self.requests: list[Request] = []
+        self.refusal: int | None = None
         self.on_get: Callable[[str], object] = lambda path: None
         self._commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository, commit, file
         self._refs: dict[str, dict[str, str]] = {}  # repository, branch or tag: commit
@@ -139,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(Request(self.command, unquote(self.path), self.headers))
 
     def _resolve(self) -> None:
+        if self.hub.refusal is not None:
+            return self._error(self.hub.refusal, None, "Not now.")
         route = re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", urlsplit(self.path).path)
         if route is None or not self.hub.has(route[1]):
             # The Hub doesn't tell strangers whether a repository is private, or isn't there.

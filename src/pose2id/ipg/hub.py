@@ -5,20 +5,25 @@ The Hub's own client does everything: its cache, its resumption, its HF_ENDPOINT
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import (
     EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    validate_repo_id,
 )
 
-_REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+# Of the client's HTTP library: requests' errors are OSErrors too, those of httpx and httpx2 are not.
+_HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
 
 
 class MissingFilesError(FileNotFoundError):
@@ -58,15 +63,18 @@ class Place:
         self._argument = argument
         self._revision = revision
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._local_files_only = local_files_only
+        self._cache_only = "local_files_only=True" if local_files_only else ""  # the reason, if so
         self._token = token
         directory = Path(self.name).expanduser()
-        self._directory = directory if directory.is_dir() else None
-        if self._directory is None and not _REPOSITORY.fullmatch(self.name):
-            raise FileNotFoundError(
-                f"{argument} must be a directory or a repository of the Hub such as 'user/name'; there is no directory "
-                f"{self.name!r}."
-            )
+        self._directory = directory if self.name and directory.is_dir() else None
+        if self._directory is None:
+            try:
+                validate_repo_id(self.name)
+            except HFValidationError as error:
+                raise FileNotFoundError(
+                    f"{argument} must be a directory or a repository of the Hub such as 'user/name'; there is no "
+                    f"directory {self.name!r}."
+                ) from error
 
     def __str__(self) -> str:
         return f"directory {self.name}" if self._directory else f"repository {self.name} at {self._revision!r}"
@@ -74,6 +82,18 @@ class Place:
     def source(self) -> dict[str, str]:
         """Repository to commit; nothing for a directory, whose path is nobody's business."""
         return {} if self.commit is None else {self.name: self.commit}
+
+    def settle(self, names: Sequence[str]) -> None:
+        """Let the first of these files that is in the cache decide the commit.
+
+        What a commit lacks is known from the cache, and needn't be asked for: without a connection, the client would
+        try for half a minute.
+        """
+        for name in names:
+            if self._directory is None and isinstance(self._cached(name, self._revision), str):
+                with contextlib.suppress(MissingFilesError):
+                    self._path(name)
+                return
 
     def files(self, names: Sequence[str]) -> list[Path]:
         """Paths of all these files, all of one commit.
@@ -99,20 +119,29 @@ class Place:
             if not path.is_file():
                 raise MissingFilesError("no such file")
             return path
+        if self.commit is not None and self._cached(name, self.commit) is _CACHED_NO_EXIST:
+            raise MissingFilesError("no such file in the repository")
+        path = self._download(name)
+        # The first file decides the commit: a push in between must not mix parts of two.
+        self.commit = path.parent.name
+        return path
+
+    def _download(self, name: str) -> Path:
         try:
-            path = Path(
-                hf_hub_download(
-                    self.name,
-                    name,
-                    revision=self.commit or self._revision,
-                    cache_dir=self._cache_dir,
-                    local_files_only=self._local_files_only,
-                    token=self._token,
-                )
+            path = hf_hub_download(
+                self.name,
+                name,
+                revision=self.commit or self._revision,
+                cache_dir=self._cache_dir,
+                local_files_only=bool(self._cache_only),
+                token=self._token,
             )
         except LocalEntryNotFoundError as error:
-            how = "local_files_only=True" if self._local_files_only else "the Hub cannot be reached"
-            raise MissingFilesError(f"not in the cache, and {how}") from error
+            if not self._cache_only:  # from here on: the client tried for half a minute, and would again for every file
+                response = getattr(error.__cause__, "response", None)
+                status = "cannot be reached" if response is None else f"answers {response.status_code}"
+                self._cache_only = f"the Hub {status}"
+            raise MissingFilesError(f"not in the cache, and {self._cache_only}") from error
         except EntryNotFoundError as error:
             raise MissingFilesError("no such file in the repository") from error
         except RevisionNotFoundError as error:
@@ -122,8 +151,17 @@ class Place:
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
                 f"{self._argument} must be a directory or a repository of the Hub; there is no directory {self.name!r} "
-                "and no repository that you may read. Check the name, or log in with `hf auth login`."
+                "and no repository that you may read. Check the name, log in with `hf auth login`, and accept the "
+                "repository's terms if it has some."
             ) from error
-        # The first file decides the commit: a push in between must not mix parts of two.
-        self.commit = path.parent.name
-        return path
+        except (OSError, _HTTP_ERROR) as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # of the disk, not of the connection
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ConnectionError(
+                f"{name} of {self} could not be downloaded ({reason}). Try again: files that are whole are kept."
+            ) from error
+        return Path(path)
+
+    def _cached(self, name: str, revision: str) -> Any:
+        return try_to_load_from_cache(self.name, name, cache_dir=self._cache_dir, revision=revision)

@@ -192,6 +192,7 @@ def open_weights(
     """Find weights in either layout and check their keys; arguments and errors: `IdentityGenerator.from_pretrained`."""
     options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     place = Place(repo_or_dir, "repo_or_dir", revision=revision, **options)
+    place.settle([CONFIG_FILE, *(part.published_file for part in PARTS.values())])
     try:
         (config_file,) = place.files([CONFIG_FILE])
     except MissingFilesError:
