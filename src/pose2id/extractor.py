@@ -209,8 +209,8 @@ def load_image(item: Any, name: str) -> Image.Image:
         if array.dtype.kind == "f" and array.shape[0] == 3:
             if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
                 raise ValueError(
-                    f"{name} must be a float image in [0, 1] to go through a transform, got values in "
-                    f"[{array.min():g}, {array.max():g}]. Divide by 255, or pass transform=None if it is normalised."
+                    f"{name} must be a float image in [0, 1] to be made a picture, got values in "
+                    f"[{array.min():g}, {array.max():g}]. Divide by 255, or leave normalisation to what comes after."
                 )
             return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
     given = f"{type(item).__name__} of shape {tuple(item.shape)}" if hasattr(item, "shape") else type(item).__name__

@@ -276,10 +276,10 @@ def test_another_identity_encoder_and_pose_encoder(people, poses):
         ),
         (
             {"reference_unet": diffusers.UNet2DConditionModel(**{**tiny.UNET, "layers_per_block": 2})},
-            r"reference_unet's self-attentions and denoising_unet's must be equal",
+            r"must have the same self-attentions, got two architectures: \d+ differ, from down_blocks",
         ),
         ({"pose_encoder": PoseEncoder(64)}, r"pose_encoder.out_channels and denoising_unet.*64 and 32"),
-        ({"pose_encoder": PoseEncoder(32, (8, 16))}, r"pose_encoder.downscale and the VAE's downscale.*2 and 8"),
+        ({"pose_encoder": PoseEncoder(32, (8, 16))}, r"pose_encoder.downscale and vae_scale_factor.*2 and 8"),
         (
             {"vae": diffusers.AutoencoderKL(**{**tiny.VAE, "latent_channels": 8})},
             r"vae.config.latent_channels and denoising_unet.config.in_channels must be equal, got 8 and 4",
@@ -321,10 +321,11 @@ def test_one_unet_for_both():
         (
             {"latents": torch.zeros(1, 2, 4, 8, 8)},
             ValueError,
-            r"latents must be float noise of shape \(1, 2, 4, 16, 8\)",
+            r"latents must be a float tensor of shape \(1, 2, 4, 16, 8\)",
         ),
-        ({"latents": torch.zeros(1, 2, 4, 16, 8, dtype=torch.int64)}, ValueError, "latents must be float noise"),
-        ({"latents": np.zeros((1, 2, 4, 16, 8))}, TypeError, "latents must be a tensor"),
+        ({"latents": torch.zeros(1, 2, 4, 16, 8, dtype=torch.int64)}, TypeError, "latents must be a float tensor"),
+        ({"latents": np.zeros((1, 2, 4, 16, 8))}, TypeError, "latents must be a float tensor"),
+        ({"generator": 12580}, TypeError, r"generator must be a torch.Generator, got int. For a seed"),
         ({"size": (0, 128)}, ValueError, "size must be at least 1, got 0"),
         ({"size": 128}, ValueError, r"size must be \(height, width\)"),
     ],
@@ -335,9 +336,53 @@ def test_bad_input(generator, people, poses, changed, error, message):
         generator.generate(given.pop("images"), given.pop("poses"), **given)
 
 
-def test_noise_is_given_once(generator, people, poses):
-    with pytest.raises(ValueError, match="generator and latents exclude each other"):
-        generator.generate(people[:1], poses, generator=torch.Generator(), latents=noise(generator, 1))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"identity_images": torch.zeros(1, 3, 32, 32)},
+            r"identity_images must be a float tensor of shape \(1, 3, 64, 32\)",
+        ),
+        ({"references": torch.zeros(1, 3, 64, 64)}, r"references must be a float tensor of shape \(1, 3, 128, 64\)"),
+        ({"latents": torch.zeros(1, 1, 4, 16, 8)}, r"latents must be a float tensor of shape \(1, 2, 4, 16, 8\)"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+    ],
+)
+def test_bad_tensors(generator, changed, message):
+    given = {
+        "identity_images": torch.zeros(1, 3, 64, 32),
+        "references": torch.zeros(1, 3, 128, 64),
+        "pose_features": generator.encode_poses(torch.zeros(2, 3, 128, 64)),
+        "latents": torch.zeros(1, 2, 4, 16, 8),
+        "num_inference_steps": 1,
+    }
+    with pytest.raises(ValueError, match=message):
+        generator.sample(**{**given, **changed})
+    with pytest.raises(ValueError, match=r"images must be a float tensor of shape \(2, 3, 128, 64\)"):
+        generator.encode_poses(torch.zeros(2, 3, 64, 64))
+
+
+def test_a_scheduler_that_is_none():
+    for scheduler in (None, diffusers.FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler for noise prediction"):
+            tiny.generator(scheduler=scheduler)
+
+
+def test_schedulers_that_add_noise_take_the_generator(people, poses):
+    generator = tiny.generator(scheduler=diffusers.DDPMScheduler(**tiny.SCHEDULER))
+
+    def pictures(seed):
+        options = {"num_inference_steps": 3, "latents": noise(generator, 1)}
+        return arrays(generator.generate(people[:1], poses, generator=torch.Generator().manual_seed(seed), **options))
+
+    np.testing.assert_array_equal(pictures(1), pictures(1))
+    assert (pictures(1) != pictures(2)).any()
+
+
+def test_what_a_generator_shows():
+    assert repr(tiny.generator(sources={"a/b": "0123"})) == (
+        "IdentityGenerator(128 x 64, torch.float32 on cpu, {'a/b': '0123'})"
+    )
 
 
 def test_weights_that_are_not_finite(people, poses):

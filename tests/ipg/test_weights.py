@@ -323,6 +323,40 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
         opened(folder)
 
 
+def test_a_git_lfs_pointer_is_told(tmp_path):
+    folder = write_published(tmp_path / "pointer")
+    (folder / "IFR.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=r"IFR.pth is a pointer of Git LFS.*git lfs pull"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "float16"}, TypeError, "dtype must be a floating torch dtype"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be a floating torch dtype"),
+        ({"device": "gpu"}, ValueError, "device must be a torch device"),
+        ({"repo_or_dir": None}, TypeError, "repo_or_dir must be a directory or 'user/name', got NoneType"),
+        ({"repo_or_dir": "mistyped"}, FileNotFoundError, "there is no directory 'mistyped'"),
+    ],
+)
+def test_bad_arguments(own, options, error, message):
+    with pytest.raises(error, match=message):
+        IdentityGenerator.from_pretrained(**{"repo_or_dir": own, **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(own):
+    with pytest.raises(ValueError, match="torch sees no CUDA device here"):
+        IdentityGenerator.from_pretrained(own, device="cuda")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_saved_files_have_the_permissions_of_new_files(own, tmp_path):
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in own.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_a_cut_safetensors_file_is_named(tmp_path, own):
     shutil.copytree(own, tmp_path / "own")
     file = tmp_path / "own" / "vae.safetensors"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pose2id._inputs import checked_count, checked_number
-from pose2id.extractor import checked_images, load_image
+from pose2id.extractor import checked_device, checked_images, load_image
 from pose2id.ipg import reference, sampler, weights
 from pose2id.ipg.identity import IdentityTokens
 from pose2id.ipg.pose_encoder import PoseEncoder
@@ -56,8 +57,8 @@ class IdentityGenerator:
         scheduler: any diffusers scheduler that fits the weights' prediction type.
         image_size: (height, width) that pictures are generated at, in pixels.
         round_bank: round what the reference UNet wrote to float16, as the published code does. Without it images of
-            float32 parts differ from the published ones by up to 0.2/255 (docs, "How IPG works"). Half precision
-            rounds anyway; float64 is never rounded.
+            float32 parts differ from the published ones by up to 0.04/255 (docs, "How IPG works"). Half precision
+            rounds anyway; float64 is never rounded. May be assigned, as may `scheduler`.
         sources: repository to commit, of the weights that came from the Hub.
 
     Raises:
@@ -89,6 +90,8 @@ class IdentityGenerator:
         self.round_bank = round_bank
         self.sources = dict(sources or {})
         self._unconditional: Tensor | None = None
+        _checked_size(identity_encoder.image_size, "identity_encoder.image_size")
+        _check_scheduler(scheduler)
         self._check_parts()
         for part in self.parts.values():
             part.eval()
@@ -116,7 +119,8 @@ class IdentityGenerator:
         Args:
             repo_or_dir: a directory, or a repository such as "yuanc3/Pose2ID".
             revision: branch, tag or commit of that repository. `sources` of the result has the commit.
-            vae: directory or repository of the VAE, for weights that bring none (the published ones).
+            vae: directory or repository of the VAE, for weights that bring none (the published ones);
+                "user/name@commit" pins it. Any other than the default replaces the one that weights bring.
             dtype: torch.float32, float16, bfloat16 or float64, of all parts.
             device: None: "cuda" where there is one, else "cpu".
             cache_dir: where the Hub's client keeps its files; None: its default.
@@ -125,8 +129,17 @@ class IdentityGenerator:
 
         Raises:
             FileNotFoundError: no such directory, repository, revision or file; or not in the cache, and no connection.
-            ValueError: a file that holds something else: per part, the missing, unexpected and mis-shaped keys.
+            ConnectionError: a download that broke off; trying again goes on with it.
+            TypeError: a dtype that is none.
+            ValueError: a device that isn't there; a file that holds something else: per part, the missing, unexpected
+                and mis-shaped keys.
         """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating torch dtype such as torch.float16, got {dtype!r}.")
+        cuda = torch.cuda.is_available()
+        target = checked_device(device or ("cuda" if cuda else "cpu"))
+        if target.type == "cuda" and not cuda:
+            raise ValueError(f"device must be one that torch sees, got {device!r}, and torch sees no CUDA device here.")
         source = weights.open_weights(
             repo_or_dir,
             revision=revision,
@@ -135,8 +148,7 @@ class IdentityGenerator:
             local_files_only=local_files_only,
             token=token,
         )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        parts: dict[str, Any] = {name: source.load(name, dtype=dtype, device=device) for name in PARTS}
+        parts: dict[str, Any] = {name: source.load(name, dtype=dtype, device=target) for name in PARTS}
         return cls(**parts, scheduler=source.scheduler(), **source.settings, sources=source.sources)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -176,9 +188,14 @@ class IdentityGenerator:
         """
         return weights.push(self.save_pretrained, repo_id, private=private, token=token, commit_message=commit_message)
 
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        sources = f", {self.sources}" if self.sources else ""
+        return f"IdentityGenerator({height} x {width}, {self.dtype} on {self.device}{sources})"
+
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The torch modules by name."""
+        """The torch modules by name; the scheduler is none."""
         return {name: getattr(self, name) for name in PARTS}
 
     @property
@@ -222,7 +239,8 @@ class IdentityGenerator:
             guidance_scale: at least 0; 1 leaves guidance out.
             generator: of the noise, drawn on its device as (M, 4, h, w) per image, in the images' order: with the
                 published seed on CUDA, and the published order of images, the published noise. None: torch's own.
-            latents: (N, M, 4, h, w) float noise in place of drawn noise.
+            latents: (N, M, 4, h, w) float noise in place of drawn noise. `generator` then serves only schedulers that
+                add noise in their steps.
             size: (height, width) of the results, resized as the published code does (bicubic); None: as generated.
             progress: show a bar on a terminal.
 
@@ -233,14 +251,16 @@ class IdentityGenerator:
             TypeError, ValueError: bad input, named; pictures that are not finite, which half precision can cause.
         """
         images, poses = checked_images(images, "images"), checked_images(poses, "poses")
-        checked_count(num_inference_steps, "num_inference_steps", most=self.scheduler.config.num_train_timesteps)
-        guidance_scale = checked_number(guidance_scale, "guidance_scale", 0, 1000)
+        self._check_sampling(num_inference_steps, guidance_scale)
         if size is not None:
             size = _checked_size(size, "size")
-        if generator is not None and latents is not None:
-            raise ValueError("generator and latents exclude each other: both say what the noise is. Pass one of them.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {type(generator).__name__}. For a seed pass "
+                "torch.Generator().manual_seed(seed)."
+            )
         if latents is not None:
-            _check_latents(latents, (len(images), len(poses), *self.latent_shape))
+            _check_shape(latents, "latents", (len(images), len(poses), *self.latent_shape))
         drawn = torch.stack([pixels(load_image(pose, f"poses[{i}]"), self.image_size) for i, pose in enumerate(poses)])
         pose_features = self.encode_poses(self._on_device(drawn))
         pictures = []
@@ -254,6 +274,7 @@ class IdentityGenerator:
                 noise,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                generator=generator,
             )
             pictures.append(to_pictures(generated[0], size))
         return pictures
@@ -268,6 +289,7 @@ class IdentityGenerator:
         *,
         num_inference_steps: int = 20,
         guidance_scale: float = 3.5,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """R references in P poses: everything that `generate` computes for them.
 
@@ -278,10 +300,18 @@ class IdentityGenerator:
             latents: (R, P, 4, h, w) float noise.
             num_inference_steps: of the scheduler.
             guidance_scale: see `generate`.
+            generator: for schedulers that add noise in their steps.
 
         Returns:
             (R, P, 3, *image_size) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: shapes or numbers that do not fit.
         """
+        _check_shape(identity_images, "identity_images", (len(references), 3, *self.identity_encoder.image_size))
+        _check_shape(references, "references", (len(references), 3, *self.image_size))
+        _check_shape(latents, "latents", (len(references), len(pose_features), *self.latent_shape))
+        self._check_sampling(num_inference_steps, guidance_scale)
         tokens = self.encode_identity(identity_images)
         bank = reference.write(
             self.reference_unet,
@@ -306,6 +336,7 @@ class IdentityGenerator:
             condition,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            generator=generator,
         )
         images = self.decode(denoised.flatten(0, 1))
         return images.view(*noise.shape[:2], *images.shape[1:])
@@ -333,6 +364,7 @@ class IdentityGenerator:
     @torch.no_grad()
     def encode_poses(self, images: Tensor) -> Tensor:
         """Pose features (P, C, h, w) of drawn poses (P, 3, H, W) in [0, 1]; one set serves any number of references."""
+        _check_shape(images, "images", (len(images), 3, *self.image_size))
         features: Tensor = self.pose_encoder(images)
         return features
 
@@ -346,11 +378,12 @@ class IdentityGenerator:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one picture's latents."""
-        height, width = (side // self._downscale for side in self.image_size)
+        height, width = (side // self.vae_scale_factor for side in self.image_size)
         return (self.denoising_unet.config.in_channels, height, width)
 
     @property
-    def _downscale(self) -> int:
+    def vae_scale_factor(self) -> int:
+        """Pixels of a picture for one of its latents, on each side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def _tokens(self, images: Tensor) -> Tensor:
@@ -361,66 +394,46 @@ class IdentityGenerator:
         device = self.device if generator is None else generator.device
         return torch.randn((poses, *self.latent_shape), generator=generator, device=device)
 
+    def _check_sampling(self, num_inference_steps: Any, guidance_scale: Any) -> None:
+        checked_count(num_inference_steps, "num_inference_steps", most=self.scheduler.config.num_train_timesteps)
+        checked_number(guidance_scale, "guidance_scale", 0, 1000)
+
     def _on_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, self.dtype)
 
     def _check_parts(self) -> None:
-        denoising, writing = self.denoising_unet.config, self.reference_unet.config
         if self.denoising_unet is self.reference_unet:
             raise ValueError("reference_unet and denoising_unet must be two modules, got one: their weights differ.")
-        tokens = self.identity_tokens
-        pairs = [
-            (
-                "identity_encoder.feature_dim",
-                getattr(self.identity_encoder, "feature_dim", tokens.feature_dim),
-                "identity_tokens.feature_dim",
-                tokens.feature_dim,
-            ),
-            (
-                "identity_tokens.dim",
-                tokens.dim,
-                "denoising_unet.config.cross_attention_dim",
-                denoising.cross_attention_dim,
-            ),
-            (
-                "identity_tokens.dim",
-                tokens.dim,
-                "reference_unet.config.cross_attention_dim",
-                writing.cross_attention_dim,
-            ),
-            (
-                "pose_encoder.out_channels",
-                self.pose_encoder.out_channels,
-                "denoising_unet.config.block_out_channels[0]",
-                denoising.block_out_channels[0],
-            ),
-            ("pose_encoder.downscale", self.pose_encoder.downscale, "the VAE's downscale", self._downscale),
-            (
-                "vae.config.latent_channels",
-                self.vae.config.latent_channels,
-                "denoising_unet.config.in_channels",
-                denoising.in_channels,
-            ),
-            (
-                "vae.config.latent_channels",
-                self.vae.config.latent_channels,
-                "reference_unet.config.in_channels",
-                writing.in_channels,
-            ),
-            (
-                "reference_unet's self-attentions",
-                reference.self_attentions(self.reference_unet),
-                "denoising_unet's",
-                reference.self_attentions(self.denoising_unet),
-            ),
-        ]
-        for first, given, second, needed in pairs:
+        for first, second in _EQUAL_SIZES:
+            try:
+                given, needed = attrgetter(first)(self), attrgetter(second)(self)
+            except AttributeError:
+                continue  # parts of a caller's own needn't tell
             if given != needed:
                 raise ValueError(
                     f"{first} and {second} must be equal, got {given} and {needed}. Take parts of one model."
                 )
-        if any(side % self._downscale for side in self.image_size):
-            raise ValueError(f"image_size must be in multiples of {self._downscale}, got {self.image_size}.")
+        writers, readers = (reference.self_attentions(unet) for unet in (self.reference_unet, self.denoising_unet))
+        if writers != readers:
+            differing = sorted({name for name, _ in writers.items() ^ readers.items()})
+            raise ValueError(
+                "reference_unet and denoising_unet must have the same self-attentions, got two architectures: "
+                f"{len(differing)} differ, from {differing[0]} on."
+            )
+        if any(side % self.vae_scale_factor for side in self.image_size):
+            raise ValueError(f"image_size must be in multiples of {self.vae_scale_factor}, got {self.image_size}.")
+
+
+# Where the parts meet.
+_EQUAL_SIZES = (
+    ("identity_encoder.feature_dim", "identity_tokens.feature_dim"),
+    ("identity_tokens.dim", "denoising_unet.config.cross_attention_dim"),
+    ("identity_tokens.dim", "reference_unet.config.cross_attention_dim"),
+    ("pose_encoder.out_channels", "denoising_unet.conv_in.out_channels"),
+    ("pose_encoder.downscale", "vae_scale_factor"),
+    ("vae.config.latent_channels", "denoising_unet.config.in_channels"),
+    ("vae.config.latent_channels", "reference_unet.config.in_channels"),
+)
 
 
 def _checked_size(size: Any, name: str) -> tuple[int, int]:
@@ -429,12 +442,21 @@ def _checked_size(size: Any, name: str) -> tuple[int, int]:
     return (checked_count(size[0], name), checked_count(size[1], name))
 
 
-def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(latents, Tensor):
-        raise TypeError(f"latents must be a tensor of float noise of shape {shape}, got {type(latents).__name__}.")
-    if tuple(latents.shape) != shape or not latents.is_floating_point():
-        raise ValueError(
-            f"latents must be float noise of shape {shape}, got {latents.dtype} of shape {tuple(latents.shape)}."
+def _check_shape(tensor: Any, name: str, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a float tensor of shape {shape}, got {given}.")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be a float tensor of shape {shape}, got shape {tuple(tensor.shape)}.")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
+    lacking = [name for name in needed if not hasattr(scheduler, name)]
+    if lacking:
+        raise TypeError(
+            f"scheduler must be a diffusers scheduler for noise prediction, such as DDIMScheduler; "
+            f"{type(scheduler).__name__} has no {', '.join(lacking)}."
         )
 
 

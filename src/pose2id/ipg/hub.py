@@ -58,6 +58,8 @@ class Place:
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> None:
+        if not isinstance(repo_or_dir, (str, os.PathLike)):
+            raise TypeError(f"{argument} must be a directory or 'user/name', got {type(repo_or_dir).__name__}.")
         self.name = os.fspath(repo_or_dir)
         self.commit: str | None = None
         self._argument = argument
@@ -68,13 +70,14 @@ class Place:
         directory = Path(self.name).expanduser()
         self._directory = directory if self.name and directory.is_dir() else None
         if self._directory is None:
-            try:
+            with contextlib.suppress(HFValidationError):
                 validate_repo_id(self.name)
-            except HFValidationError as error:
-                raise FileNotFoundError(
-                    f"{argument} must be a directory or a repository of the Hub such as 'user/name'; there is no "
-                    f"directory {self.name!r}."
-                ) from error
+                if "/" in self.name:  # the Hub's names without a user are none of ours, but mistyped directories are
+                    return
+            raise FileNotFoundError(
+                f"{argument} must be a directory or a repository of the Hub such as 'user/name'; there is no directory "
+                f"{self.name!r}."
+            )
 
     def __str__(self) -> str:
         return f"directory {self.name}" if self._directory else f"repository {self.name} at {self._revision!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def denoise(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Latents of R references in P poses.
 
@@ -31,6 +33,7 @@ def denoise(
         condition: made by `project` for the same R and P; with unconditional rows exactly if `guided(guidance_scale)`.
         num_inference_steps: steps of the scheduler.
         guidance_scale: prediction = unconditional + scale * (conditional - unconditional).
+        generator: for schedulers that add noise in their steps.
 
     Returns:
         (R, P, 4, h, w) scaled latents.
@@ -39,6 +42,8 @@ def denoise(
     copies = 2 if guided(guidance_scale) else 1  # the unconditional rows come first
     pose_rows = pose_features.to(unet.dtype).repeat(copies * len(noise), 1, 1, 1)
     latents = noise.flatten(0, 1) * scheduler.init_noise_sigma
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    step_options = {"generator": generator} if takes_generator else {}
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents, timestep).to(unet.dtype).repeat(copies, 1, 1, 1)
         prediction = unet(
@@ -51,7 +56,7 @@ def denoise(
         if copies == 2:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **step_options)[0]
     result: Tensor = latents.view_as(noise)
     return result
 

@@ -113,6 +113,7 @@ PARTS: Mapping[str, Part] = {
         None,
     ),
 }
+_LFS_POINTER = b"version https://git-lfs"
 # Attention of VAEs that were saved before diffusers 0.15.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -199,8 +200,9 @@ def open_weights(
         weights = _published_layout(place)
     else:
         weights = _own_layout(place, config_file)
-    if "vae" not in weights.files or os.fspath(vae) != VAE_REPO:
-        weights = _with_vae(weights, Place(vae, "vae", **options))
+    if "vae" not in weights.files or vae != VAE_REPO:
+        name, _, commit = vae.partition("@") if isinstance(vae, str) else (vae, "", "")
+        weights = _with_vae(weights, Place(name, "vae", revision=commit or "main", **options))
     weights.check()
     return weights
 
@@ -236,10 +238,12 @@ def save(
         "sources": dict(sources),
     }
     try:
+        (unfinished / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, state in states:
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
             save_file(tensors, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
-        (unfinished / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            # safetensors makes files that nobody else may read.
+            shutil.copymode(unfinished / CONFIG_FILE, unfinished / f"{name}.safetensors")
         (unfinished / "README.md").write_text(_model_card(sources), encoding="utf-8")
         if target.exists():
             target.rmdir()
@@ -365,6 +369,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _read(name: str, path: Path) -> dict[str, Tensor]:
     """All tensors of a file, mapped into memory: what isn't looked at is not read."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS and not the file itself. Run `git lfs pull` beside it.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
     tensors = {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
     return {_present_name(key): t for key, t in tensors.items()} if name == "vae" else tensors
@@ -442,9 +449,9 @@ Centralization" (CVPR 2025, arXiv 2503.00938).
 
 ## Licence and use
 
-Both UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers these weights too: its
-use-based restrictions must be passed on with every copy. Other parts may have terms of their own; those of the weights'
-authors apply.
+The published UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers them and
+whatever was trained from them: its use-based restrictions must be passed on with every copy. The other parts (identity
+encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.
 
 The weights make pictures of people from pictures of people. Matching persons across cameras is biometric processing,
 which the law of many places restricts: use them only where you have a lawful basis.
