@@ -182,6 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
     def _create(self, wanted: Mapping[str, Any]) -> None:
+        if not isinstance(wanted.get("private", False), bool):
+            self._error(400, None, "private must be a boolean")
+            return
         repo = f"{wanted['organization']}/{wanted['name']}"
         there = self.hub.has(repo)
         if not there:

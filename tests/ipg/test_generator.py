@@ -145,6 +145,53 @@ def test_what_is_constant_is_computed_once(people, poses):
     assert len(calls["identity_encoder"]) == 7
 
 
+def test_constants_follow_the_weights(people, poses):
+    options = {"num_inference_steps": 1, "latents": noise(tiny.generator(), 1)}
+
+    def pictures(generator):
+        return arrays(generator.generate(people[:1], poses, **options))
+
+    generator = tiny.generator()
+    before = pictures(generator)
+    recipe.filled(generator.identity_tokens, "other/")
+    changed = pictures(generator)
+    assert (changed != before).any()
+    other = recipe.filled(IdentityTokens(160, 20, 32), "other/")
+    np.testing.assert_array_equal(pictures(tiny.generator(identity_tokens=other)), changed)
+    generator.identity_tokens = tiny.parts()["identity_tokens"]
+    np.testing.assert_array_equal(pictures(generator), before)
+    fresh = tiny.generator()
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh.generate(people[:1], poses, **options)
+    np.testing.assert_array_equal(pictures(fresh), before)
+
+
+def test_parts_are_put_into_eval_mode(people, poses):
+    class Forgetful(nn.Sequential):
+        image_size = (64, 32)
+
+    parts = tiny.parts()
+    encoder = Forgetful(parts["identity_encoder"], nn.Dropout(0.5)).train()
+    latents = noise(tiny.generator(), 1)
+    given = tiny.generator(identity_encoder=encoder).generate(people[:1], poses, num_inference_steps=1, latents=latents)
+    expected = tiny.generator().generate(people[:1], poses, num_inference_steps=1, latents=latents)
+    np.testing.assert_array_equal(arrays(given), arrays(expected))
+
+
+def test_noise_does_not_follow_the_default_dtype(people, poses):
+    def pictures():
+        seeded = torch.Generator().manual_seed(3)
+        return arrays(generator.generate(people[:1], poses, num_inference_steps=1, generator=seeded))
+
+    generator = tiny.generator()
+    expected = pictures()
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(pictures(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_no_picture_stays_behind_in_a_model(people, poses):
     generator = tiny.generator()
     generator.generate(people[:1], poses, num_inference_steps=1)
@@ -176,7 +223,12 @@ def test_inputs_are_left_as_they_are(generator, people, poses):
 
 def test_more_pictures_than_are_decoded_at_once(generator):
     latents = noise(generator, 1, 11)[0]
+    sizes = []
+    decode = generator.vae.decode
+    generator.vae.decode = lambda part, **options: sizes.append(len(part)) or decode(part, **options)
     together = generator.decode(latents)
+    generator.vae.decode = decode
+    assert sizes == [8, 3]
     alone = torch.cat([generator.decode(latents[i : i + 1]) for i in range(11)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
@@ -200,13 +252,21 @@ def test_the_bank_is_rounded_only_where_it_changes_something(people, poses):
     assert 1e-6 < difference < 2e-3
 
 
+def test_the_bank_is_rounded_by_default():
+    assert IdentityGenerator(**tiny.parts()).round_bank is True
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near(generator, people, poses, dtype):
     half = tiny.generator(dtype)
     latents = noise(generator, 1)
     options = {"num_inference_steps": STEPS, "latents": latents, "guidance_scale": 1.0}
     expected = arrays(generator.generate(people[:1], poses, **options)).astype(float)
+    seen = []
+    step = half.scheduler.step
+    half.scheduler.step = lambda *args, **kwargs: seen.append(args[2].dtype) or step(*args, **kwargs)
     given = arrays(half.generate(people[:1], poses, **options))
+    assert seen == [torch.float32] * STEPS
     assert np.abs(given - expected).mean() < 4
 
 
@@ -299,6 +359,27 @@ def test_one_unet_for_both():
         IdentityGenerator(**{**parts, "reference_unet": parts["denoising_unet"]})
 
 
+def test_a_unet_has_one_role():
+    first = tiny.generator()
+    with pytest.raises(ValueError, match="reference_unet must not be the denoising_unet of another generator"):
+        tiny.generator(reference_unet=first.denoising_unet)
+    with pytest.raises(ValueError, match="denoising_unet must not be the reference_unet of another generator"):
+        tiny.generator(denoising_unet=first.reference_unet)
+    centred = diffusers.UNet2DConditionModel(**tiny.UNET, center_input_sample=True)
+    with pytest.raises(ValueError, match="center_input_sample must be False"):
+        tiny.generator(denoising_unet=centred)
+
+
+def test_parts_of_several_dtypes(people, poses):
+    parts = tiny.parts()
+    with pytest.raises(ValueError, match=r"parts must be of one dtype .* pose_encoder torch.float64"):
+        IdentityGenerator(**{**parts, "pose_encoder": parts["pose_encoder"].double()})
+    half = tiny.generator(torch.bfloat16)
+    half.vae.float()
+    mixed = IdentityGenerator(**half.parts, scheduler=half.scheduler, image_size=half.image_size)
+    assert mixed.generate(people[:1], poses, num_inference_steps=1)[0][0].size == (128, 256)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -385,8 +466,9 @@ def test_what_a_generator_shows():
     )
 
 
-def test_weights_that_are_not_finite(people, poses):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(people, poses, value):
     parts = tiny.parts()
-    parts["vae"].decoder.conv_out.bias.data[0] = float("nan")
+    parts["vae"].decoder.conv_out.bias.data[0] = value
     with pytest.raises(ValueError, match="generated pictures must be finite"):
         IdentityGenerator(**parts).generate(people[:1], poses, num_inference_steps=1)

@@ -287,6 +287,35 @@ def test_pinned_revision(hub, own, original, tmp_path, name):
     assert generator.sources == {REPO: commit}
 
 
+def test_pinned_vae(hub, published, vae, tmp_path):
+    hub.add(REPO, published)
+    commit = hub.add(VAE_REPO, vae)
+    hub.add(VAE_REPO, {"config.json": b"{}"})
+    weights = open_weights(REPO, vae=f"{VAE_REPO}@{commit}", cache_dir=tmp_path)
+    assert weights.sources[VAE_REPO] == commit
+    assert weights.configs["vae"]["latent_channels"] == 4
+
+
+def test_a_configuration_is_no_address(hub, own, tmp_path):
+    content = json.loads(own["pose2id.json"])
+    content["parts"]["denoising_unet"] = "somebody/else"
+    directory = tmp_path / "own"
+    directory.mkdir()
+    for name, data in own.items():
+        (directory / name).write_bytes(data)
+    (directory / "pose2id.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must hold an object 'denoising_unet'"):
+        load(tmp_path / "cache", directory)
+    assert hub.requests == []
+
+
+def test_errors_do_not_quote_the_token(hub, own, tmp_path):
+    hub.add(REPO, own)
+    with pytest.raises((OSError, ValueError)) as caught:
+        load(tmp_path, token="hf_se\ncret")
+    assert "cret" not in str(caught.value)
+
+
 def test_main_is_followed(hub, own, tmp_path):
     old = hub.add(REPO, own)
     assert open_weights(REPO, cache_dir=tmp_path).sources == {REPO: old}
@@ -389,6 +418,13 @@ def test_push_of_parts_that_cannot_be_saved(hub, original):
     generator = tiny.generator(pose_encoder=Foreign(32))
     with pytest.raises(TypeError, match="pose_encoder must be a PoseEncoder to be saved, got Foreign"):
         generator.push_to_hub("user/pushed", token="hf_secret")
+    assert hub.requests == []
+
+
+def test_push_to_what_is_no_name(hub, original, monkeypatch):
+    monkeypatch.setattr(IdentityGenerator, "save_pretrained", None)
+    with pytest.raises(ValueError, match="a/b/c"):
+        original.push_to_hub("a/b/c", token="hf_secret")
     assert hub.requests == []
 
 

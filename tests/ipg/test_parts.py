@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import numpy as np
 import pytest
 import recipe
@@ -10,7 +9,7 @@ import tiny
 import torch
 from PIL import Image
 
-from pose2id.ipg import IdentityTokens, PoseEncoder, TransReID
+from pose2id.ipg import IdentityTokens, PoseEncoder, TransReID, weights
 from pose2id.ipg.generator import pixels, to_pictures
 
 
@@ -78,7 +77,7 @@ def test_pose_encoder(golden):
 
 def test_scheduler(golden):
     vectors = golden("scheduler")
-    scheduler = diffusers.DDIMScheduler(**tiny.SCHEDULER)
+    scheduler = weights.Weights({}, {}).scheduler()  # that of the published layout
     np.testing.assert_array_equal(scheduler.alphas_cumprod.numpy(), vectors["alphas_cumprod"])
     scheduler.set_timesteps(20)
     assert scheduler.timesteps.tolist() == list(range(999, 0, -50))
@@ -103,8 +102,41 @@ def test_pictures_are_truncated_and_resized_as_published(published_vectors):
     images = np.random.default_rng(603).random((512, 256, 3)).astype(np.float32)
     (picture,) = to_pictures(torch.from_numpy(images).permute(2, 0, 1)[None], (256, 128))
     np.testing.assert_array_equal(np.array(picture), vectors["out_seed603_resized_default"])
-    (whole,) = to_pictures(torch.full((1, 3, 2, 2), 0.999), None)
-    assert np.array(whole).tolist() == [[[254] * 3] * 2] * 2
+
+
+def test_pictures_by_the_letter():
+    images = np.random.default_rng(603).random((64, 32, 3)).astype(np.float32)
+    tensor = torch.from_numpy(images).permute(2, 0, 1)[None]
+    truncated = Image.fromarray(np.floor(images.astype(np.float64) * 255).astype(np.uint8))
+    np.testing.assert_array_equal(np.array(to_pictures(tensor, None)[0]), np.array(truncated))
+    for size in ((32, 16), (100, 40)):
+        resized = truncated.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(np.array(to_pictures(tensor, size)[0]), np.array(resized))
+
+
+def test_what_each_encoder_sees():
+    person, pose = np.random.default_rng(5).integers(0, 256, (2, 90, 41, 3), dtype=np.uint8)
+    generator = tiny.generator()
+    seen = {}
+    encode = generator.vae.encode
+    generator.vae.encode = lambda images: seen.setdefault("vae", images) is None or encode(images)
+    for name in ("identity_encoder", "pose_encoder"):
+        generator.parts[name].register_forward_pre_hook(lambda part, args, name=name: seen.setdefault(name, args[0]))
+    generator.unconditional_tokens()
+    assert torch.equal(seen.pop("identity_encoder"), torch.zeros(1, 3, 64, 32))
+    generator.generate([person], [pose], num_inference_steps=1)
+
+    def resized(array, height, width):
+        lanczos = Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(lanczos)).permute(2, 0, 1)[None].double() / 255
+
+    expected = {
+        "identity_encoder": (resized(person, 64, 32) - 0.5) / 0.5,
+        "vae": resized(person, 128, 64) * 2 - 1,
+        "pose_encoder": resized(pose, 128, 64),
+    }
+    for name, images in expected.items():
+        torch.testing.assert_close(seen[name].double(), images, atol=1e-6, rtol=0)
 
 
 def test_pictures_that_are_not_finite():

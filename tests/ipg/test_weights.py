@@ -284,6 +284,15 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
     assert "weights_only=False" not in str(caught.value)  # how to run it all the same is nothing to suggest
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*TorchScript:UserWarning")
+def test_other_archives_are_refused_without_a_word_on_how_to_run_them(tmp_path):
+    folder = write_published(tmp_path / "scripted")
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(folder / "IFR.pth"))
+    with pytest.raises(ValueError, match="was not loaded") as caught:
+        opened(folder)
+    assert "weights_only" not in str(caught.value)
+
+
 def test_a_plain_pickle_is_refused_and_not_run(tmp_path):
     ran = tmp_path / "ran"
     folder = write_published(tmp_path / "harmful")
@@ -305,7 +314,7 @@ def test_files_of_old_torch_versions_are_read(tmp_path, published):
     [
         (b"", "IFR.pth"),
         (b"<!doctype html><title>Not found</title>", "IFR.pth holds something else than tensors, or is damaged"),
-        ("half", "IFR.pth is no intact file of weights"),
+        ("half", "IFR.pth holds something else than tensors, or is damaged"),
         ("list", "IFR.pth must map names to tensors"),
         ("nested", "IFR.pth must map names to tensors"),
     ],
@@ -333,8 +342,8 @@ def test_a_git_lfs_pointer_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dtype": "float16"}, TypeError, "dtype must be a floating torch dtype"),
-        ({"dtype": torch.int8}, TypeError, "dtype must be a floating torch dtype"),
+        ({"dtype": "float16"}, TypeError, "dtype must be one of"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be one of"),
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
         ({"repo_or_dir": None}, TypeError, "repo_or_dir must be a directory or 'user/name', got NoneType"),
         ({"repo_or_dir": "mistyped"}, FileNotFoundError, "there is no directory 'mistyped'"),
@@ -368,16 +377,31 @@ def test_a_cut_safetensors_file_is_named(tmp_path, own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format=2), "must have format 1, got 2. Update pose2id"),
-        (lambda content: content["parts"].pop("vae"), "must describe all parts of IPG; vae missing"),
-        (lambda content: content.pop("scheduler"), "scheduler missing"),
+        (lambda content: content.update(format=2), "must have format 1, .* got 2"),
+        (lambda content: content["parts"].pop("vae"), "must hold an object 'vae', got null"),
+        (lambda content: content.update(parts=3), "must hold an object 'parts', got 3"),
+        (
+            lambda content: content["parts"].update(denoising_unet="a/b"),
+            "must hold an object 'denoising_unet', got \"a/b\"",
+        ),
+        (lambda content: content.pop("scheduler"), "must hold an object 'scheduler', got null"),
+        (lambda content: content.update(sources=["a/b"]), "must hold an object 'sources'"),
         (
             lambda content: content["scheduler"].update(_class_name="DiffusionPipeline"),
             "must name a diffusers scheduler",
         ),
+        (lambda content: content["scheduler"].update(_class_name="SchedulerMixin"), "configuration of the scheduler"),
         (lambda content: content["scheduler"].pop("_class_name"), "must name a diffusers scheduler"),
+        (lambda content: content["scheduler"].update(beta_schedule="none"), "configuration of the scheduler"),
         (lambda content: content["parts"]["pose_encoder"].update(width=3), "configuration of pose_encoder"),
-        (lambda content: content["parts"].update(pose_encoder=3), "configuration of pose_encoder"),
+        (lambda content: content["parts"]["pose_encoder"].update(channels=[]), "configuration of pose_encoder"),
+        (lambda content: content["parts"]["identity_encoder"].update(stride=0), "configuration of identity_encoder"),
+        (lambda content: content["parts"]["identity_encoder"].update(heads=5), "dim must be a multiple of heads"),
+        (lambda content: content["settings"].pop("round_bank"), "settings in .* must be image_size and round_bank"),
+        (
+            lambda content: content["settings"].update(round_bank="false"),
+            "settings in .* must be image_size and round_bank",
+        ),
         (lambda content: content["settings"].update(image_size=[128]), "image_size"),
         (lambda content: content["settings"].update(image_size=[100, 64]), "image_size must be in multiples of 8"),
     ],
@@ -398,6 +422,18 @@ def test_json_that_is_none(tmp_path, own, content):
     (tmp_path / "own" / "pose2id.json").write_text(content)
     with pytest.raises(ValueError, match=r"pose2id.json"):
         IdentityGenerator.from_pretrained(tmp_path / "own", device="cpu")
+
+
+def test_a_vae_directory_with_an_at_sign(tmp_path, published):
+    shutil.copytree(published / "vae", tmp_path / "vae@v2")
+    assert opened(published, vae=str(tmp_path / "vae@v2")).files["vae"].parent.name == "vae@v2"
+
+
+def test_the_published_settings(published):
+    found = opened(published)
+    assert found.settings == {"image_size": [512, 256], "round_bank": True}
+    assert found.sources == {}
+    assert type(found.scheduler()) is diffusers.DDIMScheduler
 
 
 def test_missing_files_are_named(tmp_path, own, published):
@@ -433,6 +469,31 @@ def test_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("how", ["absolute", "here", "link", "nested"])
+def test_places_to_save_to(tmp_path, monkeypatch, how):
+    target = tmp_path / "weights"
+    if how != "nested":
+        target.mkdir()
+    monkeypatch.chdir(tmp_path if how != "here" else target)
+    (tmp_path / "link").symlink_to(target)
+    given = {"absolute": target, "here": ".", "link": tmp_path / "link", "nested": "weights/below/deeper"}[how]
+    tiny.generator().save_pretrained(given)
+    assert len(list(Path(given).iterdir())) == 8
+    assert IdentityGenerator.from_pretrained(given, device="cpu").image_size == (128, 64)
+
+
+def test_what_others_put_there_meanwhile_stays(tmp_path, monkeypatch):
+    def disturbed(tensors, path, **options):
+        (tmp_path / "own" / "notes.txt").write_text("mine")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(weights, "save_file", disturbed)
+    with pytest.raises(OSError, match="No space left"):
+        tiny.generator().save_pretrained(tmp_path / "own")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["notes.txt"]
+
+
 def test_saving_replaces_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     tiny.generator().save_pretrained(tmp_path / "empty")
@@ -454,6 +515,44 @@ def test_a_part_of_another_class_is_not_saved(tmp_path):
     with pytest.raises(TypeError, match=r"identity_encoder must be a TransReID to be saved, got Encoder"):
         tiny.generator(identity_encoder=Encoder()).save_pretrained(tmp_path / "own")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scheduler_of_another_class_is_not_saved(tmp_path):
+    class DDIMScheduler(diffusers.DDIMScheduler):
+        pass
+
+    with pytest.raises(TypeError, match=r"scheduler must be of a class of diffusers to be saved, got .*DDIMScheduler"):
+        tiny.generator(scheduler=DDIMScheduler(**tiny.SCHEDULER)).save_pretrained(tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_conversion_writes_what_loading_and_saving_writes(tmp_path, own):
+    vae = tmp_path / "vae"
+    recipe.filled(diffusers.AutoencoderKL(**tiny.VAE)).save_pretrained(vae)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/somebody/secret"}))
+    convert(own, tmp_path / "converted", vae=vae)
+    IdentityGenerator.from_pretrained(own, vae=vae, device="cpu").save_pretrained(tmp_path / "saved")
+    for name in ("pose2id.json", "README.md"):
+        assert (tmp_path / "converted" / name).read_text() == (tmp_path / "saved" / name).read_text()
+    assert "secret" not in (tmp_path / "converted" / "pose2id.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "float16"])
+def test_conversion_to_dtypes_that_hold_no_weights(tmp_path, own, dtype):
+    with pytest.raises(TypeError, match="dtype must be one of torch's float32, float16, bfloat16, float64"):
+        convert(own, tmp_path / "converted", dtype=dtype)
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        IdentityGenerator.from_pretrained(own, dtype=dtype)
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        tiny.generator().to(dtype=dtype)
+
+
+def test_a_key_with_and_without_prefix(tmp_path):
+    state = stored(SHAPES["IFR.pth"])
+    twice = {**state, "module.norm_motion.bias": torch.zeros(768)}
+    with pytest.raises(ValueError, match="must hold each key once"):
+        opened(write_published(tmp_path / "twice", {"IFR.pth": twice}))
 
 
 def test_conversion_of_published_weights(tmp_path, capsys):
@@ -479,7 +578,33 @@ def test_conversion_of_full_size_parts(tmp_path, monkeypatch, published):
     convert(published, tmp_path / "own", vae=published / "vae")
     state = load_file(tmp_path / "own" / "pose_encoder.safetensors")
     assert {key: list(tensor.shape) for key, tensor in state.items()} == SHAPES["pose_guider.pth"]
+    configs = json.loads((tmp_path / "own" / "pose2id.json").read_text())["parts"]
+    assert configs["pose_encoder"] == {"out_channels": 320, "channels": [16, 32, 64, 128]}
+    assert configs["identity_tokens"] == {"feature_dim": 3840, "num_tokens": 20, "dim": 768}
     assert all(torch.all(tensor == torch.tensor(constant(key))) for key, tensor in state.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_published_files_are_mapped_and_not_read(tmp_path):
+    big = {"a": torch.zeros(50_000_000), "b": torch.ones(3)}
+    torch.save(big, tmp_path / "big.pth")
+    del big
+    script = textwrap.dedent(
+        """
+        import sys, torch
+        from pathlib import Path
+        from pose2id.ipg import weights
+        resident = lambda: int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+        before = resident()
+        state = weights._read("denoising_unet", Path(sys.argv[1]))
+        print(state["b"].sum().item(), resident() - before)
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "big.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    total, grown = done.stdout.split()
+    assert total == "3.0"
+    assert float(grown) < 100e6  # of 200
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

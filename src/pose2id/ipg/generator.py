@@ -89,9 +89,10 @@ class IdentityGenerator:
         self.image_size = _checked_size(image_size, "image_size")
         self.round_bank = round_bank
         self.sources = dict(sources or {})
-        self._unconditional: Tensor | None = None
+        self._unconditional: tuple[list[Any], Tensor] | None = None
         _checked_size(identity_encoder.image_size, "identity_encoder.image_size")
         _check_scheduler(scheduler)
+        _check_unets(reference_unet, denoising_unet)
         self._check_parts()
         for part in self.parts.values():
             part.eval()
@@ -134,10 +135,9 @@ class IdentityGenerator:
             ValueError: a device that isn't there; a file that holds something else: per part, the missing, unexpected
                 and mis-shaped keys.
         """
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating torch dtype such as torch.float16, got {dtype!r}.")
+        weights.checked_dtype(dtype)
         cuda = torch.cuda.is_available()
-        target = checked_device(device or ("cuda" if cuda else "cpu"))
+        target = checked_device(("cuda" if cuda else "cpu") if device is None else device)
         if target.type == "cuda" and not cuda:
             raise ValueError(f"device must be one that torch sees, got {device!r}, and torch sees no CUDA device here.")
         source = weights.open_weights(
@@ -212,10 +212,11 @@ class IdentityGenerator:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IdentityGenerator:
         """Move all parts, and return the generator."""
+        device = None if device is None else checked_device(device)
+        dtype = None if dtype is None else weights.checked_dtype(dtype)
         for part in self.parts.values():
             # Not diffusers' own `to`: it warns of float32 modules, in a list that is empty.
             nn.Module.to(part, device=device, dtype=dtype)
-        self._unconditional = None
         return self
 
     def generate(
@@ -349,10 +350,16 @@ class IdentityGenerator:
     @torch.no_grad()
     def unconditional_tokens(self) -> Tensor:
         """(1, N, D): the tokens of nobody, those of a mid-grey image. A constant of the weights, computed once."""
-        if self._unconditional is None:
+        kind = self.device.type
+        made_from: list[Any] = [torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+        for part in (self.identity_encoder, self.identity_tokens):
+            for tensor in part.state_dict().values():
+                version = 0 if tensor.is_inference() else tensor._version
+                made_from.append((tensor.data_ptr(), version, tensor.dtype, tensor.device))
+        if self._unconditional is None or self._unconditional[0] != made_from:
             grey = torch.zeros(1, 3, *self.identity_encoder.image_size, device=self.device, dtype=self.dtype)
-            self._unconditional = self._tokens(grey)
-        return self._unconditional
+            self._unconditional = made_from, self._tokens(grey)
+        return self._unconditional[1]
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -373,7 +380,9 @@ class IdentityGenerator:
         """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w)."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled.split(_VAE_BATCH)])
-        return (decoded / 2 + 0.5).clamp(0, 1)
+        images = decoded / 2 + 0.5
+        # Infinity must not be clamped to white and go unnoticed: its difference with itself is NaN.
+        return images.clamp(0, 1) + (images - images)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -392,7 +401,7 @@ class IdentityGenerator:
 
     def _noise(self, poses: int, generator: torch.Generator | None) -> Tensor:
         device = self.device if generator is None else generator.device
-        return torch.randn((poses, *self.latent_shape), generator=generator, device=device)
+        return torch.randn((poses, *self.latent_shape), generator=generator, device=device, dtype=torch.float32)
 
     def _check_sampling(self, num_inference_steps: Any, guidance_scale: Any) -> None:
         checked_count(num_inference_steps, "num_inference_steps", most=self.scheduler.config.num_train_timesteps)
@@ -402,26 +411,24 @@ class IdentityGenerator:
         return images.to(self.device, self.dtype)
 
     def _check_parts(self) -> None:
-        if self.denoising_unet is self.reference_unet:
-            raise ValueError("reference_unet and denoising_unet must be two modules, got one: their weights differ.")
         for first, second in _EQUAL_SIZES:
-            try:
-                given, needed = attrgetter(first)(self), attrgetter(second)(self)
-            except AttributeError:
-                continue  # parts of a caller's own needn't tell
+            part, _, attribute = first.partition(".")
+            if "." not in attribute and not hasattr(getattr(self, part), attribute):
+                continue  # a part of the caller's own needn't tell
+            given, needed = attrgetter(first)(self), attrgetter(second)(self)
             if given != needed:
                 raise ValueError(
                     f"{first} and {second} must be equal, got {given} and {needed}. Take parts of one model."
                 )
-        writers, readers = (reference.self_attentions(unet) for unet in (self.reference_unet, self.denoising_unet))
-        if writers != readers:
-            differing = sorted({name for name, _ in writers.items() ^ readers.items()})
-            raise ValueError(
-                "reference_unet and denoising_unet must have the same self-attentions, got two architectures: "
-                f"{len(differing)} differ, from {differing[0]} on."
-            )
         if any(side % self.vae_scale_factor for side in self.image_size):
             raise ValueError(f"image_size must be in multiples of {self.vae_scale_factor}, got {self.image_size}.")
+        computing = {name: next(part.parameters(), None) for name, part in self.parts.items()}
+        devices = {name: tensor.device for name, tensor in computing.items() if tensor is not None}
+        dtypes = {name: tensor.dtype for name, tensor in computing.items() if tensor is not None and name != "vae"}
+        for what, given_by in (("device", devices), ("dtype", dtypes)):
+            if len(set(given_by.values())) > 1:
+                shown = ", ".join(f"{name} {value}" for name, value in given_by.items())
+                raise ValueError(f"parts must be of one {what} (the VAE's dtype may differ), got {shown}.")
 
 
 # Where the parts meet.
@@ -434,6 +441,24 @@ _EQUAL_SIZES = (
     ("vae.config.latent_channels", "denoising_unet.config.in_channels"),
     ("vae.config.latent_channels", "reference_unet.config.in_channels"),
 )
+
+
+def _check_unets(reference_unet: UNet2DConditionModel, denoising_unet: UNet2DConditionModel) -> None:
+    if denoising_unet is reference_unet:
+        raise ValueError("reference_unet and denoising_unet must be two modules, got one: their weights differ.")
+    if isinstance(reference_unet.conv_in, reference.PosedConv2d):
+        raise ValueError("reference_unet must not be the denoising_unet of another generator. Load it once more.")
+    if isinstance(denoising_unet.conv_out, nn.Identity):
+        raise ValueError("denoising_unet must not be the reference_unet of another generator. Load it once more.")
+    if denoising_unet.config.center_input_sample:
+        raise ValueError("denoising_unet.config.center_input_sample must be False: it would rescale pose features.")
+    writers, readers = (reference.self_attentions(unet) for unet in (reference_unet, denoising_unet))
+    if writers != readers:
+        differing = sorted({name for name, _ in writers.items() ^ readers.items()})
+        raise ValueError(
+            "reference_unet and denoising_unet must have the same self-attentions, got two architectures: "
+            f"{len(differing)} differ, from {differing[0]} on."
+        )
 
 
 def _checked_size(size: Any, name: str) -> tuple[int, int]:

@@ -160,9 +160,10 @@ class Place:
         except (OSError, _HTTP_ERROR) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # of the disk, not of the connection
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            # Its kind alone: messages of HTTP libraries may quote the token.
             raise ConnectionError(
-                f"{name} of {self} could not be downloaded ({reason}). Try again: files that are whole are kept."
+                f"{name} of {self} could not be downloaded ({type(error).__name__}). Try again: files that are whole "
+                "are kept."
             ) from error
         return Path(path)
 

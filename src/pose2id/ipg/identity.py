@@ -29,7 +29,7 @@ class TransReID(nn.Module):
         groups: how many interleaved groups the jigsaw shuffles patches into.
 
     Raises:
-        ValueError: the patches cannot be shuffled into `groups`.
+        ValueError: the patches cannot be shuffled into `groups`, or the width not be split into `heads`.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class TransReID(nn.Module):
         super().__init__()
         height, width = image_size
         patches = ((height - patch_size) // stride + 1) * ((width - patch_size) // stride + 1)
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}.")
         if patches % groups or patches < parts:
             raise ValueError(
                 f"image_size, patch_size and stride must give patches in a multiple of groups={groups} and at least "

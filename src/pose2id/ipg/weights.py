@@ -10,7 +10,6 @@ import inspect
 import json
 import logging
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -19,11 +18,12 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -113,6 +113,17 @@ PARTS: Mapping[str, Part] = {
         None,
     ),
 }
+# What constructors raise for arguments that are none of theirs, or make no sense.
+_CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LFS_POINTER = b"version https://git-lfs"
 # Attention of VAEs that were saved before diffusers 0.15.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -138,9 +149,10 @@ class Weights:
 
     def check(self) -> None:
         """Raise one ValueError for all parts whose file lacks keys, or has others, or of other shapes."""
+        self.scheduler()
         problems = []
         for name, path in self.files.items():
-            problem = _mismatch(self._module(name), _read(name, path), PARTS[name].unused)
+            problem = _mismatch(self.build(name), _read(name, path), PARTS[name].unused)
             problems += [f"  {name} ({path.name}): {problem}"] if problem else []
         if problems:
             raise ValueError("These weights do not fit their parts:\n" + "\n".join(problems))
@@ -149,17 +161,13 @@ class Weights:
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """The tensors that inference needs of a part, in new memory; dtype None: as stored."""
-        stored = _read(name, self.files[name])
-        return {
-            key: torch.empty_like(stored[key], dtype=dtype, device=device).copy_(stored[key])
-            for key in self._module(name).state_dict()
-        }
+        return self._filled(self.build(name), name, dtype, device)
 
     def load(self, name: str, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """A part, straight in its dtype and on its device."""
         logger.info("loading %s from %s", name, self.files[name])
-        module = self._module(name)
-        module.load_state_dict(self.state(name, dtype, device), assign=True)
+        module = self.build(name)
+        module.load_state_dict(self._filled(module, name, dtype, device), assign=True)
         return module.requires_grad_(False)
 
     def scheduler(self) -> Any:
@@ -171,14 +179,27 @@ class Weights:
                 f"scheduler in {CONFIG_FILE} must name a diffusers scheduler as _class_name, got {name!r}."
             )
         build: Any = getattr(diffusers, str(name))
-        return build.from_config(dict(self.scheduler_config))
-
-    def _module(self, name: str) -> nn.Module:
         try:
-            with torch.device("meta"):  # shapes without memory
+            return build.from_config(dict(self.scheduler_config))
+        except _CONFIG_ERRORS as error:
+            raise ValueError(f"the configuration of the scheduler builds no {name}: {error}") from error
+
+    def build(self, name: str) -> nn.Module:
+        """A part in shapes only, on the meta device."""
+        try:
+            with torch.device("meta"):
                 return PARTS[name].build(self.configs[name])
-        except (TypeError, ValueError, KeyError) as error:
+        except _CONFIG_ERRORS as error:
             raise ValueError(f"the configuration of {name} builds no {PARTS[name].kind.__name__}: {error}") from error
+
+    def _filled(
+        self, module: nn.Module, name: str, dtype: torch.dtype | None, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        stored = _read(name, self.files[name])
+        return {
+            key: torch.empty_like(stored[key], dtype=dtype, device=device).copy_(stored[key])
+            for key in module.state_dict()
+        }
 
 
 def open_weights(
@@ -201,8 +222,7 @@ def open_weights(
     else:
         weights = _own_layout(place, config_file)
     if "vae" not in weights.files or vae != VAE_REPO:
-        name, _, commit = vae.partition("@") if isinstance(vae, str) else (vae, "", "")
-        weights = _with_vae(weights, Place(name, "vae", revision=commit or "main", **options))
+        weights = _with_vae(weights, _vae_place(vae, options))
     weights.check()
     return weights
 
@@ -216,7 +236,7 @@ def save(
     settings: Mapping[str, Any],
     sources: Mapping[str, str],
 ) -> None:
-    """Write weights in our layout; the directory, new or empty, appears whole or not at all.
+    """Write weights in our layout, whole or not at all, into a directory that is new or empty.
 
     Args:
         directory: where to.
@@ -227,9 +247,6 @@ def save(
         sources: repository to commit.
     """
     target = checked_target(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.parent / f".{target.name}-{secrets.token_hex(4)}"
-    unfinished.mkdir()
     content = {
         "format": _FORMAT,
         "parts": {name: dict(config) for name, config in configs.items()},
@@ -237,19 +254,30 @@ def save(
         "settings": dict(settings),
         "sources": dict(sources),
     }
+    description = json.dumps(content, indent=2) + "\n"
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    # Inside the target, which may be a mount, or all that may be written to.
+    unfinished = target / f".unfinished-{secrets.token_hex(4)}"
     try:
-        (unfinished / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name, state in states:
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-            save_file(tensors, unfinished / f"{name}.safetensors", metadata={"format": "pt"})
-            # safetensors makes files that nobody else may read.
-            shutil.copymode(unfinished / CONFIG_FILE, unfinished / f"{name}.safetensors")
+        unfinished.mkdir()
+        (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
         (unfinished / "README.md").write_text(_model_card(sources), encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        unfinished.rename(target)
+        for name, state in states:
+            file = unfinished / f"{name}.safetensors"
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
+            # safetensors makes files that nobody else may read.
+            shutil.copymode(unfinished / CONFIG_FILE, file)
+        # The configuration last: without it, nothing takes the directory for weights.
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG_FILE):
+            file.rename(target / file.name)
+        unfinished.rmdir()
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for name in (CONFIG_FILE, "README.md", *(f"{part}.safetensors" for part in configs)):
+            (target / name).unlink(missing_ok=True)
+        if made:
+            target.rmdir()
         raise
 
 
@@ -269,12 +297,14 @@ def convert(
         **options: `revision`, `vae`, `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
     """
     checked_target(directory)  # before gigabytes are downloaded
+    if dtype is not None:
+        checked_dtype(dtype)
     weights = open_weights(source, **options)
     save(
         directory,
-        weights.configs,
+        {name: config_of(name, weights.build(name)) for name in PARTS},
         ((name, weights.state(name, dtype)) for name in PARTS),
-        scheduler_config=weights.scheduler_config,
+        scheduler_config=scheduler_config(weights.scheduler()),
         settings=weights.settings,
         sources=weights.sources,
     )
@@ -284,13 +314,23 @@ def push(
     write: Callable[[Path], None], repo_id: str, *, private: bool | None, token: str | bool | None, commit_message: str
 ) -> str:
     """Upload the directory that `write` writes, and return the commit's address."""
+    validate_repo_id(repo_id)
     api = HfApi(token=token)
+    visibility: Any = {} if private is None else {"private": private}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "weights"
         write(directory)  # first: nothing is made on the Hub when it fails
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, exist_ok=True, **visibility)
         commit = api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message)
     return str(commit.commit_url)
+
+
+def checked_dtype(dtype: Any) -> torch.dtype:
+    """One of the dtypes that parts compute in."""
+    if dtype not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise TypeError(f"dtype must be one of torch's {names}, got {dtype!r}.")
+    return cast("torch.dtype", dtype)
 
 
 def checked_target(directory: str | os.PathLike[str]) -> Path:
@@ -302,37 +342,50 @@ def checked_target(directory: str | os.PathLike[str]) -> Path:
 
 
 def config_of(name: str, part: nn.Module) -> dict[str, Any]:
-    """The configuration that a part of the published architecture is built from again."""
+    """The configuration that a part of the published architecture is built from again, whole."""
     kind = PARTS[name].kind
     if type(part) is not kind:
         raise TypeError(f"{name} must be a {kind.__name__} to be saved, got {type(part).__name__}: save it yourself.")
     config: Any = part.config
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return _public(config)
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's configuration, with its class."""
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    return {"_class_name": type(scheduler).__name__, **config}
+    """A scheduler's configuration, with its class, which must be one of diffusers."""
+    kind = type(scheduler)
+    if getattr(diffusers, kind.__name__, None) is not kind:
+        raise TypeError(
+            f"scheduler must be of a class of diffusers to be saved, got {kind.__module__}.{kind.__name__}: assign it "
+            "again after loading."
+        )
+    return {"_class_name": kind.__name__, **_public(scheduler.config)}
 
 
 def _own_layout(place: Place, config_file: Path) -> Weights:
     content = _json(config_file)
     if content.get("format") != _FORMAT:
         raise ValueError(
-            f"{config_file} must have format {_FORMAT}, got {content.get('format')!r}. Update pose2id to read it."
+            f"{config_file} must have format {_FORMAT}, which this version reads, got {content.get('format')!r}."
         )
-    missing = {"parts", "scheduler", "settings", *PARTS} - {*content, *content.get("parts", ())}
-    if missing:
-        raise ValueError(f"{config_file} must describe all parts of IPG; {', '.join(sorted(missing))} missing.")
+    # Objects, not names: diffusers takes a string for a repository to fetch.
+    sections = {name: _object(content, name, config_file) for name in ("parts", "scheduler", "settings", "sources")}
+    configs = {name: _object(sections["parts"], name, config_file) for name in PARTS}
+    settings = sections["settings"]
+    if settings.keys() != _PUBLISHED_SETTINGS.keys() or not isinstance(settings["round_bank"], bool):
+        raise ValueError(
+            f"settings in {config_file} must be image_size and round_bank (true or false), got {json.dumps(settings)}."
+        )
     files = place.files([f"{name}.safetensors" for name in PARTS])
+    sources = {str(repository): str(commit) for repository, commit in sections["sources"].items()}
     return Weights(
-        dict(zip(PARTS, files, strict=True)),
-        content["parts"],
-        content["scheduler"],
-        {key: content["settings"][key] for key in _PUBLISHED_SETTINGS},
-        {**content.get("sources", {}), **place.source()},
+        dict(zip(PARTS, files, strict=True)), configs, sections["scheduler"], settings, {**sources, **place.source()}
     )
+
+
+def _object(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    if not isinstance(content.get(name), dict):
+        raise ValueError(f"{path} must hold an object {name!r}, got {json.dumps(content.get(name))}.")
+    return dict(content[name])
 
 
 def _published_layout(place: Place) -> Weights:
@@ -347,14 +400,27 @@ def _published_layout(place: Place) -> Weights:
     return Weights(dict(zip(published, files, strict=True)), configs, sources=place.source())
 
 
+def _vae_place(vae: str | os.PathLike[str], options: Mapping[str, Any]) -> Place:
+    name, at, commit = str(vae).rpartition("@")
+    if at and not Path(vae).expanduser().is_dir():
+        return Place(name, "vae", revision=commit, **options)
+    return Place(vae, "vae", **options)
+
+
 def _with_vae(weights: Weights, place: Place) -> Weights:
     config_file, file = place.files(["config.json", PARTS["vae"].published_file])
+    others = {repository: commit for repository, commit in weights.sources.items() if repository != VAE_REPO}
     return replace(
         weights,
         files={**weights.files, "vae": file},
-        configs={**weights.configs, "vae": _json(config_file)},
-        sources={**weights.sources, **place.source()},
+        configs={**weights.configs, "vae": _public(_json(config_file))},
+        sources={**others, **place.source()},
     )
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without diffusers' own notes, one of which is the path that a model came from."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -374,6 +440,8 @@ def _read(name: str, path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is a pointer of Git LFS and not the file itself. Run `git lfs pull` beside it.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
     tensors = {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
+    if len(tensors) < len(content):
+        raise ValueError(f"{path} must hold each key once, got some both with and without the prefix 'module.'.")
     return {_present_name(key): t for key, t in tensors.items()} if name == "vae" else tensors
 
 
@@ -388,14 +456,14 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         # Only files in zip format, which torch writes since 1.6, can be mapped; older ones are read whole.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        # Without torch's own message, which explains how to run the code.
+    except OSError:
+        raise
+    # A damaged pickle can fail in any way. Never torch's own message, which explains how to run the code.
+    except Exception as error:
         raise ValueError(
-            f"{path} holds something else than tensors, or is damaged, and was not loaded: it could run code. Fetch it "
-            "again; if it is meant to be so, ask its authors for a safetensors file."
+            f"{path} holds something else than tensors, or is damaged, and was not loaded ({type(error).__name__}): it "
+            "could run code. Fetch it again; if it is meant to be so, ask its authors for a safetensors file."
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no intact file of weights ({error}). Fetch it again.") from error
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} must map names to tensors. Save the state dict itself, without anything around it.")
     return dict(content)
