@@ -57,10 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-picture", action="store_true", help="print the table only")
     demo.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
 
-    convert = _command(commands, "convert", "rewrite generation weights as safetensors", _convert)
+    convert = _command(
+        commands,
+        "convert",
+        "rewrite generation weights as safetensors",
+        _convert,
+        "Private repositories: set HF_TOKEN, or log in with `hf auth login`. A VAE is pinned as user/name@commit.\n",
+    )
     convert.add_argument("source", metavar="SRC", help="directory or Hugging Face repository, in either layout")
     convert.add_argument("target", metavar="DST", help="directory to write: new or empty")
-    convert.add_argument("--revision", default="main", help="branch, tag or commit of SRC (%(default)s)")
+    convert.add_argument(
+        "--revision", default="main", help="branch, tag or commit of SRC, not of the VAE (%(default)s)"
+    )
     convert.add_argument("--vae", help="directory or repository of the VAE (default: stabilityai/sd-vae-ft-mse)")
     convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of DST (default: as in SRC)")
     convert.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept (default: the Hub client's)")
