@@ -482,6 +482,29 @@ def test_places_to_save_to(tmp_path, monkeypatch, how):
     assert IdentityGenerator.from_pretrained(given, device="cpu").image_size == (128, 64)
 
 
+def test_the_configuration_comes_last(tmp_path, monkeypatch):
+    moved = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: moved.append(path.name) or rename(path, target))
+    tiny.generator().save_pretrained(tmp_path / "own")
+    assert len(moved) == 8
+    assert moved[-1] == "pose2id.json"
+
+
+def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def broken(path, target):
+        if path.name == "vae.safetensors":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        tiny.generator().save_pretrained(tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_others_put_there_meanwhile_stays(tmp_path, monkeypatch):
     def disturbed(tensors, path, **options):
         (tmp_path / "own" / "notes.txt").write_text("mine")

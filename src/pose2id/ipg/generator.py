@@ -43,9 +43,8 @@ class IdentityEncoder(Protocol):
 class IdentityGenerator:
     """Identity-guided pedestrian generation, IPG (Pose2ID, section 3.2), from built parts; nothing here is trained.
 
-    The parts are used as they are, in place: put into eval mode, the UNets given their attention processors, the
-    reference UNet relieved of its output head. Build a new generator (it holds references, and copies nothing) after
-    changing a part's weights.
+    Parts are adapted in place: put into eval mode, the UNets given their attention processors, the reference UNet
+    relieved of its output head. State dicts keep the names of stock UNets.
 
     Args:
         identity_encoder: see `IdentityEncoder`. The tokens were trained with one encoder, and fit no other.
@@ -54,7 +53,7 @@ class IdentityGenerator:
         denoising_unet: stock UNet of the same self-attentions; pose features are added after its first convolution.
         pose_encoder: drawn poses (P, 3, H, W) to features (P, C, h, w) of that convolution.
         vae: its latents are scaled by `vae.config.scaling_factor`.
-        scheduler: any diffusers scheduler that fits the weights' prediction type.
+        scheduler: any diffusers scheduler that fits the weights' prediction type and noise schedule.
         image_size: (height, width) that pictures are generated at, in pixels.
         round_bank: round what the reference UNet wrote to float16, as the published code does. Without it images of
             float32 parts differ from the published ones by up to 0.04/255 (docs, "How IPG works"). Half precision
@@ -62,7 +61,8 @@ class IdentityGenerator:
         sources: repository to commit, of the weights that came from the Hub.
 
     Raises:
-        ValueError: parts that do not fit each other, named, with the sizes that differ.
+        TypeError: a scheduler that is none.
+        ValueError: parts that do not fit each other, named, with the sizes, dtypes or devices that differ.
     """
 
     def __init__(
@@ -353,6 +353,7 @@ class IdentityGenerator:
         kind = self.device.type
         made_from: list[Any] = [torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
         for part in (self.identity_encoder, self.identity_tokens):
+            made_from.append(part)
             for tensor in part.state_dict().values():
                 version = 0 if tensor.is_inference() else tensor._version
                 made_from.append((tensor.data_ptr(), version, tensor.dtype, tensor.device))

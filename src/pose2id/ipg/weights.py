@@ -6,6 +6,7 @@ safetensors file per part and pose2id.json, which holds every configuration. No 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -255,7 +256,7 @@ def save(
         "sources": dict(sources),
     }
     description = json.dumps(content, indent=2) + "\n"
-    made = not target.exists()
+    made, moved = not target.exists(), []
     target.mkdir(parents=True, exist_ok=True)
     # Inside the target, which may be a mount, or all that may be written to.
     unfinished = target / f".unfinished-{secrets.token_hex(4)}"
@@ -265,19 +266,21 @@ def save(
         (unfinished / "README.md").write_text(_model_card(sources), encoding="utf-8")
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, file)
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+            save_file(tensors, file, metadata={"format": "pt"})
             # safetensors makes files that nobody else may read.
             shutil.copymode(unfinished / CONFIG_FILE, file)
         # The configuration last: without it, nothing takes the directory for weights.
         for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG_FILE):
-            file.rename(target / file.name)
+            moved.append(file.rename(target / file.name))
         unfinished.rmdir()
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
-        for name in (CONFIG_FILE, "README.md", *(f"{part}.safetensors" for part in configs)):
-            (target / name).unlink(missing_ok=True)
+        for file in moved:
+            file.unlink()
         if made:
-            target.rmdir()
+            with contextlib.suppress(OSError):  # somebody else put something there
+                target.rmdir()
         raise
 
 
