@@ -34,6 +34,9 @@ def test_a_wheel_works_in_a_clean_environment(tmp_path):
     printed = run(scripts / "python", "-c", code, cwd=tmp_path)
     assert printed.startswith("(4, 4)")
     assert str(tmp_path) in printed
+    assert "IdentityGenerator" in run(
+        scripts / "python", "-c", "from pose2id import *; print(IdentityGenerator)", cwd=tmp_path
+    )
     assert "baseline" in run(scripts / "pose2id", "demo", "--no-picture", cwd=tmp_path)
 
 
