@@ -65,15 +65,18 @@ def hub():
     HUB.stop()
 
 
+def _there(path):
+    if not path.exists():
+        pytest.skip(f"what this test compares with is not on this machine: {path}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def real_features():
     """Loader of the real CUHK03 features; they are not part of the project."""
 
     def load(name):
-        path = SHARED / "data" / f"cuhk03_p1_det_{name}.npz"
-        if not path.exists():
-            pytest.skip(f"the real CUHK03 features are not on this machine: {path}")
-        return np.load(path)
+        return np.load(_there(SHARED / "data" / f"cuhk03_p1_det_{name}.npz"))
 
     return load
 
@@ -83,9 +86,7 @@ def published_vectors():
     """Loader of golden vectors, with their descriptions, that are too large for the project."""
 
     def load(name):
-        path = SHARED / "golden" / f"{name}.npz"
-        if not path.exists():
-            pytest.skip(f"this golden vector is not on this machine: {path}")
+        path = _there(SHARED / "golden" / f"{name}.npz")
         return np.load(path), json.loads(path.with_suffix(".json").read_text())
 
     return load

@@ -26,6 +26,8 @@ VAE = {
     "sample_size": 64,
     "scaling_factor": 0.18215,
 }
+# Not tiny: the VAE that the published weights go with.
+PUBLISHED_VAE = {**VAE, "layers_per_block": 2, "norm_num_groups": 32, "block_out_channels": [128, 256, 512, 512]}
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,

@@ -17,12 +17,7 @@ POSES, STEPS = 8, 20
 def published_generator():
     """The published architecture, in shapes only."""
     configs = {name: part.config for name, part in weights.PARTS.items()}
-    configs["vae"] = {
-        **tiny.VAE,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "block_out_channels": [128, 256, 512, 512],
-    }
+    configs["vae"] = tiny.PUBLISHED_VAE
     with torch.device("meta"):
         parts = {name: part.build(configs[name]) for name, part in weights.PARTS.items()}
     return IdentityGenerator(**parts, scheduler=diffusers.DDIMScheduler(**tiny.SCHEDULER))

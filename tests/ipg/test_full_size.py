@@ -35,8 +35,7 @@ def generator(tmp_path_factory):
         else:
             save_file(state, vae / file)
         del state
-    config = {**tiny.VAE, "layers_per_block": 2, "norm_num_groups": 32, "block_out_channels": [128, 256, 512, 512]}
-    (vae / "config.json").write_text(json.dumps(config))
+    (vae / "config.json").write_text(json.dumps(tiny.PUBLISHED_VAE))
     before = resident("VmRSS", reset=True)
     loaded = IdentityGenerator.from_pretrained(folder, vae=vae, device="cpu")
     parts = sum(tensor.nbytes for part in loaded.parts.values() for tensor in part.state_dict().values())

@@ -145,8 +145,7 @@ def test_full_size_parts_load_by_key_name(published, name):
 
 def test_the_published_vae_fits(tmp_path, published):
     shapes = SHAPES["diffusion_pytorch_model.safetensors"]
-    config = {**tiny.VAE, "layers_per_block": 2, "norm_num_groups": 32, "block_out_channels": [128, 256, 512, 512]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(tiny.PUBLISHED_VAE))
     save_file(
         {key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()},
         tmp_path / "diffusion_pytorch_model.safetensors",

@@ -150,10 +150,10 @@ class _BankReader(_Processor):
             _with_bank(own[unconditional:], bank, condition.poses)
             for own, bank in zip((keys, values), banks, strict=True)
         )
-        attended = _scaled_dot_product(query[unconditional:], keys_seen, values_seen)
+        attended = F.scaled_dot_product_attention(query[unconditional:], keys_seen, values_seen)
         if unconditional:
-            alone = (part[:unconditional] for part in (query, keys, values))
-            attended = torch.cat([_scaled_dot_product(*alone), attended])
+            alone = F.scaled_dot_product_attention(query[:unconditional], keys[:unconditional], values[:unconditional])
+            attended = torch.cat([alone, attended])
         return _output(attn, attended)
 
 
@@ -207,12 +207,8 @@ def _split_heads(attn: Any, states: Tensor) -> Tensor:
     return result
 
 
-def _scaled_dot_product(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, keys, values)
-
-
 def _attend(attn: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return _output(attn, _scaled_dot_product(query, keys, values))
+    return _output(attn, F.scaled_dot_product_attention(query, keys, values))
 
 
 def _output(attn: Any, attended: Tensor) -> Tensor:

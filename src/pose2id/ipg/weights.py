@@ -179,9 +179,8 @@ class Weights:
             raise ValueError(
                 f"scheduler in {CONFIG_FILE} must name a diffusers scheduler as _class_name, got {name!r}."
             )
-        build: Any = getattr(diffusers, str(name))
         try:
-            return build.from_config(dict(self.scheduler_config))
+            return cast("Any", kind).from_config(dict(self.scheduler_config))
         except _CONFIG_ERRORS as error:
             raise ValueError(f"the configuration of the scheduler builds no {name}: {error}") from error
 
