@@ -1,0 +1,8 @@
+"""Poses: the published 8 and your own, as keypoints and as the drawings that the generator reads."""
+
+from pose2id.poses.detection import detect
+from pose2id.poses.drawing import draw
+from pose2id.poses.files import read, standard, write
+from pose2id.poses.skeleton import KEYPOINTS, LIMBS, PALETTE, Pose
+
+__all__ = ["KEYPOINTS", "LIMBS", "PALETTE", "Pose", "detect", "draw", "read", "standard", "write"]

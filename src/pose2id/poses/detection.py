@@ -1,0 +1,119 @@
+"""Poses of people on images, through a detector of the user's own or rtmlib's.
+
+Images cross to the detector as OpenCV has them, (H, W, 3) uint8 BGR, and come back as keypoints in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from pose2id._inputs import checked_number
+from pose2id.extractor import checked_device, checked_images, load_image
+from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, openpose
+
+_COUNTS = (17, 18)
+
+
+class Detector(Protocol):
+    """Any callable from one image to the people on it; rtmlib's `Body` is one."""
+
+    def __call__(self, image: NDArray[np.uint8], /) -> Any:
+        """People on an (H, W, 3) uint8 image in **BGR** order, which is the detector's to change.
+
+        Returns:
+            (keypoints, scores): (P, K, 2) in pixels and (P, K) confidences of P people, of whom there may be none; K is
+            17, in COCO's order, or 18, in that of `KEYPOINTS`.
+        """
+
+
+def detect(
+    images: Any,
+    model: Detector | None = None,
+    *,
+    threshold: float = THRESHOLD,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> list[Pose | None]:
+    """The pose of the main person on each image, the one with the highest mean confidence; None where nobody is.
+
+    Args:
+        images: paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) floats in [0, 1], of any sizes.
+        model: see `Detector`. None: rtmlib's `Body`, which needs the extra "pose" and downloads its weights from the
+            internet when it is first used. Make it yourself for other weights or settings.
+        threshold: confidence in [0, 1] from which on a keypoint is visible. A person of whom nothing is visible is
+            nobody.
+        device: of rtmlib's model, such as "cpu", "cuda" or "cuda:1" (which needs onnxruntime-gpu); a model of your own
+            stays where it is.
+        progress: show a bar on a terminal.
+
+    Returns:
+        One pose for each image, its keypoints in fractions of the image. Keypoints that are further outside than a
+        `Pose` allows are not visible.
+
+    Raises:
+        ImportError: no model is given, and rtmlib is missing; with the pip command.
+        OSError: rtmlib's weights cannot be downloaded.
+        TypeError, ValueError: bad input, an unreadable image or an output of another shape, named by index.
+    """
+    images = checked_images(images)
+    threshold = checked_number(threshold, "threshold", 0, 1)
+    device = checked_device(device)
+    if model is None:
+        model = _rtmlib_body(str(device))
+    if not callable(model):
+        raise TypeError(f"model must be callable, or None for rtmlib's, got {type(model).__name__}.")
+    poses = []
+    for i, image in enumerate(tqdm(images, unit="img", disable=None if progress else True)):
+        pixels = np.array(load_image(image, f"images[{i}]"))
+        found = _checked_output(model(np.ascontiguousarray(pixels[..., ::-1])), f"images[{i}]")
+        poses.append(_main_person(*found, pixels.shape[:2], threshold))
+    return poses
+
+
+def _rtmlib_body(device: str) -> Detector:
+    try:
+        from rtmlib import Body  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            'Poses are detected with the extra "pose": pip install "pose2id[pose]"; or pass a model of your own '
+            f"({error})."
+        ) from error
+    detector: Detector = Body(backend="onnxruntime", device=device)
+    return detector
+
+
+def _checked_output(output: Any, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    try:
+        keypoints, scores = (np.asarray(part, dtype=np.float64) for part in output)
+    except (TypeError, ValueError) as error:
+        given = type(output).__name__
+        raise TypeError(f"model must return arrays (keypoints, scores), got {given} for {name}.") from error
+    if len(keypoints) == 0 and len(scores) == 0:  # detectors return nobody in many shapes
+        return np.empty((0, 17, 2)), np.empty((0, 17))
+    if keypoints.ndim != 3 or keypoints.shape[1] not in _COUNTS or keypoints.shape[2] != 2:
+        raise ValueError(
+            f"model must return keypoints of shape (P, 17, 2) or (P, 18, 2), got {keypoints.shape} for {name}."
+        )
+    if scores.shape != keypoints.shape[:2]:
+        raise ValueError(
+            f"model must return scores of shape (P, K) = {keypoints.shape[:2]}, got {scores.shape} for {name}."
+        )
+    return keypoints, scores
+
+
+def _main_person(
+    keypoints: NDArray[np.float64], scores: NDArray[np.float64], size: tuple[int, ...], threshold: float
+) -> Pose | None:
+    if len(keypoints) == 0:
+        return None
+    best = int(np.argmax(np.nan_to_num(scores).mean(axis=1)))
+    placed = keypoints[best] / size[::-1]
+    # One wild keypoint, of a limb guessed far beyond the border, must not end a long run.
+    near = ((placed >= LOWEST) & (placed <= HIGHEST)).all(axis=1)
+    found = openpose(np.column_stack([placed, np.where(near, scores[best], 0.0)]), threshold)
+    return None if np.isnan(found).all() else Pose(found)

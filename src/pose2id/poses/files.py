@@ -1,0 +1,160 @@
+"""Poses in JSON files: OpenPose's, ControlNet's and DWPose's, COCO's, and a simple format of our own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pose2id._inputs import checked_number
+from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_numbers, checked_size, openpose
+
+_OF_BODY_25 = [*range(8), *range(9, 19)]  # the 18: all but the middle of the hips, and the feet
+
+
+@cache
+def standard() -> tuple[Pose, ...]:
+    """The 8 standard poses of the method's authors, named "1" to "8"."""
+    return tuple(read(Path(__file__).with_name("standard.json")))
+
+
+def read(
+    path: str | os.PathLike[str], *, size: tuple[int, int] | None = None, threshold: float = THRESHOLD
+) -> list[Pose]:
+    """The poses of a JSON file, one for each person, in the file's order.
+
+    Formats, where numbers are x, y and confidence of one keypoint after the other:
+
+    - OpenPose: `{"people": [{"pose_keypoints_2d": [numbers]}, ...]}`, of 18 keypoints, 25 (BODY_25) or COCO's 17;
+    - ControlNet and DWPose: the same with `canvas_width` and `canvas_height` in pixels, or a list of such objects;
+    - COCO's results: `[{"keypoints": [numbers]}, ...]`, of 17 keypoints;
+    - ours: `{"poses": [{"name": "front", "keypoints": [[x, y], null, ...]}, ...]}` with 18 entries in the order of
+      `KEYPOINTS`, in fractions of width and height, null where not visible; names may be left out.
+
+    But for ours, coordinates are fractions if all visible ones of a picture lie in [-1, 2], and pixels otherwise.
+    People without a visible keypoint are left out. Names are empty where the file has none.
+
+    Args:
+        path: of the file.
+        size: (height, width) of the picture, for pixels; goes before the canvas that the file names.
+        threshold: confidence in [0, 1] from which on a keypoint is visible; with a confidence of 0 it never is.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no JSON, none of these formats, bad keypoints, pixels without a size, or nobody: with the file and
+            the place in it.
+    """
+    size = None if size is None else checked_size(size)
+    threshold = checked_number(threshold, "threshold", 0, 1)
+    content = Path(path).read_bytes()
+    try:
+        poses = _parsed(json.loads(content), size, threshold)
+        if not poses:
+            raise ValueError("there must be at least one person with a visible keypoint, got none.")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read as poses: {error}") from error
+    return poses
+
+
+def write(poses: Sequence[Pose], path: str | os.PathLike[str]) -> None:
+    """Write poses and their names in our own format; `read` gives them back exactly.
+
+    Args:
+        poses: at least one.
+        path: of the file; one that is there is replaced.
+
+    Raises:
+        OSError: the file cannot be written.
+        TypeError, ValueError: something that is no pose, or none at all.
+    """
+    for i, pose in enumerate(poses):
+        if not isinstance(pose, Pose):
+            raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")
+    if not poses:
+        raise ValueError("poses must hold at least one pose, got none.")
+    entries = [
+        {"name": pose.name, "keypoints": [None if math.isnan(point[0]) else point for point in pose.keypoints.tolist()]}
+        for pose in poses
+    ]
+    Path(path).write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
+
+
+def _parsed(data: Any, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
+    if isinstance(data, dict) and "poses" in data:
+        return [_own_pose(entry, f"poses[{i}]") for i, entry in enumerate(_list(data, "poses", ""))]
+    pictures = {f"[{i}]": entry for i, entry in enumerate(data)} if isinstance(data, list) else {"": data}
+    return [pose for where, picture in pictures.items() for pose in _poses_of(picture, where, size, threshold)]
+
+
+def _own_pose(entry: Any, where: str) -> Pose:
+    points = []
+    for i, point in enumerate(_list(entry, "keypoints", where)):
+        if point is not None and not (isinstance(point, list) and len(point) == 2):
+            raise ValueError(f"{where}.keypoints[{i}] must be [x, y] or null, got {point!r}.")
+        points.append([math.nan, math.nan] if point is None else point)
+    return _pose(points, where, entry.get("name", ""))
+
+
+def _poses_of(picture: Any, where: str, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
+    """The people of a picture; an entry of COCO's results is a picture of one."""
+    if isinstance(picture, dict) and "keypoints" in picture:
+        people = {where: _list(picture, "keypoints", where)}
+    else:
+        entries = {f"{where}.people[{i}]": entry for i, entry in enumerate(_list(picture, "people", where))}
+        people = {place: _list(entry, "pose_keypoints_2d", place) for place, entry in entries.items()}
+    found = {place: _placed(numbers, place, threshold) for place, numbers in people.items()}
+    found = {place: keypoints for place, keypoints in found.items() if not np.isnan(keypoints).all()}
+    if not found:
+        return []
+    everything = np.stack(list(found.values()))
+    if np.nanmin(everything) < LOWEST or np.nanmax(everything) > HIGHEST:
+        extent = size or _canvas(picture, where)
+        found = {place: keypoints / extent[::-1] for place, keypoints in found.items()}
+    return [_pose(keypoints, place) for place, keypoints in found.items()]
+
+
+def _placed(numbers: list[Any], where: str, threshold: float) -> NDArray[np.float64]:
+    """(18, 2) coordinates of a flat list, NaN where not visible."""
+    array = checked_numbers(numbers, _named(where))
+    if array.shape not in ((51,), (54,), (75,)):
+        raise ValueError(
+            f"{_named(where)} must have x, y and confidence of COCO's 17 keypoints, of 18 or of BODY_25's 25: 51, 54 "
+            f"or 75 numbers, got shape {array.shape}."
+        )
+    keypoints = array.reshape(-1, 3)
+    return openpose(keypoints[_OF_BODY_25] if len(keypoints) == 25 else keypoints, threshold)
+
+
+def _canvas(picture: Any, where: str) -> tuple[int, int]:
+    if "canvas_width" not in picture or "canvas_height" not in picture:
+        raise ValueError(
+            f"{_named(where)} is in pixels and names no canvas_width and canvas_height. Pass size=(height, width) of "
+            "the picture."
+        )
+    return checked_size((picture["canvas_height"], picture["canvas_width"]), f"{_named(where)}: canvas")
+
+
+def _pose(keypoints: Any, where: str, name: Any = "") -> Pose:
+    try:
+        return Pose(keypoints, name)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_named(where)}: {error}") from error
+
+
+def _list(data: Any, key: str, where: str) -> list[Any]:
+    found = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(found, list):
+        given = f"an object with {list(data)}" if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{_named(where)} must be an object with a list {key!r}, got {given}.")
+    return found
+
+
+def _named(where: str) -> str:
+    return where.lstrip(".") or "the file"
