@@ -10,7 +10,7 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp .oldest/stamp lint
 	$(BIN)/python -m pytest
-	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/ipg
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/ipg tests/poses
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/dev.stamp
@@ -38,7 +38,8 @@ bench: .venv/dev.stamp
 # What generation is built on, in the oldest versions that pyproject.toml allows, to be put before the newest ones.
 .oldest/stamp: .venv/dev.stamp constraints-oldest.txt
 	rm -rf .oldest
-	$(BIN)/python -m pip install -q --target .oldest -c constraints-oldest.txt diffusers huggingface_hub safetensors
+	$(BIN)/python -m pip install -q --target .oldest -c constraints-oldest.txt diffusers huggingface_hub \
+		safetensors opencv-python-headless
 	touch $@
 
 clean:

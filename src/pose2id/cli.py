@@ -1,4 +1,4 @@
-"""The command line: `pose2id enhance`, `pose2id evaluate`, `pose2id demo`, `pose2id convert`."""
+"""The command line: `pose2id generate`, `enhance`, `evaluate`, `demo` and `convert`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ _FILES = """Feature files, told apart by their ending:
   .npz  query_feats (Q, D), gallery_feats (G, D); optional q_pids, g_pids, q_camids, g_camids
   .mat  query_f, gallery_f; optional query_label, gallery_label, query_cam, gallery_cam
 """
+
+
+_GENERATED = """Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name.
+Run again after an interruption: pictures that are there are kept, the others come out as they would have.
+Private repositories: set HF_TOKEN, or log in with `hf auth login`.
+"""
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-picture", action="store_true", help="print the table only")
     demo.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
 
+    _add_generate(commands)
+
     convert = _command(
         commands,
         "convert",
@@ -70,10 +79,37 @@ def _parser() -> argparse.ArgumentParser:
         "--revision", default="main", help="branch, tag or commit of SRC, not of the VAE (%(default)s)"
     )
     convert.add_argument("--vae", help="directory or repository of the VAE (default: stabilityai/sd-vae-ft-mse)")
-    convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of DST (default: as in SRC)")
+    convert.add_argument("--dtype", choices=_DTYPES, help="of DST (default: as in SRC)")
     convert.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept (default: the Hub client's)")
     convert.add_argument("--local-files-only", action="store_true", help="download nothing")
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = _command(commands, "generate", "generate people of images in other poses", _generate, _GENERATED)
+    generate.add_argument(
+        "images", metavar="IMAGES", nargs="+", help="image files, or directories of them at any depth"
+    )
+    generate.add_argument("--out", metavar="OUT", required=True, help="directory to write; made if it isn't there")
+    generate.add_argument("--poses", metavar="FILE", default="standard", help="JSON of poses (default: the 8 standard)")
+    generate.add_argument(
+        "--weights", metavar="REPO|DIR", default="yuanc3/Pose2ID", help="directory or repository (%(default)s)"
+    )
+    generate.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
+    generate.add_argument("--guidance", type=float, default=3.5, help="scale; 1 is none (%(default)s)")
+    generate.add_argument("--seed", type=int, default=42, help="(%(default)s)")
+    generate.add_argument("--dtype", choices=_DTYPES, help="(default: float16 on CUDA, else float32)")
+    generate.add_argument("--device", help="(default: cuda where there is one, else cpu)")
+    generate.add_argument("--size", default="256x128", help="HEIGHTxWIDTH of the pictures (%(default)s)")
+    generate.add_argument("--batch-size", type=int, help="pictures at a time (default: what fits)")
+    generate.add_argument("--grid", action="store_true", help="also contact sheets, in OUT/sheets")
+    generate.add_argument("--offload", action="store_true", help="for small GPUs: hold one network at a time there")
+    generate.add_argument("--compile", action="store_true", help="takes minutes, pays for thousands of pictures")
+    generate.add_argument("--overwrite", action="store_true", help="replace other pictures in OUT")
+    generate.add_argument("--local-files-only", action="store_true", help="download nothing")
+    generate.add_argument(
+        "--dry-run", action="store_true", help="write nothing: count the pictures, estimate the hours"
+    )
 
 
 def _command(commands: Any, name: str, help_text: str, run: Any, epilog: str = "") -> argparse.ArgumentParser:
@@ -121,6 +157,61 @@ def _evaluate(args: argparse.Namespace) -> None:
     valid = rows[0].result.num_valid_queries
     print(f"{len(content.query_feats)} queries ({valid} with a match), {len(content.gallery_feats)} gallery images\n")
     print(table(rows))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    size = _size(args.size)
+    from pose2id import poses  # noqa: PLC0415
+    from pose2id.ipg import files  # noqa: PLC0415
+
+    images = files.collect_images(args.images, args.out)  # before weights are downloaded
+    chosen = poses.standard() if args.poses == "standard" else poses.read(args.poses)
+    generator = _generator(args)
+    options = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "seed": args.seed,
+        "size": size,
+        "batch_size": "auto" if args.batch_size is None else args.batch_size,
+    }
+    job: Any = {"poses": chosen, "overwrite": args.overwrite, **options}
+    if args.dry_run:
+        count = files.missing_pictures(generator, args.images, args.out, **job)
+        print(
+            f"{count} pictures to generate, of {len(images)} images in {len(chosen)} poses; {args.out} is not touched"
+        )
+        if count:
+            seconds = files.seconds_per_picture(generator, next(iter(images.values())), chosen, **options)
+            print(f"about {count * seconds / 3600:.2g} hours on {generator.device}: {1 / seconds:.3g} pictures/s")
+        return
+    done = files.generate_files(generator, args.images, args.out, grid=args.grid, **job)
+    print(f"wrote {done.written} pictures to {args.out}" + (f"; {done.kept} were there already" if done.kept else ""))
+
+
+def _generator(args: argparse.Namespace) -> Any:
+    import torch  # noqa: PLC0415
+
+    from pose2id import IdentityGenerator  # noqa: PLC0415
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    options = {"dtype": dtype, "local_files_only": args.local_files_only}
+    if not args.offload:
+        generator = IdentityGenerator.from_pretrained(args.weights, device=args.device, **options)
+    else:
+        generator = IdentityGenerator.from_pretrained(
+            args.weights, device="cpu", **{**options, "dtype": dtype or torch.float16}
+        )
+        generator.enable_model_cpu_offload(args.device or "cuda")
+    if args.compile:
+        generator.compile()
+    return generator
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, by, width = text.partition("x")
+    if not by or not height.isdecimal() or not width.isdecimal():
+        raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 256x128, got {text!r}.")
+    return int(height), int(width)
 
 
 def _convert(args: argparse.Namespace) -> None:

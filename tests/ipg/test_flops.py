@@ -70,7 +70,7 @@ def test_generation_computes_nothing_else():
     generator = tiny.generator()
     pictures = list(np.random.default_rng(0).integers(0, 256, (5, 100, 50, 3), dtype=np.uint8))
     with FlopCounterMode(display=False) as counter:
-        generator.generate(pictures[:2], pictures[2:], num_inference_steps=2)
+        generator.generate(pictures[:2], pictures[2:], num_inference_steps=2, batch_size=3)
     assert counter.get_total_flops() == counted["once"] + counted["per pose set"] + 2 * counted["per batch"]
 
 

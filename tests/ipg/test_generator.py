@@ -50,7 +50,7 @@ def test_every_person_in_every_pose(generator, people, poses):
 
 def test_one_image_does_not_depend_on_the_others(generator, people, poses):
     latents = noise(generator)
-    together = arrays(generator.generate(people, poses, num_inference_steps=STEPS, latents=latents))
+    together = arrays(generator.generate(people, poses, num_inference_steps=STEPS, latents=latents, batch_size=2))
     for i in (2, 0):
         alone = generator.generate(people[i : i + 1], poses, num_inference_steps=STEPS, latents=latents[i : i + 1])
         np.testing.assert_array_equal(arrays(alone)[0], together[i])
@@ -112,7 +112,7 @@ def test_kinds_of_images(generator, people, poses, tmp_path):
     tensor = torch.from_numpy(people[0]).permute(2, 0, 1) / 255
     kinds = [people[0], Image.fromarray(people[0]), path, str(path), tensor]
     latents = noise(generator, 1).repeat(len(kinds), 1, 1, 1, 1)
-    pictures = arrays(generator.generate(kinds, poses, num_inference_steps=STEPS, latents=latents))
+    pictures = arrays(generator.generate(kinds, poses, num_inference_steps=STEPS, latents=latents, batch_size=2))
     for i in range(len(kinds)):
         np.testing.assert_array_equal(pictures[i], pictures[0])
 
@@ -133,7 +133,7 @@ def test_what_is_constant_is_computed_once(people, poses):
     for name in ("to_k", "to_v"):
         attention = generator.denoising_unet.mid_block.attentions[0].transformer_blocks[0].attn2
         getattr(attention, name).register_forward_hook(lambda part, args, output: projections.append(len(args[0])))
-    generator.generate(people, poses, num_inference_steps=3)
+    generator.generate(people, poses, num_inference_steps=3, batch_size=2)
     assert calls["identity_encoder"] == [1, 1, 1, 1]  # and nobody's
     assert calls["pose_encoder"] == [2]
     assert calls["reference_unet"] == [1, 1, 1]
@@ -228,7 +228,7 @@ def test_more_pictures_than_are_decoded_at_once(generator):
     generator.vae.decode = lambda part, **options: sizes.append(len(part)) or decode(part, **options)
     together = generator.decode(latents)
     generator.vae.decode = decode
-    assert sizes == [8, 3]
+    assert sizes == [4, 4, 3]
     alone = torch.cat([generator.decode(latents[i : i + 1]) for i in range(11)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 

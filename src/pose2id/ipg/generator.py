@@ -6,26 +6,34 @@ encoder, denoising UNet and scheduler, VAE. Tensors of images are RGB floats (B,
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from operator import attrgetter
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id._inputs import checked_count, checked_number
-from pose2id.extractor import checked_device, checked_images, load_image
+from pose2id._inputs import blocks, checked_choice, checked_count, checked_number
+from pose2id.extractor import checked_device, checked_images
 from pose2id.ipg import reference, sampler, weights
 from pose2id.ipg.identity import IdentityTokens
+from pose2id.ipg.noise import Noise
+from pose2id.ipg.pictures import load_poses, load_reference, pixels, to_pictures, to_tensor
 from pose2id.ipg.pose_encoder import PoseEncoder
 
+logger = logging.getLogger(__name__)
+
 PARTS = tuple(weights.PARTS)
-_VAE_BATCH = 8  # pictures that are decoded at once: enough to fill a GPU, and the decoder's peak stays a few GB
+OUTPUTS = ("pil", "tensor")
+_VAE_BATCH = 4  # pictures that the VAE takes at once: enough to fill a GPU, and what it needs stays small
+_CPU_BATCH, _CUDA_BATCH = 8, 32  # pictures: more rows fill a GPU no further, and a CPU none
 
 
 class IdentityEncoder(Protocol):
@@ -90,6 +98,7 @@ class IdentityGenerator:
         self.round_bank = round_bank
         self.sources = dict(sources or {})
         self._unconditional: tuple[list[Any], Tensor] | None = None
+        self._offload_device: torch.device | None = None
         _checked_size(identity_encoder.image_size, "identity_encoder.image_size")
         _check_scheduler(scheduler)
         _check_unets(reference_unet, denoising_unet)
@@ -106,8 +115,11 @@ class IdentityGenerator:
         *,
         revision: str = "main",
         vae: str | os.PathLike[str] = weights.VAE_REPO,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        compile: bool = False,  # noqa: A002 - what torch and the field call it
+        identity_encoder: Any = None,
+        identity_tokens: IdentityTokens | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
@@ -122,8 +134,12 @@ class IdentityGenerator:
             revision: branch, tag or commit of that repository. `sources` of the result has the commit.
             vae: directory or repository of the VAE, for weights that bring none (the published ones);
                 "user/name@commit" pins it. Any other than the default replaces the one that weights bring.
-            dtype: torch.float32, float16, bfloat16 or float64, of all parts.
-            device: None: "cuda" where there is one, else "cpu".
+            dtype: torch.float32, float16, bfloat16 or float64, of all parts. None: float16 on CUDA, else float32.
+            device: None: "cuda" where there is one, else "cpu". "mps" is not tested.
+            compile: see `compile`.
+            identity_encoder: an encoder of your own (`IdentityEncoder`) in place of the weights', only together with
+                `identity_tokens`. Both are moved to `device` and `dtype`.
+            identity_tokens: the tokens that were trained with that encoder, and with these UNets.
             cache_dir: where the Hub's client keeps its files; None: its default.
             local_files_only: take only what is in the cache.
             token: for the Hub; None: the one that the client is logged in with, if any; False: none.
@@ -132,24 +148,43 @@ class IdentityGenerator:
             FileNotFoundError: no such directory, repository, revision or file; or not in the cache, and no connection.
             ConnectionError: a download that broke off; trying again goes on with it.
             TypeError: a dtype that is none.
-            ValueError: a device that isn't there; a file that holds something else: per part, the missing, unexpected
-                and mis-shaped keys.
+            ValueError: a device that isn't there; an encoder without tokens; a file that holds something else: per
+                part, the missing, unexpected and mis-shaped keys.
         """
-        weights.checked_dtype(dtype)
-        cuda = torch.cuda.is_available()
-        target = checked_device(("cuda" if cuda else "cpu") if device is None else device)
-        if target.type == "cuda" and not cuda:
+        target = checked_device(_default_device() if device is None else device)
+        if target.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that torch sees, got {device!r}, and torch sees no CUDA device here.")
+        dtype = _default_dtype(target) if dtype is None else weights.checked_dtype(dtype)
+        own = {
+            name: part
+            for name, part in (("identity_encoder", identity_encoder), ("identity_tokens", identity_tokens))
+            if part is not None
+        }
+        if len(own) == 1:
+            raise ValueError(
+                "identity_encoder and identity_tokens must be given together: tokens are a linear layer trained on the "
+                f"features of one encoder, and features of another mean nothing to it. Got {next(iter(own))} alone."
+            )
         source = weights.open_weights(
             repo_or_dir,
             revision=revision,
             vae=vae,
+            without=tuple(own),
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
         )
-        parts: dict[str, Any] = {name: source.load(name, dtype=dtype, device=target) for name in PARTS}
-        return cls(**parts, scheduler=source.scheduler(), **source.settings, sources=source.sources)
+        parts: dict[str, Any] = {
+            name: nn.Module.to(own[name], device=target, dtype=dtype)
+            if name in own
+            else source.load(name, dtype=dtype, device=target)
+            for name in PARTS
+        }
+        loaded = cls(**parts, scheduler=source.scheduler(), **source.settings, sources=source.sources)
+        loaded._lay_out()
+        if compile:
+            loaded.compile()
+        return loaded
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write one safetensors file per part, one JSON of configurations and a model card with the licence note.
@@ -200,9 +235,9 @@ class IdentityGenerator:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoising UNet is."""
+        """Where pictures are computed; with offload, not where the parts rest."""
         device: torch.device = self.denoising_unet.device
-        return device
+        return device if self._offload_device is None else self._offload_device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,74 +246,192 @@ class IdentityGenerator:
         return dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IdentityGenerator:
-        """Move all parts, and return the generator."""
+        """Move all parts, and return the generator. A device ends `enable_model_cpu_offload`."""
         device = None if device is None else checked_device(device)
         dtype = None if dtype is None else weights.checked_dtype(dtype)
+        if device is not None:
+            self._offload_device = None
         for part in self.parts.values():
             # Not diffusers' own `to`: it warns of float32 modules, in a list that is empty.
             nn.Module.to(part, device=device, dtype=dtype)
+        self._lay_out()
         return self
+
+    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
+        """Keep the parts on the CPU, and bring each to `device` for as long as it is used.
+
+        For small GPUs: of the published weights in half precision it holds 1.7 GB at a time instead of 3.9 GB. Load
+        with `device="cpu", dtype=torch.float16` where even loading must not fill it. `to("cuda")` ends it.
+
+        Raises:
+            ValueError: a device that isn't there.
+        """
+        target = checked_device(device)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be one that torch sees, got {device!r}, and torch sees no CUDA device here.")
+        self.to("cpu")
+        self._offload_device = target
+        self._lay_out()
+
+    def compile(self, **options: Any) -> None:
+        """Compile the denoising UNet and the VAE's decoder in place, with `torch.compile` and its options.
+
+        The first pictures of each batch shape take minutes longer; it pays for thousands of pictures. Names in state
+        dicts stay as they are.
+        """
+        self.denoising_unet.compile(**options)
+        self.vae.decoder.compile(**options)
 
     def generate(
         self,
         images: Sequence[Any],
-        poses: Sequence[Any],
+        poses: Any = "standard",
         *,
         num_inference_steps: int = 20,
         guidance_scale: float = 3.5,
+        seed: int = 42,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
+        batch_size: int | str = "auto",
         size: tuple[int, int] | None = (256, 128),
+        output: str = "pil",
         progress: bool = True,
-    ) -> list[list[Image.Image]]:
+    ) -> Any:
         """Every person in every pose.
 
+        By default the noise that a picture begins as is a function of the seed, the reference's pixels and the pose
+        alone: not of batches, order, process or device. No seed gives the paper's (42) or the published code's (12580)
+        pictures: they come from one generator that draws for a whole run. `generator` and `latents` serve those who
+        have its order.
+
         Args:
-            images: N reference images: paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) floats in [0, 1].
-            poses: M drawn poses of the same kinds: the OpenPose palette in RGB order on black.
+            images: N reference images: paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) floats in [0, 1],
+                of any size from 8 x 8 pixels. Pictures in any 8-bit mode become RGB: grey (infrared) gets equal
+                channels, transparency is ignored, EXIF rotation is applied.
+            poses: "standard" for the 8 standard poses, or M `pose2id.poses.Pose`, or drawings: images of the OpenPose
+                palette in RGB order on black.
             num_inference_steps: of the scheduler.
             guidance_scale: at least 0; 1 leaves guidance out.
-            generator: of the noise, drawn on its device as (M, 4, h, w) per image, in the images' order: with the
-                published seed on CUDA, and the published order of images, the published noise. None: torch's own.
-            latents: (N, M, 4, h, w) float noise in place of drawn noise. `generator` then serves only schedulers that
-                add noise in their steps.
+            seed: at least 0.
+            generator: draws the noise in place of the seed, on its device, as (M, 4, h, w) per image in the images'
+                order: with the published seed on CUDA, and the published order of images, the published noise.
+            latents: (N, M, 4, h, w) float noise in place of drawn noise. `seed` or `generator` then serve only
+                schedulers that add noise in their steps.
+            batch_size: pictures per forward. "auto": 32 on CUDA, fewer where its free memory is small; else 8. When
+                CUDA runs out of memory it is halved, once.
             size: (height, width) of the results, resized as the published code does (bicubic); None: as generated.
+            output: "pil" or "tensor".
             progress: show a bar on a terminal.
 
         Returns:
-            N lists of M RGB pictures.
+            N lists of M RGB pictures; for "tensor" the same pixels, (N, M, 3, height, width) float32 in [0, 1], on the
+            CPU.
 
         Raises:
-            TypeError, ValueError: bad input, named; pictures that are not finite, which half precision can cause.
+            TypeError, ValueError: bad input, named, before anything is generated; pictures that are not finite, which
+                half precision can cause.
+            torch.cuda.OutOfMemoryError: half the batch is too large as well.
         """
-        images, poses = checked_images(images, "images"), checked_images(poses, "poses")
+        results = self.generate_iter(
+            images,
+            poses,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            batch_size=batch_size,
+            size=size,
+            output=output,
+            progress=progress,
+        )
+        return torch.stack(list(results)) if output == "tensor" else list(results)
+
+    def generate_iter(
+        self,
+        images: Sequence[Any],
+        poses: Any = "standard",
+        *,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 3.5,
+        seed: int = 42,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        batch_size: int | str = "auto",
+        size: tuple[int, int] | None = (256, 128),
+        output: str = "pil",
+        progress: bool = True,
+    ) -> Iterator[Any]:
+        """`generate` as a stream: one list of M pictures, or one (M, 3, height, width) tensor, for each image in order.
+
+        What it holds does not grow with the number of images. Arguments and images are checked by the call, before the
+        first picture is asked for: every image is read once for that.
+        """
+        images = checked_images(images, "images")
+        drawn = load_poses(poses)
         self._check_sampling(num_inference_steps, guidance_scale)
+        checked_count(seed, "seed", least=0)
+        checked_choice(output, "output", OUTPUTS)
         if size is not None:
             size = _checked_size(size, "size")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
-                f"generator must be a torch.Generator, got {type(generator).__name__}. For a seed pass "
-                "torch.Generator().manual_seed(seed)."
+                f"generator must be a torch.Generator, got {type(generator).__name__}. For a seed pass seed=, or for "
+                "torch's order of noise torch.Generator().manual_seed(seed)."
             )
         if latents is not None:
-            _check_shape(latents, "latents", (len(images), len(poses), *self.latent_shape))
-        drawn = torch.stack([pixels(load_image(pose, f"poses[{i}]"), self.image_size) for i, pose in enumerate(poses)])
-        pose_features = self.encode_poses(self._on_device(drawn))
-        pictures = []
-        for i, image in enumerate(tqdm(images, unit="img", disable=None if progress else True)):
-            picture = load_image(image, f"images[{i}]")
-            noise = self._noise(len(poses), generator)[None] if latents is None else latents[i : i + 1]
-            generated = self.sample(
-                self._on_device(pixels(picture, self.identity_encoder.image_size)[None]),
-                self._on_device(pixels(picture, self.image_size)[None]),
-                pose_features,
-                noise,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=generator,
-            )
-            pictures.append(to_pictures(generated[0], size))
-        return pictures
+            _check_shape(latents, "latents", (len(images), len(drawn), *self.latent_shape))
+        batch_size = self.resolve_batch_size(batch_size)
+        for i in range(len(images)):
+            load_reference(images[i], f"images[{i}]")
+
+        noise = Noise(self.latent_shape, [key for key, _ in drawn], seed, generator, latents)
+        sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        drawings = [picture for _, picture in drawn]
+        generated = self._stream(images, drawings, noise, batch_size, progress, sampling)
+        pictures = (to_pictures(in_poses, size) for in_poses in generated)
+        return pictures if output == "pil" else map(to_tensor, pictures)
+
+    def _stream(
+        self,
+        images: Sequence[Any],
+        drawings: Sequence[Image.Image],
+        noise: Noise,
+        batch_size: int,
+        progress: bool,
+        sampling: Mapping[str, Any],
+    ) -> Iterator[Tensor]:
+        """(M, 3, *image_size) for each image; as many images at a time as make a batch."""
+        pose_features = self.encode_poses(self._read(drawings, self.image_size))
+        at_once, halved = max(1, batch_size // len(drawings)), False
+        with tqdm(total=len(images) * len(drawings), unit="img", disable=None if progress else True) as bar:
+            for low in range(0, len(images), at_once):
+                index = range(low, min(low + at_once, len(images)))
+                pictures = [load_reference(images[i], f"images[{i}]") for i in index]
+                batch = (
+                    self._read(pictures, self.identity_encoder.image_size),
+                    self._read(pictures, self.image_size),
+                    pose_features,
+                    torch.stack(
+                        [noise.initial(i, picture, self.device) for i, picture in zip(index, pictures, strict=True)]
+                    ),
+                )
+                generated = None
+                while generated is None:
+                    options = {**sampling, "generator": noise.of_steps(pictures), "batch_size": batch_size}
+                    try:
+                        generated = self.sample(*batch, **options)
+                    except torch.cuda.OutOfMemoryError as error:
+                        if halved or batch_size == 1:
+                            raise torch.cuda.OutOfMemoryError(
+                                f"{self.device} has too little memory for batch_size={batch_size}. Pass a smaller one, "
+                                "load the weights with dtype=torch.float16, or call enable_model_cpu_offload()."
+                            ) from error
+                        batch_size, halved = batch_size // 2, True
+                        logger.warning("%s ran out of memory; going on with batch_size=%d", self.device, batch_size)
+                for in_poses in generated:
+                    yield in_poses
+                    bar.update(len(drawings))
 
     @torch.no_grad()
     def sample(
@@ -290,7 +443,8 @@ class IdentityGenerator:
         *,
         num_inference_steps: int = 20,
         guidance_scale: float = 3.5,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[Sequence[torch.Generator]] | None = None,
+        batch_size: int | None = None,
     ) -> Tensor:
         """R references in P poses: everything that `generate` computes for them.
 
@@ -301,7 +455,8 @@ class IdentityGenerator:
             latents: (R, P, 4, h, w) float noise.
             num_inference_steps: of the scheduler.
             guidance_scale: see `generate`.
-            generator: for schedulers that add noise in their steps.
+            generator: for schedulers that add noise in their steps: one for all, or R lists of one for each pose.
+            batch_size: pictures per forward; None: all.
 
         Returns:
             (R, P, 3, *image_size) in [0, 1].
@@ -313,34 +468,38 @@ class IdentityGenerator:
         _check_shape(references, "references", (len(references), 3, *self.image_size))
         _check_shape(latents, "latents", (len(references), len(pose_features), *self.latent_shape))
         self._check_sampling(num_inference_steps, guidance_scale)
-        tokens = self.encode_identity(identity_images)
-        bank = reference.write(
-            self.reference_unet,
-            self.encode_images(references),
-            tokens,
-            round_to=torch.float16 if self.round_bank and self.dtype == torch.float32 else None,
-        )
-        condition = reference.project(
-            self.denoising_unet,
-            bank,
-            tokens,
-            poses=len(pose_features),
-            unconditional=self.unconditional_tokens() if sampler.guided(guidance_scale) else None,
-        )
+        unconditional = self.unconditional_tokens() if sampler.guided(guidance_scale) else None
         # Steps add up in at least single precision: a half holds too few digits for the sum of many small changes.
         noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
-        denoised = sampler.denoise(
-            self.denoising_unet,
-            self.scheduler,
-            noise,
-            pose_features,
-            condition,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
+        pictures = (
+            len(references) * len(pose_features) if batch_size is None else checked_count(batch_size, "batch_size")
         )
-        images = self.decode(denoised.flatten(0, 1))
-        return images.view(*noise.shape[:2], *images.shape[1:])
+        results = []
+        for some in blocks(len(references), pictures // len(pose_features)):
+            tokens = self.encode_identity(identity_images[some])
+            latents_seen = self.encode_images(references[some])
+            with self._at_work("reference_unet"):
+                round_to = torch.float16 if self.round_bank and self.dtype == torch.float32 else None
+                bank = reference.write(self.reference_unet, latents_seen, tokens, round_to=round_to)
+            in_poses = []
+            for these in blocks(len(pose_features), pictures):
+                with self._at_work("denoising_unet"):
+                    condition = reference.project(
+                        self.denoising_unet, bank, tokens, poses=len(pose_features[these]), unconditional=unconditional
+                    )
+                    denoised = sampler.denoise(
+                        self.denoising_unet,
+                        self.scheduler,
+                        noise[some, these],
+                        pose_features[these],
+                        condition,
+                        num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale,
+                        generator=_of_block(generator, some, these),
+                    )
+                in_poses.append(self.decode(denoised.flatten(0, 1)).unflatten(0, denoised.shape[:2]))
+            results.append(torch.cat(in_poses, dim=1))
+        return torch.cat(results)
 
     @torch.no_grad()
     def encode_identity(self, images: Tensor) -> Tensor:
@@ -365,22 +524,26 @@ class IdentityGenerator:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w), the mean of the VAE's distribution, of images (B, 3, H, W) in [0, 1]."""
-        latents: Tensor = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mean
-        latents = latents * self.vae.config.scaling_factor
+        scaled = (images * 2 - 1).to(self.vae.dtype)
+        with self._at_work("vae"):
+            means: list[Tensor] = [self.vae.encode(part).latent_dist.mean for part in scaled.split(_VAE_BATCH)]
+        latents: Tensor = torch.cat(means) * self.vae.config.scaling_factor
         return latents.to(self.dtype)
 
     @torch.no_grad()
     def encode_poses(self, images: Tensor) -> Tensor:
         """Pose features (P, C, h, w) of drawn poses (P, 3, H, W) in [0, 1]; one set serves any number of references."""
         _check_shape(images, "images", (len(images), 3, *self.image_size))
-        features: Tensor = self.pose_encoder(images)
+        with self._at_work("pose_encoder"):
+            features: Tensor = self.pose_encoder(images)
         return features
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w)."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled.split(_VAE_BATCH)])
+        with self._at_work("vae"):
+            decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled.split(_VAE_BATCH)])
         images = decoded / 2 + 0.5
         # Infinity must not be clamped to white and go unnoticed: its difference with itself is NaN.
         return images.clamp(0, 1) + (images - images)
@@ -397,19 +560,57 @@ class IdentityGenerator:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def _tokens(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.identity_tokens(self.identity_encoder(images))
+        with self._at_work("identity_encoder", "identity_tokens"):
+            features = self.identity_encoder(images)
+            if features.shape != (len(images), self.identity_tokens.feature_dim):
+                raise ValueError(
+                    f"identity_encoder must give features of shape {(len(images), self.identity_tokens.feature_dim)}, "
+                    f"which identity_tokens were trained on, got {tuple(features.shape)}."
+                )
+            tokens: Tensor = self.identity_tokens(features)
         return tokens
 
-    def _noise(self, poses: int, generator: torch.Generator | None) -> Tensor:
-        device = self.device if generator is None else generator.device
-        return torch.randn((poses, *self.latent_shape), generator=generator, device=device, dtype=torch.float32)
+    def resolve_batch_size(self, batch_size: int | str) -> int:
+        """Pictures per forward, for the free memory of the device if `batch_size` is "auto"."""
+        if batch_size != "auto":
+            return checked_count(batch_size, "batch_size")
+        if self.device.type != "cuda":
+            return _CPU_BATCH
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        scale = self.image_size[0] * self.image_size[1] / (512 * 256) * self.dtype.itemsize / 2
+        # Counted at full size in half precision (benchmarks/generation.py --count-memory): 65 MiB for a picture's two
+        # rows of a step, 11 for an eighth of what its reference brings, 960 for the VAE's batch.
+        return max(1, min(_CUDA_BATCH, int((0.9 * free / scale / 2**20 - 1000) / 80)))
 
     def _check_sampling(self, num_inference_steps: Any, guidance_scale: Any) -> None:
         checked_count(num_inference_steps, "num_inference_steps", most=self.scheduler.config.num_train_timesteps)
         checked_number(guidance_scale, "guidance_scale", 0, 1000)
 
-    def _on_device(self, images: Tensor) -> Tensor:
-        return images.to(self.device, self.dtype)
+    def _read(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+        return torch.stack([pixels(picture, size) for picture in pictures]).to(self.device, self.dtype)
+
+    @contextmanager
+    def _at_work(self, *names: str) -> Iterator[None]:
+        """Parts where they compute: with offload, brought there for as long as it takes."""
+        resting = []
+        try:
+            if self._offload_device is not None:
+                for part in map(self.parts.__getitem__, names):
+                    for tensor in chain(part.parameters(), part.buffers()):
+                        resting.append((tensor, tensor.data))
+                        tensor.data = tensor.data.to(self._offload_device)
+            yield
+        finally:
+            # Weights do not change at work: what stayed on the CPU is still right.
+            for tensor, data in resting:
+                tensor.data = data
+
+    def _lay_out(self) -> None:
+        """Convolutions channels last on CUDA, where half precision computes in that order."""
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        for part in self.parts.values():
+            nn.Module.to(part, memory_format=layout)  # type: ignore[call-overload]  # torch documents it
 
     def _check_parts(self) -> None:
         for first, second in _EQUAL_SIZES:
@@ -486,25 +687,18 @@ def _check_scheduler(scheduler: Any) -> None:
         )
 
 
-def to_pictures(images: Tensor, size: tuple[int, int] | None) -> list[Image.Image]:
-    """RGB pictures of images (B, 3, H, W) in [0, 1], made and resized as the published code does.
-
-    Values are truncated to 8 bits, not rounded; `size` (height, width) is reached with Pillow's bicubic filter.
-
-    Raises:
-        ValueError: values that are not finite.
-    """
-    if not torch.isfinite(images).all():
-        raise ValueError(
-            "generated pictures must be finite, got NaN or infinity: a half precision overflowed, or a weight is not "
-            "finite. Try dtype=torch.bfloat16 or torch.float32."
-        )
-    arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    pictures = [Image.fromarray(array) for array in arrays]
-    return pictures if size is None else [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in pictures]
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def pixels(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """(3, height, width) float32 RGB in [0, 1], resized as the published code does: Lanczos, aspect not kept."""
-    resized = picture.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+def _default_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def _of_block(
+    generator: torch.Generator | Sequence[Sequence[torch.Generator]] | None, some: slice, these: slice
+) -> torch.Generator | list[torch.Generator] | None:
+    """What diffusers takes for a batch of pictures: one generator, or a list with one for each of them."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    return [of_picture for of_image in generator[some] for of_picture in of_image[these]]

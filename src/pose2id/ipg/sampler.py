@@ -21,7 +21,7 @@ def denoise(
     *,
     num_inference_steps: int,
     guidance_scale: float,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
     """Latents of R references in P poses.
 
@@ -33,7 +33,7 @@ def denoise(
         condition: made by `project` for the same R and P; with unconditional rows exactly if `guided(guidance_scale)`.
         num_inference_steps: steps of the scheduler.
         guidance_scale: prediction = unconditional + scale * (conditional - unconditional).
-        generator: for schedulers that add noise in their steps.
+        generator: for schedulers that add noise in their steps: one, or one for each of R * P.
 
     Returns:
         (R, P, 4, h, w) scaled latents.

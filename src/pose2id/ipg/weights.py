@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -207,20 +207,24 @@ def open_weights(
     *,
     revision: str = "main",
     vae: str | os.PathLike[str] = VAE_REPO,
+    without: Collection[str] = (),
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Weights:
-    """Find weights in either layout and check their keys; arguments and errors: `IdentityGenerator.from_pretrained`."""
+    """Find weights in either layout and check their keys; arguments and errors: `IdentityGenerator.from_pretrained`.
+
+    The files of the parts that are named in `without` are neither needed nor read.
+    """
     options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     place = Place(repo_or_dir, "repo_or_dir", revision=revision, **options)
     place.settle([CONFIG_FILE, *(part.published_file for part in PARTS.values())])
     try:
         (config_file,) = place.files([CONFIG_FILE])
     except MissingFilesError:
-        weights = _published_layout(place)
+        weights = _published_layout(place, without)
     else:
-        weights = _own_layout(place, config_file)
+        weights = _own_layout(place, config_file, without)
     if "vae" not in weights.files or vae != VAE_REPO:
         weights = _with_vae(weights, _vae_place(vae, options))
     weights.check()
@@ -363,7 +367,7 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {"_class_name": kind.__name__, **_public(scheduler.config)}
 
 
-def _own_layout(place: Place, config_file: Path) -> Weights:
+def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> Weights:
     content = _json(config_file)
     if content.get("format") != _FORMAT:
         raise ValueError(
@@ -371,16 +375,17 @@ def _own_layout(place: Place, config_file: Path) -> Weights:
         )
     # Objects, not names: diffusers takes a string for a repository to fetch.
     sections = {name: _object(content, name, config_file) for name in ("parts", "scheduler", "settings", "sources")}
-    configs = {name: _object(sections["parts"], name, config_file) for name in PARTS}
+    names = [name for name in PARTS if name not in without]
+    configs = {name: _object(sections["parts"], name, config_file) for name in names}
     settings = sections["settings"]
     if settings.keys() != _PUBLISHED_SETTINGS.keys() or not isinstance(settings["round_bank"], bool):
         raise ValueError(
             f"settings in {config_file} must be image_size and round_bank (true or false), got {json.dumps(settings)}."
         )
-    files = place.files([f"{name}.safetensors" for name in PARTS])
+    files = place.files([f"{name}.safetensors" for name in names])
     sources = {str(repository): str(commit) for repository, commit in sections["sources"].items()}
     return Weights(
-        dict(zip(PARTS, files, strict=True)), configs, sections["scheduler"], settings, {**sources, **place.source()}
+        dict(zip(names, files, strict=True)), configs, sections["scheduler"], settings, {**sources, **place.source()}
     )
 
 
@@ -390,8 +395,8 @@ def _object(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]
     return dict(content[name])
 
 
-def _published_layout(place: Place) -> Weights:
-    published = {name: part for name, part in PARTS.items() if part.config is not None}
+def _published_layout(place: Place, without: Collection[str]) -> Weights:
+    published = {name: part for name, part in PARTS.items() if part.config is not None and name not in without}
     try:
         files = place.files([part.published_file for part in published.values()])
     except MissingFilesError as error:

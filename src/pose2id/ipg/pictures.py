@@ -1,0 +1,87 @@
+"""Pictures at the doors of the generator: references and drawn poses in, generated pictures out.
+
+Pixels are made and read as the published code does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pose2id.extractor import checked_images, load_image
+from pose2id.poses import Pose, draw, standard
+
+LEAST_SIDE = 8  # pixels; on less there is nobody to be seen
+
+
+def load_reference(item: Any, name: str) -> Image.Image:
+    """A reference image as an RGB picture (`pose2id.extractor.load_image`), of 8 x 8 pixels at least."""
+    picture = load_image(item, name)
+    if min(picture.size) < LEAST_SIDE:
+        raise ValueError(
+            f"{name} must be at least {LEAST_SIDE} pixels wide and high to show a person, got "
+            f"{picture.width} x {picture.height}."
+        )
+    return picture
+
+
+def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
+    """(key, drawing) of poses: "standard", or a sequence of `Pose` and of drawings, which are images of any kind.
+
+    A pose's key is that of its keypoints, a drawing's its `content_key`.
+    """
+    if isinstance(poses, str) and poses == "standard":
+        poses = standard()
+    if isinstance(poses, (str, Pose)):
+        given = repr(poses) if isinstance(poses, str) else "one Pose"
+        raise ValueError(
+            f"poses must be 'standard' or a sequence of pose2id.poses.Pose or of drawings, got {given}. "
+            "Wrap one pose in a list; pose2id.poses.read(path) reads a file of poses."
+        )
+    loaded = []
+    for i, pose in enumerate(checked_images(poses, "poses")):
+        picture = draw(pose) if isinstance(pose, Pose) else load_image(pose, f"poses[{i}]")
+        loaded.append((pose.key if isinstance(pose, Pose) else content_key(picture), picture))
+    return loaded
+
+
+def content_key(picture: Image.Image) -> str:
+    """The hexadecimal SHA-256 of a picture's size and RGB pixels: equal for equal pictures, wherever they come from."""
+    digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
+    digest.update(picture.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+def pixels(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """(3, height, width) float32 RGB in [0, 1], resized as the published code does: Lanczos, aspect not kept."""
+    resized = picture.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+
+
+def to_pictures(images: Tensor, size: tuple[int, int] | None) -> list[Image.Image]:
+    """RGB pictures of images (B, 3, H, W) in [0, 1], made and resized as the published code does.
+
+    Values are truncated to 8 bits, not rounded; `size` (height, width) is reached with Pillow's bicubic filter.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            "generated pictures must be finite, got NaN or infinity: a half precision overflowed, or a weight is not "
+            "finite. Try dtype=torch.bfloat16 or torch.float32."
+        )
+    arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = [Image.fromarray(array) for array in arrays]
+    return pictures if size is None else [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in pictures]
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """(M, 3, H, W) float32 RGB in [0, 1] of pictures of one size: their 8-bit values over 255."""
+    return torch.stack([pixels(picture, picture.size[::-1]) for picture in pictures])

@@ -1,0 +1,508 @@
+"""`IdentityGenerator.generate`: what depends on no batch, where noise comes from, what a run needs of a device."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from pose2id.ipg import IdentityGenerator, IdentityTokens
+from pose2id.ipg import generator as generator_module
+from pose2id.ipg.noise import ItemNoise
+from pose2id.ipg.pictures import content_key, pixels
+from pose2id.poses import Pose, draw, standard
+
+OPTIONS = {"num_inference_steps": 2, "size": None, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return tiny.generator(torch.float64)
+
+
+@pytest.fixture(scope="module")
+def people():
+    return list(np.random.default_rng(1).integers(0, 256, (5, 100, 50, 3), dtype=np.uint8))
+
+
+def noise_of(generator, images, poses="standard", **options):
+    """The noise that `sample` is given, without computing anything: (N, M, 4, h, w)."""
+    seen = []
+
+    def sample(identity_images, references, pose_features, latents, **_):
+        seen.append(latents)
+        return torch.zeros(*latents.shape[:2], 3, *generator.image_size)
+
+    generator.sample = sample
+    try:
+        generator.generate(images, poses, **OPTIONS, **options)
+    finally:
+        del generator.sample
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 16, 100])
+def test_noise_depends_on_no_batch(generator, people, batch_size):
+    expected = noise_of(generator, people)
+    assert expected.shape == (5, 8, *generator.latent_shape)
+    assert torch.equal(noise_of(generator, people, batch_size=batch_size), expected)
+
+
+def test_noise_depends_on_no_order(generator, people):
+    expected = noise_of(generator, people)
+    assert torch.equal(noise_of(generator, people[::-1]), expected.flip(0))
+    poses = standard()
+    assert torch.equal(noise_of(generator, people, poses[::-1]), expected.flip(1))
+    assert torch.equal(noise_of(generator, people[2:3], poses[4:6]), expected[2:3, 4:6])
+
+
+def test_noise_depends_on_no_process(generator, people, tmp_path):
+    Image.fromarray(people[0]).save(tmp_path / "person.png")
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "tests" / "ipg")!r}]
+import tiny
+from test_batches import noise_of
+noise = noise_of(tiny.generator(), [{str(tmp_path / "person.png")!r}], seed=7)
+print(noise.double().sum().item(), noise[0, 3, 1, 2, 3].item())
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    expected = noise_of(generator, [people[0]], seed=7)
+    assert [float(value) for value in found] == [expected.double().sum().item(), expected[0, 3, 1, 2, 3].item()]
+
+
+def test_noise_depends_on_seed_image_and_pose(generator, people):
+    base = noise_of(generator, people[:2])
+    other_pixel = people[0].copy()
+    other_pixel[50, 20, 1] ^= 1
+    assert len(torch.unique(base.flatten(0, 1).flatten(1), dim=0)) == 16
+    assert not torch.isclose(noise_of(generator, people[:2], seed=43), base).all((2, 3, 4)).any()
+    assert not torch.isclose(noise_of(generator, [other_pixel]), base[:1]).all((2, 3, 4)).any()
+    assert torch.equal(noise_of(generator, [people[0], people[0]])[0], base[0])
+    flipped = [pose.flipped() for pose in standard()]
+    assert not torch.isclose(noise_of(generator, people[:2], flipped), base).all((2, 3, 4)).any()
+
+
+def test_noise_is_normal_and_pinned():
+    noise = ItemNoise(42, "image", "pose").latents((4, 64, 32))
+    assert noise.dtype == torch.float32
+    assert abs(noise.mean()) < 0.03
+    assert abs(noise.std() - 1) < 0.03
+    # Of numpy 1.26.0 and 2.4.6: pictures must not change with a version.
+    pinned = np.array([-1.1850095987319946, -0.4303800165653229, -0.0049448260106146336], np.float32)
+    np.testing.assert_array_equal(noise[0, 0, :3], pinned)
+    assert float(noise[3, 63, 31]) == -1.5128798484802246
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 19])
+def test_pictures_depend_on_no_batch(generator, people, batch_size):
+    expected = generator.generate(people[:3], standard()[:5], output="tensor", **OPTIONS)
+    given = generator.generate(people[:3], standard()[:5], output="tensor", batch_size=batch_size, **OPTIONS)
+    # Truncation to 8 bits turns the last digit of a float64 into one level, in a picture of a few.
+    assert float((given - expected).abs().max()) <= 1.01 / 255
+    assert float((given != expected).float().mean()) < 1e-4
+
+
+def test_a_batch_is_made_of_pictures(generator, people):
+    rows = []
+    handle = generator.denoising_unet.register_forward_hook(lambda unet, args, output: rows.append(len(output[0]) // 2))
+    calls = []
+    reference = generator.reference_unet.register_forward_hook(lambda unet, args, output: calls.append(len(args[0])))
+    for batch_size, expected, references in ((2, [2, 1] * 3, [1] * 3), (7, [6, 3], [2, 1]), ("auto", [6, 3], [2, 1])):
+        rows.clear()
+        calls.clear()
+        generator.generate(people[:3], standard()[:3], **{**OPTIONS, "num_inference_steps": 1}, batch_size=batch_size)
+        assert rows == expected
+        assert calls == references
+    handle.remove()
+    reference.remove()
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_noise_of_steps_depends_on_no_batch(people, batch_size):
+    generator = tiny.generator(torch.float64, scheduler=diffusers.DDPMScheduler(**tiny.SCHEDULER))
+    options = {**OPTIONS, "num_inference_steps": 3, "output": "tensor"}
+    expected = generator.generate(people[:2], standard()[:3], batch_size=3, **options)
+    given = generator.generate(people[1::-1], standard()[:3], batch_size=batch_size, **options).flip(0)
+    assert float((given - expected).abs().max()) <= 1.01 / 255
+    other = generator.generate(people[:2], standard()[:3], seed=3, **options)
+    assert float((other - expected).abs().max()) > 0.1
+
+
+def test_poses_are_drawn_for_the_network(people):
+    generator = tiny.generator()
+    seen = []
+    encode = generator.encode_poses
+    generator.encode_poses = lambda images: seen.append(images) or encode(images)
+    poses = [standard()[2], draw(standard()[2]), Pose(standard()[3].keypoints[:, ::-1] * 0.5)]
+    pictures = generator.generate(people[:1], poses, **OPTIONS)
+    assert len(pictures[0]) == 3
+    torch.testing.assert_close(seen[0][0], pixels(draw(standard()[2], (128, 64)), generator.image_size))
+    assert torch.equal(seen[0][0], seen[0][1])
+    assert not torch.equal(seen[0][0], seen[0][2])
+    seen.clear()
+    generator.generate(people[:1], **{**OPTIONS, "num_inference_steps": 1})
+    assert len(seen[0]) == 8
+
+
+def test_tensors_are_the_pictures(generator, people):
+    for size in (None, (40, 30)):
+        options = {**OPTIONS, "size": size}
+        pictures = generator.generate(people[:2], standard()[:2], **options)
+        tensor = generator.generate(people[:2], standard()[:2], output="tensor", **options)
+        assert tensor.dtype == torch.float32
+        given = np.array([[np.array(picture) for picture in row] for row in pictures])
+        assert tensor.shape == (2, 2, 3, *(size or generator.image_size))
+        np.testing.assert_array_equal((tensor * 255).round().permute(0, 1, 3, 4, 2), given)
+
+
+def test_a_stream_reads_and_computes_what_is_asked_for(people):
+    generator = tiny.generator()
+    samples = []
+    sample = generator.sample
+    generator.sample = lambda *args, **options: samples.append(len(args[0])) or sample(*args, **options)
+    stream = generator.generate_iter(people, standard()[:2], batch_size=4, **{**OPTIONS, "num_inference_steps": 1})
+    assert samples == []
+    first = next(stream)
+    assert samples == [2]
+    next(stream)
+    assert samples == [2]
+    rest = list(stream)
+    assert samples == [2, 2, 1]
+    assert [len(row) for row in (first, *rest)] == [2] * 4
+
+
+def test_everything_is_checked_before_the_first_picture(generator, people, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    good = tmp_path / "good.png"
+    Image.fromarray(people[0]).save(good)
+    with pytest.raises(ValueError, match=r"images\[1\] cannot be read: .*broken.png"):
+        generator.generate_iter([good, broken], **OPTIONS)
+
+
+def memory_runs_out(generator, times):
+    """Make the next calls of `sample` fail for lack of memory; returns the batch sizes that were tried."""
+    sample, tried = generator.sample, []
+
+    def failing(*args, batch_size, **options):
+        tried.append(batch_size)
+        if len(tried) <= times:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return sample(*args, batch_size=batch_size, **options)
+
+    generator.sample = failing
+    return tried
+
+
+def test_out_of_memory_halves_the_batch_once(people, caplog):
+    options = {**OPTIONS, "output": "tensor", "batch_size": 4}
+    poses = standard()[:2]
+    expected = tiny.generator(torch.float64).generate(people, poses, **options)
+    generator = tiny.generator(torch.float64)
+    tried = memory_runs_out(generator, 1)
+    with caplog.at_level(logging.WARNING):
+        given = generator.generate(people, poses, **options)
+    assert tried == [4, 2, 2, 2]
+    assert "ran out of memory; going on with batch_size=2" in caplog.text
+    assert float((given - expected).abs().max()) <= 1.01 / 255
+
+
+def test_out_of_memory_keeps_the_noise_of_a_generator(people):
+    def run(failures):
+        generator = tiny.generator(torch.float64)
+        memory_runs_out(generator, failures)
+        seeded = torch.Generator().manual_seed(0)
+        options = {**OPTIONS, "output": "tensor", "batch_size": 4, "generator": seeded}
+        return generator.generate(people, standard()[:2], **options)
+
+    assert float((run(1) - run(0)).abs().max()) <= 1.01 / 255
+
+
+@pytest.mark.parametrize(("batch_size", "tried_before"), [(4, [4, 2]), (1, [1])])
+def test_out_of_memory_again(people, batch_size, tried_before):
+    generator = tiny.generator()
+    tried = memory_runs_out(generator, 9)
+    with pytest.raises(
+        torch.cuda.OutOfMemoryError, match=r"too little memory for batch_size=.*enable_model_cpu_offload"
+    ):
+        generator.generate(people, standard()[:2], batch_size=batch_size, **OPTIONS)
+    assert tried == tried_before
+
+
+def test_a_compiled_generator_gives_the_same_pictures(people):
+    options = {**OPTIONS, "output": "tensor", "progress": False}
+    expected = tiny.generator().generate(people[:1], standard()[:2], **options)
+    generator = tiny.generator()
+    names = set(generator.denoising_unet.state_dict())
+    # Whole graphs: a break in each of 32 attentions would eat what compiling gains.
+    generator.compile(backend="eager", fullgraph=True)
+    given = generator.generate(people[:1], standard()[:2], **options)
+    assert float((given - expected).abs().max()) <= 1.01 / 255
+    assert set(generator.denoising_unet.state_dict()) == names
+
+
+def test_offloaded_parts_are_brought_one_at_a_time(people, monkeypatch):
+    generator = tiny.generator()
+    before = {name: [tensor.data_ptr() for tensor in part.parameters()] for name, part in generator.parts.items()}
+    generator.enable_model_cpu_offload("cpu")
+    # Stands for the other device: what is brought there is a copy.
+    to = torch.Tensor.to
+    brought = generator._offload_device = torch.device("cpu", 0)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *args, **kw: self.clone() if args == (brought,) else to(self, *args, **kw)
+    )
+    at_work = []
+
+    def record(*_):
+        pointers = {name: next(part.parameters()).data_ptr() for name, part in generator.parts.items()}
+        at_work.append({name for name, pointer in pointers.items() if pointer != before[name][0]})
+
+    for name in ("identity_encoder", "reference_unet", "denoising_unet", "pose_encoder"):
+        generator.parts[name].register_forward_pre_hook(record)
+    generator.vae.encoder.register_forward_pre_hook(record)
+    generator.vae.decoder.register_forward_pre_hook(record)
+    generator.generate(people[:1], standard()[:2], **{**OPTIONS, "num_inference_steps": 1})
+    who = {"identity_encoder", "identity_tokens"}
+    assert at_work == [{"pose_encoder"}, who, who, {"vae"}, {"reference_unet"}, {"denoising_unet"}, {"vae"}]
+    after = {name: [tensor.data_ptr() for tensor in part.parameters()] for name, part in generator.parts.items()}
+    assert after == before
+
+
+def test_offloading_changes_no_picture(people):
+    expected = tiny.generator().generate(people[:2], standard()[:2], output="tensor", **OPTIONS)
+    generator = tiny.generator()
+    generator.enable_model_cpu_offload("cpu")
+    assert torch.equal(generator.generate(people[:2], standard()[:2], output="tensor", **OPTIONS), expected)
+
+
+def test_parts_rest_even_after_an_error(people):
+    generator = tiny.generator()
+    generator.enable_model_cpu_offload("cpu")
+    with pytest.raises(RuntimeError, match="broken"), generator._at_work("vae"):
+        raise RuntimeError("broken")
+    generator.generate(people[:1], standard()[:1], **OPTIONS)
+
+
+def test_devices_that_are_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        tiny.generator().enable_model_cpu_offload()
+
+
+def test_precision_by_device():
+    assert generator_module._default_dtype(torch.device("cuda")) == torch.float16
+    assert generator_module._default_dtype(torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("free", "dtype", "expected"),
+    [
+        (80, torch.float16, 32),
+        (80, torch.float32, 32),
+        (4, torch.float16, 32),
+        (3, torch.float16, 22),
+        (0.5, torch.float16, 1),
+    ],
+)
+def test_batches_of_small_gpus(monkeypatch, free, dtype, expected):
+    generator = tiny.generator(dtype)
+    generator.image_size = (512, 256)
+    generator._offload_device = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    assert generator.resolve_batch_size("auto") == expected
+    assert generator.resolve_batch_size(5) == 5
+
+
+class Mean(torch.nn.Module):
+    """An identity encoder of somebody's own."""
+
+    image_size = (32, 16)
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.generator().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize("name", ["identity_encoder", "identity_tokens"])
+def test_own_encoder_alone(folder, name):
+    with pytest.raises(
+        ValueError, match=rf"identity_encoder and identity_tokens must be given together: .*Got {name} alone"
+    ):
+        IdentityGenerator.from_pretrained(folder, **{name: Mean()})
+
+
+def test_own_encoder_with_its_tokens(folder, people):
+    for name in ("identity_encoder", "identity_tokens"):
+        (folder / f"{name}.safetensors").unlink()
+    encoder, tokens = Mean(), IdentityTokens(3, 20, 32)
+    own = {"identity_encoder": encoder, "identity_tokens": tokens}
+    generator = IdentityGenerator.from_pretrained(folder, **own, dtype=torch.float64)
+    assert generator.identity_encoder is encoder
+    assert tokens.norm_motion.weight.dtype == torch.float64
+    assert generator.generate(people[:1], standard()[:1], **OPTIONS)[0][0].size == (64, 128)
+    with pytest.raises(FileNotFoundError, match=r"identity_encoder\.safetensors"):
+        IdentityGenerator.from_pretrained(folder)
+
+
+def test_own_encoder_of_another_width(people):
+    generator = tiny.generator(identity_encoder=Mean(), identity_tokens=IdentityTokens(4, 20, 32))
+    with pytest.raises(ValueError, match=r"identity_encoder must give features of shape \(1, 4\).*got \(1, 3\)"):
+        generator.generate(people[:1], standard()[:1], **OPTIONS)
+
+
+PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 20, 3), dtype=np.uint8))
+
+
+def modes():
+    grey = PICTURE.convert("L")
+    yield "L", grey, Image.merge("RGB", [grey] * 3)
+    yield "1", grey.convert("1"), grey.convert("1").convert("RGB")
+    yield "LA", Image.merge("LA", [grey, grey.point(lambda _: 0)]), Image.merge("RGB", [grey] * 3)
+    yield "RGBA", Image.merge("RGBA", [*PICTURE.split(), grey]), PICTURE
+    palette = PICTURE.quantize(16)
+    yield "P", palette, palette.convert("RGB")
+    yield "CMYK", PICTURE.convert("CMYK"), PICTURE.convert("CMYK").convert("RGB")
+    yield "YCbCr", PICTURE.convert("YCbCr"), PICTURE.convert("YCbCr").convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("mode", "picture", "as_rgb"), list(modes()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_modes_of_pictures(generator, mode, picture, as_rgb, tmp_path):
+    assert picture.mode == mode
+    references = []
+    generator.sample = lambda *args, **options: (
+        references.append(args[1]) or torch.zeros(len(args[1]), 1, 3, *generator.image_size)
+    )
+    given = [picture, as_rgb]
+    if mode != "YCbCr":
+        path = tmp_path / ("person.tif" if mode == "CMYK" else "person.png")
+        picture.save(path)
+        given.append(path)
+    generator.generate(given, standard()[:1], **OPTIONS, batch_size=3)
+    del generator.sample
+    for reference in references[0]:
+        assert torch.equal(reference, pixels(as_rgb, generator.image_size).double())
+
+
+def test_rotation_of_exif_is_applied_to_files_and_pictures(generator, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "rotated.png"
+    PICTURE.rotate(90, expand=True).save(path, exif=exif)
+    with Image.open(path) as opened:
+        given = noise_of(generator, [path, opened, PICTURE], standard()[:1])
+    assert torch.equal(given[0], given[2])
+    assert torch.equal(given[1], given[2])
+
+
+def test_keys_of_pictures():
+    assert content_key(PICTURE) == content_key(PICTURE.copy())
+    assert content_key(PICTURE) != content_key(PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    assert content_key(Image.new("RGB", (10, 20))) != content_key(Image.new("RGB", (20, 10)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (
+            {"images": [PICTURE.resize((1, 1))]},
+            ValueError,
+            r"images\[0\] must be at least 8 pixels wide and high.*1 x 1",
+        ),
+        ({"images": [PICTURE, PICTURE.resize((200, 7))]}, ValueError, r"images\[1\] must be at least 8 .* 200 x 7"),
+        ({"images": [PICTURE.convert("L").convert("I")]}, ValueError, r"images\[0\] must have 8 bits a channel"),
+        ({"poses": "front"}, ValueError, "poses must be 'standard' or a sequence .* got 'front'"),
+        ({"poses": standard()[0]}, ValueError, "poses must be 'standard' or a sequence .* got one Pose"),
+        ({"poses": []}, ValueError, "poses must hold at least one"),
+        ({"poses": [standard()[0], 3]}, TypeError, r"poses\[1\] must be a path"),
+        ({"poses": ["front.png"]}, ValueError, r"poses\[0\] cannot be read: there is no file front.png"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"batch_size": "all"}, TypeError, "batch_size must be an integer"),
+        ({"output": "numpy"}, ValueError, "output must be one of 'pil', 'tensor'"),
+    ],
+)
+def test_bad_input(generator, changed, error, message):
+    given = {"images": [PICTURE], "poses": standard()[:1], **OPTIONS, **changed}
+    with pytest.raises(error, match=message):
+        generator.generate_iter(**given)
+
+
+def psnr(pictures, expected):
+    return float(10 * torch.log10(1 / ((pictures - expected) ** 2).mean()))
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 50), (torch.bfloat16, 37)])
+def test_half_precision_against_full(generator, people, dtype, least):
+    # What chose the default: float16 is 14 dB nearer than bfloat16.
+    options = {"size": None, "output": "tensor", "progress": False}
+    expected = generator.generate(people[:1], standard()[:2], **options)
+    assert psnr(tiny.generator(dtype).generate(people[:1], standard()[:2], **options), expected) > least
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 45), (torch.bfloat16, 33), (torch.float32, 50)])
+@pytest.mark.parametrize("how", ["plain", "compiled", "offloaded"])
+def test_on_cuda(generator, people, dtype, least, how, record_property):
+    options = {"size": None, "output": "tensor", "progress": False}
+    expected = generator.generate(people[:2], standard()[:2], **options)
+    on_cuda = tiny.generator(dtype).to("cuda")
+    if how == "compiled":
+        on_cuda.compile()
+    if how == "offloaded":
+        on_cuda.enable_model_cpu_offload()
+        assert not any(parameter.is_cuda for part in on_cuda.parts.values() for parameter in part.parameters())
+    found = psnr(on_cuda.generate(people[:2], standard()[:2], **options), expected)
+    record_property("psnr", found)
+    assert on_cuda.device.type == "cuda"
+    assert found > least
+
+
+@pytest.mark.gpu
+def test_convolutions_are_channels_last_on_cuda():
+    weight = tiny.generator(torch.float16).to("cuda").denoising_unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_real_lack_of_memory(people, caplog):
+    generator = tiny.generator(torch.float16).to("cuda")
+    poses = standard()[:8]
+    options = {**OPTIONS, "num_inference_steps": 1}
+    generator.generate(people[:1], poses[:1], **options)
+    torch.cuda.empty_cache()
+
+    def peak(batch_size):
+        torch.cuda.reset_peak_memory_stats()
+        generator.generate(people * 40, poses, batch_size=batch_size, **options)
+        return torch.cuda.max_memory_reserved()
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    small, large = peak(400), peak(1600)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((small + large) / 2 / total)
+    try:
+        with caplog.at_level(logging.WARNING):
+            generator.generate(people * 40, poses, batch_size=1600, **options)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "ran out of memory; going on with batch_size=800" in caplog.text

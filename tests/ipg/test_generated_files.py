@@ -1,0 +1,291 @@
+"""`pose2id generate` and `generate_files`: which files there are, what they hold; none is lost or half there."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from pose2id import IdentityGenerator, poses
+from pose2id.cli import main
+from pose2id.ipg import files, generate_files
+from pose2id.ipg.files import collect_images, contact_sheet, missing_pictures, seconds_per_picture
+
+FEW = poses.standard()[:2]
+OPTIONS = {"poses": FEW, "num_inference_steps": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return tiny.generator()
+
+
+@pytest.fixture
+def people(tmp_path):
+    """A directory of three images, one of them deeper."""
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 60, 30, 3), dtype=np.uint8)
+    for name, picture in zip(("a.png", "b.jpg", "cam1/a.png"), pictures, strict=True):
+        path = tmp_path / "people" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return tmp_path / "people"
+
+
+def below(directory):
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def contents(directory):
+    return {name: (directory / name).read_bytes() for name in below(directory)}
+
+
+def test_one_file_for_each_image_and_pose(generator, people, tmp_path):
+    out = tmp_path / "out"
+    assert generate_files(generator, [people], out, **OPTIONS) == files.Written(6, 0)
+    names = ("a.png", "b.png", "cam1/a.png")
+    assert below(out) == {f"pose{pose}/{name}" for pose in (1, 2) for name in names}
+    images = [people / "a.png", people / "b.jpg", people / "cam1" / "a.png"]
+    expected = generator.generate(images, FEW, num_inference_steps=1, progress=False)
+    for name, row in zip(names, expected, strict=True):
+        for pose, picture in enumerate(row):
+            with Image.open(out / f"pose{pose + 1}" / name) as saved:
+                assert np.array_equal(saved, picture)
+
+
+def test_a_file_tells_what_it_was_made_from(people, tmp_path):
+    generator = tiny.generator(torch.float64, sources={"yuanc3/Pose2ID": "0123"})
+    generate_files(generator, [people / "a.png"], tmp_path / "out", seed=7, size=None, grid=True, **OPTIONS)
+    with Image.open(people / "a.png") as reference:
+        image = files.content_key(reference)
+    made = {"image": image, "generated": True, "seed": 7, "num_inference_steps": 1, "guidance_scale": 3.5, "size": None}
+    made |= {"scheduler": "DDIMScheduler", "dtype": "float64", "weights": {"yuanc3/Pose2ID": "0123"}}
+    for file, pose in (("pose2/a.png", FEW[1].key), ("sheets/a.png", [pose.key for pose in FEW])):
+        with Image.open(tmp_path / "out" / file) as picture:
+            assert json.loads(picture.info["pose2id"]) == {**made, "pose": pose}
+
+
+def test_an_interrupted_run_goes_on(generator, people, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = {**OPTIONS, "batch_size": 2}
+    generate_files(generator, [people], whole, **options)
+    save, saved = files._save, []
+
+    def interrupted(picture, target, note):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(target)
+        save(picture, target, note)
+
+    monkeypatch.setattr(files, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate_files(generator, [people], out, **options)
+    monkeypatch.setattr(files, "_save", save)
+    assert len(below(out)) == 3
+    assert missing_pictures(generator, [people], out, **options) == 4
+    assert generate_files(generator, [people], out, **options) == files.Written(4, 2)
+    assert contents(out) == contents(whole)
+    before = {name: (out / name).stat().st_mtime_ns for name in below(out)}
+    assert generate_files(generator, [people], out, **options) == files.Written(0, 6)
+    assert {name: (out / name).stat().st_mtime_ns for name in below(out)} == before
+
+
+@pytest.mark.parametrize("changed", ["seed", "image", "weights", "foreign"])
+def test_other_files_are_not_replaced_unasked(generator, people, tmp_path, changed):
+    out, options = tmp_path / "out", dict(OPTIONS)
+    generate_files(generator, [people], out, **options)
+    if changed == "seed":
+        options["seed"] = 1
+    if changed == "image":
+        Image.new("RGB", (30, 60), "red").save(people / "b.jpg")
+    if changed == "weights":
+        generator = tiny.generator(sources={"user/other": "4567"})
+    if changed == "foreign":
+        (out / "pose1" / "b.png").write_text("no picture")
+    before = contents(out)
+    with pytest.raises(FileExistsError, match=r"\d files are in the place .* were made from other images, settings or"):
+        generate_files(generator, [people], out, **options)
+    assert contents(out) == before
+    written = generate_files(generator, [people], out, overwrite=True, **options)
+    assert written.written == (2 if changed in ("image", "foreign") else 6)
+    changed_names = {name for name, content in contents(out).items() if content != before[name]}
+    assert changed_names >= {"pose1/b.png"}
+    assert generate_files(generator, [people], out, **options).kept == 6
+
+
+def test_a_failure_leaves_nothing_half_written(generator, people, tmp_path, monkeypatch):
+    def full(self, target, *args, **kwargs):
+        with open(target, "wb") as file:
+            file.write(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        generate_files(generator, [people], tmp_path / "out", **OPTIONS)
+    assert below(tmp_path / "out") == set()
+
+
+def test_bad_input_writes_nothing(generator, people, tmp_path):
+    (people / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(ValueError, match=r"image broken cannot be read: .*broken\.png"):
+        generate_files(generator, [people], tmp_path / "out", **OPTIONS)
+    (people / "broken.png").unlink()
+    for option, message in (({"num_inference_steps": 0}, "num_inference_steps"), ({"guidance_scale": -1}, "guidance")):
+        with pytest.raises(ValueError, match=message):
+            generate_files(generator, [people], tmp_path / "out", **{**OPTIONS, **option})
+    assert not (tmp_path / "out").exists()
+
+
+def test_sheets(generator, people, tmp_path):
+    out = tmp_path / "out"
+    generate_files(generator, [people], out, **OPTIONS)
+    generate_files(generator, [people], out, grid=True, **OPTIONS)
+    assert {name for name in below(out) if name.startswith("sheets")} == {
+        "sheets/a.png",
+        "sheets/b.png",
+        "sheets/cam1/a.png",
+    }
+    with Image.open(people / "b.jpg") as reference, Image.open(out / "sheets" / "b.png") as sheet:
+        pictures = [Image.open(out / f"pose{pose}" / "b.png").convert("RGB") for pose in (1, 2)]
+        drawings = [poses.draw(pose) for pose in FEW]
+        assert np.array_equal(sheet, contact_sheet(reference, drawings, pictures))
+        given = np.array(sheet)
+    assert given.shape == (2 * 256 + 4, 3 * 128 + 2 * 4, 3)
+    np.testing.assert_array_equal(given[260:, 132:260], pictures[0])
+    np.testing.assert_array_equal(given[260:, 264:392], pictures[1])
+    np.testing.assert_array_equal(given[:256, 132:260], drawings[0].resize((128, 256), Image.Resampling.BICUBIC))
+    assert (given[260:, :128] == 255).all()
+
+
+class TestCollect:
+    """Names and files of what the caller points at."""
+
+    def test_names(self, people):
+        assert collect_images([people]) == {
+            "a": people / "a.png",
+            "b": people / "b.jpg",
+            "cam1/a": people / "cam1" / "a.png",
+        }
+        assert list(collect_images([people / "b.jpg", people / "cam1" / "a.png"])) == ["b", "a"]
+
+    def test_what_is_left_out(self, people):
+        for name in ("notes.txt", ".hidden.png", "out/pose1/a.png"):
+            path = people / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((people / "a.png").read_bytes())
+        assert set(collect_images([people], people / "out")) == {"a", "b", "cam1/a"}
+
+    def test_errors(self, people, tmp_path):
+        with pytest.raises(ValueError, match=r"images must have different names, got .*people/a.png and .*cam1/a.png"):
+            collect_images([people / "a.png", people / "cam1"])
+        with pytest.raises(FileNotFoundError, match="there is no"):
+            collect_images([tmp_path / "nobody"])
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match="must hold image files"):
+            collect_images([tmp_path / "empty"])
+        with pytest.raises(ValueError, match="at least one file"):
+            collect_images([])
+        with pytest.raises(TypeError, match="Wrap it in a list"):
+            collect_images(str(people))
+
+
+def test_the_probe_counts_steps(generator, people, monkeypatch):
+    clock, steps_seen = [0.0], []
+    monkeypatch.setattr(files.time, "perf_counter", lambda: clock[0])
+
+    def generate(images, drawings, *, num_inference_steps, **_):
+        steps_seen.append((len(images), len(drawings), num_inference_steps))
+        clock[0] += len(images) * len(drawings) * (5 + 2 * num_inference_steps)
+
+    monkeypatch.setattr(generator, "generate", generate, raising=False)
+    assert seconds_per_picture(generator, people / "a.png", num_inference_steps=20) == pytest.approx(45)
+    assert seconds_per_picture(generator, people / "a.png", num_inference_steps=1) == pytest.approx(7)
+    assert steps_seen[:3] == [(1, 1, 1), (1, 1, 1), (1, 1, 3)]
+
+
+@pytest.fixture
+def command(people, tmp_path):
+    """The command on tiny weights; returns its exit status."""
+    tiny.generator().save_pretrained(tmp_path / "weights")
+
+    def run(*words, images=(str(people),)):
+        given = ["generate", *images, "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "weights")]
+        return main([*given, "--steps", "1", "--device", "cpu", *words])
+
+    return run
+
+
+def test_the_command(command, people, tmp_path, capsys):
+    poses.write(FEW, tmp_path / "poses.json")
+    words = ("--poses", str(tmp_path / "poses.json"), "--seed", "3", "--guidance", "2", "--size", "64x32", "--grid")
+    assert command(*words, "--dtype", "bfloat16", "--batch-size", "4") == 0
+    out = tmp_path / "out"
+    assert capsys.readouterr().out == f"wrote 6 pictures to {out}\n"
+    names = ("a.png", "b.png", "cam1/a.png")
+    assert below(out) == {f"{folder}/{name}" for folder in ("pose1", "pose2", "sheets") for name in names}
+    generator = IdentityGenerator.from_pretrained(tmp_path / "weights", dtype=torch.bfloat16, device="cpu")
+    options = {"num_inference_steps": 1, "seed": 3, "guidance_scale": 2.0, "size": (64, 32), "batch_size": 4}
+    expected = generator.generate([people / "a.png", people / "b.jpg"], FEW, **options)
+    with Image.open(out / "pose2" / "b.png") as picture:
+        assert np.array_equal(picture, expected[1][1])
+    assert command(*words, "--dtype", "bfloat16", "--batch-size", "4") == 0
+    assert capsys.readouterr().out == f"wrote 0 pictures to {out}; 6 were there already\n"
+
+
+def test_the_standard_poses_are_the_default(command, people, tmp_path):
+    assert command(images=[str(people / "a.png")]) == 0
+    assert below(tmp_path / "out") == {f"pose{i}/a.png" for i in range(1, 9)}
+
+
+def test_a_dry_run_writes_nothing(command, tmp_path, capsys):
+    assert command("--dry-run") == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert printed.startswith(f"24 pictures to generate, of 3 images in 8 poses; {out} is not touched\nabout ")
+    assert "hours on cpu: " in printed
+    assert not out.exists()
+    assert command() == 0
+    capsys.readouterr()
+    assert command("--dry-run") == 0
+    assert capsys.readouterr().out.startswith("0 pictures to generate")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "256"], "--size must be HEIGHTxWIDTH"),
+        (["--size", "0x10"], "size must be at least 1"),
+        (["--steps", "0"], "num_inference_steps must be at least 1"),
+        (["--guidance", "-1"], "guidance_scale must be in"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--seed", "-5"], "seed must be at least 0"),
+        (["--poses", "nowhere.json"], "nowhere.json"),
+        (["--weights", "/no/weights"], "/no/weights"),
+        (["--device", "gpu"], "device must be"),
+    ],
+)
+def test_bad_words(command, tmp_path, capsys, words, message):
+    assert command(*words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_are_checked_before_weights_are_loaded(command, tmp_path, capsys):
+    assert command("--weights", "/no/weights", images=["/no/image.png"]) == 2
+    assert "there is no /no/image.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="offloading works here")
+def test_offload_without_a_gpu(command, capsys):
+    assert command("--offload", "--device", "cuda") == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_command_with_offload(command, tmp_path):
+    assert command("--offload", "--device", "cuda") == 0
+    assert len(below(tmp_path / "out")) == 24
