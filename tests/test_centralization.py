@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pose2id import fuse, nearest_neighbors, nfc, nfc_diagnostics
+from pose2id import centralization, fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
 
 GOLDEN_PARAMETERS = [(1, 1), (2, 2), (2, 4), (4, 2), (5, 5)]
 
@@ -221,6 +221,108 @@ class TestFuse:
             fuse(np.ones((3, 2)), np.ones((3, 1, 2)), eta)
 
 
+class TestFuseParts:
+    @pytest.mark.parametrize("kind", ["bool", "weights", "none"])
+    def test_equals_equation_9_part_by_part(self, kind, rng):
+        f, g = rng.standard_normal((20, 3, 6)) * 7, rng.standard_normal((20, 4, 3, 6))
+        visible = {"bool": rng.random((20, 4, 3)) < 0.4, "weights": rng.random((20, 4, 3)), "none": np.ones((20, 4, 3))}
+        weights = visible[kind]
+        weights[0] = 0 if kind != "none" else 1  # no generated image shows any part of the first
+        weights[1, :, 2] = 0 if kind != "none" else 1
+        expected = reference.fuse_parts(f, g, 2, weights)
+        given = None if kind == "none" else weights
+        np.testing.assert_allclose(fuse(f, g, 2, visibility=given), expected, atol=1e-12)
+        as_tensors = torch.from_numpy(f).float(), torch.from_numpy(g).float()
+        found = fuse(*as_tensors, 2, visibility=None if given is None else torch.from_numpy(given))
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+    def test_visibility_of_one_everywhere_changes_no_bit(self, rng):
+        f, g = rng.standard_normal((5, 2, 3)), rng.standard_normal((5, 4, 2, 3))
+        np.testing.assert_array_equal(fuse(f, g, visibility=np.ones((5, 4, 2), bool)), fuse(f, g))
+        np.testing.assert_array_equal(fuse(f, g)[:, 1], fuse(f[:, 1], g[:, :, 1]))
+
+    @pytest.mark.parametrize(
+        ("f", "g", "visibility", "error", "message"),
+        [
+            ((3, 2, 4), (3, 1, 4), None, ValueError, r"generated must have shape \(3, M, 2, 4\)"),
+            ((3, 0, 4), (3, 1, 0, 4), None, ValueError, "at least one part"),
+            ((3, 2, 4), (3, 1, 2, 4), np.ones((3, 2)), ValueError, r"visibility must have shape \(N, M, P\)"),
+            ((3, 2), (3, 1, 2), np.ones((3, 1, 1)), ValueError, "visibility must have shape"),
+            ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), -1.0), ValueError, "visibility must be finite"),
+            ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), np.nan), ValueError, "visibility must be finite"),
+            ((3, 2, 4), (3, 1, 2, 4), [1], TypeError, "visibility must be a numeric"),
+            ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), "a"), TypeError, "visibility must be a numeric"),
+        ],
+    )
+    def test_bad_parts(self, f, g, visibility, error, message):
+        with pytest.raises(error, match=message):
+            fuse(np.ones(f), np.ones(g), visibility=visibility)
+
+    def test_a_row_that_is_not_finite_is_named_with_its_part(self):
+        f, g = np.ones((3, 2, 4)), np.ones((3, 5, 2, 4))
+        g[2, 4, 1, 0] = np.nan
+        with pytest.raises(ValueError, match=r"generated\[:, 4, 1\] must be finite.*row 2"):
+            fuse(f, g)
+        f[1, 1] = np.inf
+        with pytest.raises(ValueError, match=r"features\[:, 1\] must be finite.*row 1"):
+            fuse(f, g)
+
+
+class TestGenerationDiagnostics:
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_equals_the_mean_over_all_pairs(self, count, rng):
+        f = rng.standard_normal((7, 5)) + 1
+        g = (f[:, None] + 0.8 * rng.standard_normal((7, count, 5))) * rng.uniform(1, 9, (7, count, 1))
+        own, other, among = reference.generation_cosines(f, g)
+        for arrays in ((f, g), (torch.from_numpy(f), torch.from_numpy(g))):
+            found = generation_diagnostics(*arrays)
+            assert found.own_cosine == pytest.approx(own)
+            assert found.other_cosine == pytest.approx(other)
+            assert found.consistency == (None if count == 1 else pytest.approx(among))
+            assert found.retention == pytest.approx((own - other) / (1 - other))
+            assert found.suggested_eta == pytest.approx(2 * found.retention)
+            assert 0.1 < found.retention < 0.9
+        assert ("among themselves" in str(found)) == (count > 1)
+        assert "not calibrated" in str(found)
+
+    def test_blocks_change_nothing(self, rng, monkeypatch):
+        f, g = rng.standard_normal((50, 4)), rng.standard_normal((50, 2, 4))
+        expected = generation_diagnostics(f, g)
+        whole = centralization.Rows.blocks
+        monkeypatch.setattr(centralization.Rows, "blocks", lambda rows: whole(rows, 32 * rows.dim * 7))
+        found = generation_diagnostics(f, g)
+        assert found.own_cosine == pytest.approx(expected.own_cosine)
+        assert found.other_cosine == pytest.approx(expected.other_cosine)
+        assert found.consistency == pytest.approx(expected.consistency)
+
+    def test_parts_count_alike(self, rng):
+        f, g = rng.standard_normal((6, 2, 5)), rng.standard_normal((6, 3, 2, 5))
+        found = generation_diagnostics(f, g)
+        each = [generation_diagnostics(f[:, p], g[:, :, p]) for p in range(2)]
+        assert found.own_cosine == pytest.approx(np.mean([part.own_cosine for part in each]))
+        assert found.other_cosine == pytest.approx(np.mean([part.other_cosine for part in each]))
+        assert found.consistency == pytest.approx(np.mean([part.consistency for part in each]))
+
+    def test_the_ends_of_the_scale(self, rng):
+        f = rng.standard_normal((40, 8))
+        faithful = generation_diagnostics(f, np.stack([f, 2 * f], axis=1))
+        assert faithful.retention == pytest.approx(1)
+        assert faithful.suggested_eta == pytest.approx(2)
+        anybody = generation_diagnostics(f, np.broadcast_to(rng.standard_normal((1, 2, 8)), (40, 2, 8)))
+        assert anybody.suggested_eta == pytest.approx(0, abs=1e-12)
+        swapped = generation_diagnostics(f[:3], f[[1, 2, 0], None])
+        assert swapped.retention < 0
+        assert swapped.suggested_eta == 0
+        assert np.isnan(generation_diagnostics(np.ones((3, 2)), np.ones((3, 1, 2))).suggested_eta)
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="at least 2 images"):
+            generation_diagnostics(np.ones((1, 2)), np.ones((1, 3, 2)))
+        with pytest.raises(ValueError, match="M = 0"):
+            generation_diagnostics(np.ones((2, 2)), np.ones((2, 0, 2)))
+
+
 class TestDiagnostics:
     def test_counts_by_hand(self, rng):
         x = rng.standard_normal((40, 6))
@@ -273,6 +375,8 @@ BAD_FEATURES = [
 @pytest.mark.parametrize(("features", "error", "message"), BAD_FEATURES)
 @pytest.mark.parametrize("function", [nfc, nfc_diagnostics, lambda x: nearest_neighbors(x, 1), lambda x: fuse(x, None)])
 def test_bad_features(function, features, error, message):
+    if "<lambda>" in function.__qualname__ and np.ndim(features) == 3:
+        features = features[..., None]  # three dimensions are parts to `fuse`
     with pytest.raises(error, match=f"features.*{message}"):
         function(features)
 

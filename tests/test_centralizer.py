@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import io
+import weakref
+
 import numpy as np
 import pytest
 import reference
+import tiny
 import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
 
-from pose2id import Centralizer, centralization, fuse, neighbors, nfc
+from pose2id import Centralizer, centralization, extractor, fuse, generation_diagnostics, neighbors, nfc, poses
+from pose2id.extractor import load_image
 
 
 def test_sets_are_centralized_apart(rng, backend):
@@ -60,6 +68,523 @@ def test_extract_needs_an_extractor():
         Centralizer().extract([1])
 
 
+class FakeGenerator:
+    """Mixes an image with each pose's colour; knows what it was asked for, and which of its pictures are alive."""
+
+    def __init__(self):
+        self.asked, self.given, self.made = [], 0, []
+
+    def generate_iter(self, images, poses, *, progress=True, strength=0.5, **options):
+        self.asked.append({"images": images, "poses": poses, "progress": progress, **options})
+
+        def stream():
+            for image in images:
+                pictures = [self.picture(image, pose, strength) for pose in poses]
+                self.made += map(weakref.ref, pictures)
+                self.given += 1
+                yield pictures
+                del pictures
+
+        return stream()
+
+    def alive(self):
+        return sum(picture() is not None for picture in self.made)
+
+    @staticmethod
+    def picture(image, pose, strength=0.5):
+        colour = load_image(pose, "pose").getpixel((0, 0)) if not isinstance(pose, poses.Pose) else colour_of(pose)
+        pixels = np.asarray(load_image(image, "image"), np.float64)
+        return Image.fromarray(np.rint((1 - strength) * pixels + strength * np.array(colour)).astype(np.uint8))
+
+
+def colour_of(pose):
+    return tuple(bytes.fromhex(pose.key[:6]))
+
+
+DRAWINGS = [Image.new("RGB", (1, 1), colour) for colour in ((200, 0, 30), (0, 90, 0), (7, 7, 250), (40, 20, 10))]
+
+
+def to_tensor(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).double() / 255
+
+
+def corners(picture):
+    """(5, 3): mean colour, and those of the four corners."""
+    x = np.asarray(picture, np.float64) / 255
+    return np.stack([x.mean((0, 1)), x[0, 0], x[0, -1], x[-1, 0], x[-1, -1]])
+
+
+class Model(nn.Module):
+    """`corners` of a batch, in parts or flat; writes into its batch; keeps what it was called with."""
+
+    def __init__(self, output=lambda parts: parts.flatten(1), side=0):
+        super().__init__()
+        self.output, self.side, self.batches = output, side, []
+        self.dropout = nn.Dropout()
+
+    def forward(self, batch, **side):
+        self.batches.append(len(batch))
+        assert not self.dropout.training
+        assert not torch.is_grad_enabled()
+        x = self.dropout(batch)
+        parts = torch.stack([x.mean((2, 3)), x[..., 0, 0], x[..., 0, -1], x[..., -1, 0], x[..., -1, -1]], dim=1)
+        batch.fill_(float("nan"))
+        for value in side.values():
+            parts = parts + torch.as_tensor(value)[:, None, None]
+        return self.output(parts)
+
+
+@pytest.fixture
+def images(rng):
+    return [Image.fromarray(rng.integers(0, 256, (8, 4, 3), dtype=np.uint8)) for _ in range(11)]
+
+
+@pytest.fixture
+def pictures(images):
+    return [[FakeGenerator.picture(image, pose) for pose in DRAWINGS] for image in images]
+
+
+def centralizer_of(model, **settings):
+    given = {"transform": to_tensor, "generator": FakeGenerator(), "poses": DRAWINGS, "num_poses": 4, **settings}
+    return Centralizer(model, **given)
+
+
+def flat(picture, i, m):
+    return corners(picture).ravel()
+
+
+class TestFusedImages:
+    @pytest.mark.parametrize("batch_size", [1, 3, 4, 64])
+    @pytest.mark.parametrize(("eta", "num_poses"), [(2.0, 4), (0.25, 3), (1.0, 1), (2.0, 0)])
+    def test_equals_equation_9(self, eta, num_poses, batch_size, images, pictures):
+        model = Model().train()
+        centralizer = centralizer_of(model, eta=eta, num_poses=num_poses, batch_size=batch_size)
+        expected = reference.fuse_images(flat, images, [of_one[:num_poses] for of_one in pictures], eta)
+        found = centralizer(images)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+        np.testing.assert_allclose(found.norm(dim=1), 1)
+        assert max(model.batches) <= batch_size
+        assert sum(model.batches) == 11 * (1 + num_poses)
+        assert model.training
+        assert model.dropout.training
+
+    def test_batches_are_full_and_mix_images(self, images):
+        model = Model()
+        centralizer_of(model, batch_size=6, num_poses=3)(images)
+        assert model.batches == [6, 6, 6, 6, 5, 6, 6, 3]
+
+    def test_the_same_as_its_steps(self, images):
+        centralizer = centralizer_of(Model(), batch_size=5)
+        raw, generated = centralizer.extract(images, normalize=False), centralizer.extract_generated(images)
+        assert generated.shape == (11, 4, 15)
+        torch.testing.assert_close(centralizer(images), centralizer.fuse(raw, generated), rtol=0, atol=1e-14)
+        assert centralizer.diagnose(images) == generation_diagnostics(raw, generated)
+
+    def test_what_the_generator_is_asked_for(self, images):
+        centralizer = centralizer_of(Model(), num_poses=2, generate_options={"seed": 7, "strength": 0.1})
+        found = centralizer(images)
+        asked = centralizer.generator.asked
+        assert asked == [{"images": images, "poses": tuple(DRAWINGS[:2]), "progress": False, "seed": 7}]
+        pictures = [[FakeGenerator.picture(image, pose, 0.1) for pose in DRAWINGS[:2]] for image in images]
+        np.testing.assert_allclose(found.numpy(), reference.fuse_images(flat, images, pictures, 2), atol=1e-12)
+
+    def test_the_standard_poses(self, images):
+        centralizer = Centralizer(Model(), transform=to_tensor, generator=FakeGenerator())
+        centralizer(images[:2])
+        assert centralizer.generator.asked[0]["poses"] == poses.standard()
+
+    def test_pictures_are_generated_when_due_and_let_go(self, images):
+        generator, seen = FakeGenerator(), []
+
+        def extractor(batch):
+            seen.append((generator.given, generator.alive()))
+            return batch.mean((2, 3))
+
+        centralizer_of(extractor, generator=generator, batch_size=3)(images * 4)
+        for call, (given, alive) in enumerate(seen):
+            # Four batches of generated images follow each batch of originals.
+            block, batch = divmod(call, 5)
+            assert given <= 3 * block + (3 * batch + 3) // 4
+            assert alive <= 3 + 2 * 4
+        assert generator.given == 44
+
+    @pytest.mark.parametrize("kind", ["float16", "float32", "bfloat16", "numpy", "tuple", "dict"])
+    def test_ways_to_return_features(self, kind, images, pictures):
+        def output(parts):
+            features = parts.flatten(1)
+            if kind in ("tuple", "dict"):
+                return (features, [parts]) if kind == "tuple" else {"features": features}
+            return features.numpy() if kind == "numpy" else features.to(getattr(torch, kind))
+
+        found = centralizer_of(Model(output), batch_size=3)(images)
+        expected = reference.fuse_images(flat, images, pictures, 2)
+        if kind == "numpy":
+            assert type(found) is np.ndarray
+        elif kind in ("float16", "float32", "bfloat16"):
+            assert found.dtype == getattr(torch, kind)
+        tolerance = {"bfloat16": 1e-2, "float16": 1e-3}.get(kind, 1e-6)
+        np.testing.assert_allclose(torch.as_tensor(found).double(), expected, atol=tolerance)
+
+    @pytest.mark.parametrize("kind", ["bool", "weights", "none"])
+    @pytest.mark.parametrize("container", [tuple, dict])
+    def test_parts(self, kind, container, images, pictures):
+        def seen_in(brightness):
+            return brightness > 0.4 if kind == "bool" else brightness
+
+        def output(parts):
+            visible = None if kind == "none" else seen_in(parts.mean(2))
+            return (parts, visible, "more") if container is tuple else {"features": parts, "visibility": visible}
+
+        f = np.array([corners(image) for image in images])
+        g = np.array([[corners(picture) for picture in of_one] for of_one in pictures])
+        weights = np.ones(g.shape[:3]) if kind == "none" else seen_in(g.mean(3))
+        assert kind != "bool" or (~weights).all(1).any()  # parts that no generated image shows
+        centralizer = centralizer_of(Model(output), batch_size=3)
+        found, visibility = centralizer(images, return_visibility=True)
+        np.testing.assert_allclose(found.numpy(), reference.fuse_parts(f, g, 2, weights), atol=1e-12)
+        if kind == "none":
+            assert visibility is None
+        else:
+            np.testing.assert_allclose(visibility.double().numpy(), seen_in(f.mean(2)), atol=1e-12)
+        generated, visible = centralizer.extract_generated(images, return_visibility=True)
+        assert generated.shape == (11, 4, 5, 3)
+        raw = centralizer.extract(images, normalize=False)
+        torch.testing.assert_close(centralizer.fuse(raw, generated, visibility=visible), found, rtol=0, atol=1e-14)
+        assert centralizer.diagnose(images) == generation_diagnostics(raw, generated)
+
+    def test_a_buffer_that_the_model_reuses(self, images, pictures):
+        buffer = torch.empty(3, 15, dtype=torch.float64)
+
+        def output(parts):
+            buffer[: len(parts)] = parts.flatten(1)
+            return buffer[: len(parts)]
+
+        found = centralizer_of(Model(output), batch_size=3)(images)
+        np.testing.assert_allclose(found.numpy(), reference.fuse_images(flat, images, pictures, 2), atol=1e-12)
+
+    def test_extractors_that_read_images_themselves(self, images, pictures, tmp_path):
+        paths = [tmp_path / f"{i}.png" for i in range(11)]
+        for image, path in zip(images, paths, strict=True):
+            image.save(path)
+        kinds = []
+
+        def extractor(batch):
+            kinds.append({type(item) for item in batch})
+            arrays = [np.asarray(Image.open(x)) if isinstance(x, str) else x for x in batch]
+            assert all(array.dtype == np.uint8 and array.shape == (8, 4, 3) for array in arrays)
+            return np.stack([corners(array).ravel() for array in arrays])
+
+        centralizer = centralizer_of(extractor, transform=None, inputs="images", batch_size=11)
+        found = centralizer(paths)
+        np.testing.assert_allclose(found, reference.fuse_images(flat, images, pictures, 2), atol=1e-12)
+        assert kinds == [{str}] + 4 * [{np.ndarray}]
+
+    def test_one_bar_counts_all_images(self, images, monkeypatch):
+        bars = []
+
+        class Bar(tqdm):
+            def __init__(self, **settings):
+                super().__init__(**{**settings, "disable": False, "file": io.StringIO()})
+                bars.append(self)
+
+        monkeypatch.setattr(extractor, "tqdm", Bar)
+        centralizer = centralizer_of(Model(), batch_size=3)
+        for method in (centralizer, centralizer.extract_generated, centralizer.diagnose, centralizer.extract):
+            method(images)
+        assert [(bar.n, bar.total) for bar in bars] == [(55, 55), (44, 44), (55, 55), (11, 11)]
+
+    def test_all_kinds_of_images(self, images):
+        expected = centralizer_of(Model())(images)
+        arrays = np.stack([np.asarray(image) for image in images])
+        for given in (list(arrays), arrays, torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255):
+            torch.testing.assert_close(centralizer_of(Model())(given), expected)
+
+
+class TestSideInputs:
+    @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 64])
+    @pytest.mark.parametrize("kind", [torch.tensor, np.array, list, tuple])
+    def test_go_with_their_image_and_its_generated_images(self, kind, batch_size, images, pictures, rng):
+        order = rng.permutation(11)
+        cams = rng.permutation(11) * 10.0
+        seen = []
+
+        def extractor(batch, cams, mode, pair):
+            assert type(cams) is type(given)
+            assert (mode, pair) == ("test", (1, 2))
+            for x, cam in zip(batch, cams, strict=True):
+                seen.append((tuple(corners((x * 255).permute(1, 2, 0)).ravel().round(6)), float(cam)))
+            if not isinstance(cams, (list, tuple)):
+                cams[:] = 0  # a model that writes into its side input
+            return batch.mean((2, 3))
+
+        given = kind(cams[order].tolist())
+        centralizer_of(extractor, batch_size=batch_size)(
+            [images[i] for i in order], cams=given, mode="test", pair=(1, 2)
+        )
+        assert list(given) == list(cams[order])
+        wanted = [(picture, cams[i]) for i in range(11) for picture in (images[i], *pictures[i])]
+        known = {tuple(corners(picture).ravel().round(6)): cam for picture, cam in wanted}
+        assert len(known) == 55
+        assert len(seen) == 55
+        assert dict(seen) == known
+
+    def test_change_the_fused_features_as_they_should(self, images, pictures):
+        cams, views = np.arange(11) / 7, torch.linspace(-1, 1, 11)
+        found = centralizer_of(Model(), batch_size=3)(images, cams=cams, views=views)
+
+        def feature(picture, i, m):
+            return corners(picture).ravel() + cams[i] + float(views[i])
+
+        np.testing.assert_allclose(found.numpy(), reference.fuse_images(feature, images, pictures, 2), atol=1e-6)
+
+    def test_constants_of_a_blocks_length_stay_constant(self, images):
+        """A tuple is per image if its length is that of all images, not if it is that of some block."""
+        seen = set()
+
+        def extractor(batch, four, twelve):
+            seen.add((four, twelve))
+            return batch.mean((2, 3))
+
+        four, twelve = ("a",) * 4, tuple(range(12))
+        centralizer_of(extractor, batch_size=3)(images, four=four, twelve=twelve)
+        assert seen == {(four, twelve)}
+
+    def test_of_another_length(self, images):
+        centralizer = centralizer_of(Model())
+        with pytest.raises(ValueError, match="cams must have one entry for each of the 11 images, got 44"):
+            centralizer(images, cams=list(range(44)))
+        assert centralizer.extractor.batches == []
+        assert centralizer.generator.asked == []
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
+    @pytest.mark.parametrize("given", ["torch", "numpy", "list", "nothing"])
+    def test_of_the_pose_drawn(self, given, batch_size, images):
+        standard = poses.standard()
+        own = np.arange(22, dtype=np.float32).reshape(11, 2)
+        of_pose = {pose.key: np.array([100.0 + m, -m]) for m, pose in enumerate(standard)}
+        seen = []
+
+        def extractor(batch, cams, keypoints=None):
+            if keypoints is None:
+                keypoints = [None] * len(batch)
+            elif given in ("torch", "numpy"):
+                assert isinstance(keypoints, torch.Tensor if given == "torch" else np.ndarray)
+                assert "float32" in str(keypoints.dtype)
+            for x, cam, value in zip(batch, cams.tolist(), keypoints, strict=True):
+                key = tuple((x * 255).round().flatten().int().tolist())
+                seen.append((key, cam, None if value is None else tuple(map(float, value))))
+            return batch.mean((2, 3))
+
+        values = {"torch": torch.from_numpy(own), "numpy": own, "list": own.tolist()}
+        centralizer = Centralizer(
+            extractor,
+            transform=to_tensor,
+            generator=FakeGenerator(),
+            num_poses=3,
+            batch_size=batch_size,
+            pose_inputs={"keypoints": lambda pose: of_pose[pose.key]},
+        )
+        side = {} if given == "nothing" else {"keypoints": values[given]}
+        centralizer(images, cams=np.arange(11), **side)
+        wanted = []
+        for i, image in enumerate(images):
+            key = tuple(to_tensor(image).mul(255).round().flatten().int().tolist())
+            wanted.append((key, i, None if given == "nothing" else tuple(own[i].tolist())))
+            for pose in standard[:3]:
+                key = tuple(to_tensor(FakeGenerator.picture(image, pose)).mul(255).round().flatten().int().tolist())
+                wanted.append((key, i, tuple(of_pose[pose.key].tolist())))
+        assert sorted(seen, key=str) == sorted(wanted, key=str)
+
+    @pytest.mark.parametrize(("value", "kind"), [(torch.ones(2), torch.Tensor), (np.ones(2), np.ndarray), ("a", list)])
+    def test_of_the_pose_alone_keep_their_container(self, value, kind, images):
+        seen = []
+
+        def extractor(batch, prompt=None):
+            seen.append(prompt)
+            return batch.mean((2, 3))
+
+        settings = {"generator": FakeGenerator(), "num_poses": 2, "batch_size": 22}
+        Centralizer(extractor, transform=to_tensor, pose_inputs={"prompt": lambda pose: value}, **settings)(images)
+        assert seen[0] is None
+        assert type(seen[1]) is kind
+        assert len(seen[1]) == 22
+
+    def test_of_a_modality_that_generated_images_do_not_share(self, images):
+        seen = []
+
+        def extractor(batch, cam_ids):
+            seen.append(cam_ids.tolist())
+            return batch.mean((2, 3))
+
+        settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2, "batch_size": 100}
+        infrared, visible = torch.full((11,), 3), 1
+        Centralizer(extractor, pose_inputs={"cam_ids": lambda pose: visible}, **settings)(images, cam_ids=infrared)
+        assert seen == [[3] * 11, [1] * 22]
+
+    def test_of_poses_with_other_shapes(self, images):
+        settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2}
+        centralizer = Centralizer(Model(), pose_inputs={"xy": lambda pose: np.ones(3)}, **settings)
+        with pytest.raises(ValueError, match=r"pose_inputs\['xy'\] must give values of shape \(2,\), as for the orig"):
+            centralizer(images, xy=np.ones((11, 2)))
+        sizes = iter([1, 2])
+        centralizer = Centralizer(Model(), pose_inputs={"xy": lambda pose: np.ones(next(sizes))}, **settings)
+        with pytest.raises(ValueError, match=r"shape \(1,\), as for the other poses, got \(2,\) for pose 2"):
+            centralizer(images)
+
+
+class TestFlip:
+    @staticmethod
+    def both(picture, i, m):
+        return corners(picture).ravel() + corners(np.asarray(picture)[:, ::-1]).ravel()
+
+    def test_adds_the_feature_of_the_mirrored_image(self, images, pictures):
+        model = Model()
+        centralizer = centralizer_of(model, flip=True, batch_size=3)
+        expected = reference.fuse_images(self.both, images, pictures, 2)
+        np.testing.assert_allclose(centralizer(images).numpy(), expected, atol=1e-12)
+        raw = [self.both(image, 0, None) for image in images]
+        np.testing.assert_allclose(centralizer.extract(images, normalize=False).numpy(), raw, atol=1e-12)
+        assert max(model.batches) == 3
+        assert np.abs(expected - reference.fuse_images(flat, images, pictures, 2)).max() > 0.01
+
+    def test_side_inputs_and_reused_buffers(self, images, pictures):
+        buffer = torch.empty(3, 15, dtype=torch.float64)
+
+        def output(parts):
+            buffer[: len(parts)] = parts.flatten(1)
+            return buffer[: len(parts)]
+
+        model = Model(output)
+
+        def extractor(batch, cams):
+            found = model.eval()(batch, cams=cams)
+            cams[:] = 1000
+            return found
+
+        def feature(picture, i, m):
+            return self.both(picture, i, m) + 2 * i
+
+        centralizer = centralizer_of(extractor, flip=True, batch_size=3)
+        expected = reference.fuse_images(feature, images, pictures, 2)
+        np.testing.assert_allclose(centralizer(images, cams=np.arange(11)).numpy(), expected, atol=1e-12)
+
+    def test_parts_keep_the_visibility_of_the_image_itself(self, images):
+        centralizer = centralizer_of(Model(lambda parts: (parts, parts.mean(2))), flip=True, batch_size=3)
+        visibility = centralizer(images, return_visibility=True)[1]
+        np.testing.assert_allclose(visibility.numpy(), [corners(image).mean(1) for image in images])
+
+    def test_extractors_that_read_images_themselves(self, images, pictures, tmp_path):
+        paths = [tmp_path / f"{i}.png" for i in range(11)]
+        for image, path in zip(images, paths, strict=True):
+            image.save(path)
+
+        def extractor(batch):
+            return np.stack([corners(Image.open(x) if isinstance(x, str) else x).ravel() for x in batch])
+
+        centralizer = centralizer_of(extractor, flip=True, transform=None, inputs="images", batch_size=2)
+        expected = reference.fuse_images(self.both, images, pictures, 2)
+        np.testing.assert_allclose(centralizer(paths), expected, atol=1e-12)
+
+
+def test_with_the_generator_itself(images):
+    generator, images = tiny.generator(), [image.resize((32, 64)) for image in images[:4]]
+    options = {"num_inference_steps": 1, "seed": 3}
+    centralizer = Centralizer(
+        Model(), transform="transreid", generator=generator, num_poses=2, batch_size=3, generate_options=options
+    )
+    made = generator.generate(images, poses.standard()[:2], progress=False, **options)
+    raw = centralizer.extract(images, normalize=False)
+    generated = torch.stack([centralizer.extract(pictures, normalize=False) for pictures in made])
+    torch.testing.assert_close(centralizer(images), fuse(raw, generated, 2.0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+def test_fused_where_the_model_is(images):
+    def model_on(device):
+        model = Model(lambda parts: (parts, parts.mean(2)))
+        model.register_parameter("where", nn.Parameter(torch.zeros(1, device=device)))
+        return model
+
+    def extractor_of(model):
+        return lambda batch, cams: model.eval()(batch, cams=cams)
+
+    cams = torch.arange(11.0)
+    expected = centralizer_of(extractor_of(model_on("cpu")), batch_size=4)(images, cams=cams)
+    found = centralizer_of(extractor_of(model_on("cuda")), batch_size=4, device="cuda")(images, cams=cams)
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+class TestFailures:
+    def test_a_model_that_fails_is_left_as_it_was(self, images):
+        model = Model(lambda parts: 1 / 0).train()
+        with pytest.raises(ZeroDivisionError) as caught:
+            centralizer_of(model)(images)
+        assert model.dropout.training
+        assert torch.is_grad_enabled()
+        assert caught.value
+
+    def test_features_that_are_not_finite_are_named(self, images):
+        calls = []
+
+        def extractor(batch):
+            calls.append(len(batch))
+            features = batch.mean((2, 3))
+            if len(calls) == 3:
+                features[1] = float("nan")
+            return features
+
+        with pytest.raises(ValueError, match=r"1 of 12 features hold NaN.*\(generated image 1 of images\[1\]\)"):
+            centralizer_of(extractor, batch_size=3)(images)
+
+    def test_features_that_are_no_floats(self, images):
+        with pytest.raises(TypeError, match="extractor output must be dense, of dtype"):
+            centralizer_of(lambda batch: batch.mean((2, 3)).int())(images)
+
+    def test_generated_features_of_another_form(self, images):
+        def extractor(batch):
+            return batch.mean((2, 3)) if batch.shape[0] == 11 else batch.mean((2, 3)).float()
+
+        with pytest.raises(ValueError, match=r"one form of output.*float32.*from generated image 1 of images\[0\] on"):
+            centralizer_of(extractor, batch_size=13)(images)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda pictures: pictures[:-1], r"generator must give 4 pictures of images\[0\], one a pose, got 3"),
+            (lambda pictures: None, "generator must give pictures of every image, got those of 0 of 11 images"),
+            (lambda pictures: ["missing.png"] * 4, r"generated image 1 of images\[0\] cannot be read"),
+        ],
+    )
+    def test_generators_that_do_not_deliver(self, change, message, images):
+        class Broken(FakeGenerator):
+            def generate_iter(self, *arguments, **options):
+                changed = (change(pictures) for pictures in super(Broken, self).generate_iter(*arguments, **options))
+                return (pictures for pictures in changed if pictures is not None)
+
+        with pytest.raises(ValueError, match=message):
+            centralizer_of(Model(), generator=Broken())(images)
+
+    def test_without_anything_to_generate_with(self, images):
+        centralizer = Centralizer(Model(), transform=to_tensor)
+        for method in (centralizer, centralizer.extract_generated, centralizer.diagnose):
+            with pytest.raises(ValueError, match=r"generator or generated must be given.*IdentityGenerator"):
+                method(images)
+        with pytest.raises(ValueError, match="extractor must be given"):
+            centralizer_of(None)(images)
+
+    def test_without_poses(self, images):
+        centralizer = centralizer_of(Model(), num_poses=0)
+        for method in (centralizer.extract_generated, centralizer.diagnose):
+            with pytest.raises(ValueError, match="num_poses must be at least 1"):
+                method(images)
+
+    def test_one_image_has_no_others_to_compare_with(self, images):
+        with pytest.raises(ValueError, match="images must be at least 2"):
+            centralizer_of(Model()).diagnose(images[:1])
+
+
+GENERATED = {"generator": FakeGenerator(), "transform": to_tensor}
 ONES = np.ones((2, 3))
 
 
@@ -95,6 +620,30 @@ def test_bad_features(q, g, error, message):
         ({"transform": 3}, TypeError, "transform must be callable"),
         ({"transform": "pmt", "inputs": "images"}, ValueError, "transform must be None"),
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
+        ({"num_poses": -1}, ValueError, "num_poses must be at least 0"),
+        ({"num_poses": 2.0}, TypeError, "num_poses must be an integer"),
+        ({"num_poses": 9, **GENERATED}, ValueError, "num_poses must be at most 8, the number of poses, got 9"),
+        (
+            {"poses": DRAWINGS, "num_poses": 8, **GENERATED},
+            ValueError,
+            "num_poses must be at most 4, the number of poses, got 8",
+        ),
+        ({"poses": "mine", **GENERATED}, ValueError, "poses must be 'standard' or a sequence"),
+        ({"poses": 3, **GENERATED}, TypeError, "poses must be 'standard' or a sequence"),
+        ({"flip": 1}, TypeError, "flip must be True or False"),
+        ({"generator": nfc}, TypeError, r"generator must have a method generate_iter.*got function"),
+        ({"generated": "."}, ValueError, "transform must be given with generated="),
+        ({"generator": FakeGenerator()}, ValueError, r"transform must be given with generator=.*inputs='images'"),
+        ({"generated": ".", **GENERATED}, ValueError, "must not be given both"),
+        ({"pose_inputs": [1]}, TypeError, "pose_inputs must map"),
+        ({"pose_inputs": {"xy": 3}}, TypeError, r"pose_inputs\['xy'\] must be a function"),
+        ({"pose_inputs": {"xy": len}, "flip": True, **GENERATED}, ValueError, "flip must be False with pose_inputs"),
+        (
+            {"pose_inputs": {"xy": len}, "poses": DRAWINGS, "num_poses": 1, **GENERATED},
+            TypeError,
+            r"poses\[0\] must be a pose2id.poses.Pose",
+        ),
+        ({"generate_options": 3}, TypeError, "generate_options must map"),
     ],
 )
 def test_bad_parameters_are_refused_at_once(arguments, error, message):
@@ -105,3 +654,11 @@ def test_bad_parameters_are_refused_at_once(arguments, error, message):
 def test_repr_names_what_matters():
     assert repr(Centralizer(k1=3)) == "Centralizer(k1=3, k2=2, eta=2, backend='auto')"
     assert repr(Centralizer(nfc)).startswith("Centralizer(function, ")
+    assert repr(Centralizer(**GENERATED)).endswith(", generator=FakeGenerator, num_poses=8)")
+    assert repr(Centralizer(transform="pmt", generated=".")).endswith(", generated='.', num_poses=8)")
+
+
+def test_all_of_ones_own_poses_are_used():
+    assert Centralizer(poses=DRAWINGS, **GENERATED).num_poses == 4
+    assert Centralizer(poses=DRAWINGS, num_poses=3, **GENERATED).num_poses == 3
+    assert Centralizer(**GENERATED).num_poses == 8

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,12 @@ from pose2id.cli import main
 from pose2id.datasets import SyntheticPedestrians, colour_stripes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def write_people(given):
+    for path, image in zip(given["paths"], given["images"], strict=False):
+        Path(path).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
 
 
 def blocks(page, language):
@@ -33,7 +41,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given():
-    """What the snippets take for granted: a user's features, labels, pictures and model."""
+    """What the snippets take for granted: a user's features, labels, pictures, model and files."""
     people = SyntheticPedestrians(8)
     images = [sample.image for sample in people]
     features = colour_stripes(np.stack(images))
@@ -46,6 +54,7 @@ def given():
         "q_camids": people.camids[q],
         "g_camids": people.camids[g],
         "images": images[:5],
+        "paths": [f"people/{i}.png" for i in range(5)],
         "pose_drawings": images[5:7],
         "cameras": torch.tensor(people.camids[:5]),
         "model": lambda batch, cam_label: batch.mean((2, 3)) + 0.1 * cam_label[:, None],
@@ -57,8 +66,12 @@ def given():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # numpy about tensors that diffusers' solvers hand it.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-def test_python_snippets_of(page, given, weights, hub):
+def test_python_snippets_of(page, given, weights, hub, tmp_path, monkeypatch):
     hub.add("yuanc3/Pose2ID", weights)
+    monkeypatch.chdir(tmp_path)
+    write_people(given)
+    for i in range(8):
+        shutil.copytree("people", f"generated/pose{i + 1}")
     namespace = dict(given)
     for snippet in blocks(page, "python"):
         exec(compile(snippet, page.name, "exec"), namespace)
@@ -70,6 +83,7 @@ def test_commands_of(page, given, weights, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids")
     np.savez("features.npz", **{key: given[key] for key in keys})
+    write_people(given)
     for line in "".join(blocks(page, "sh")).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["pose2id"] and words != ["pose2id", "demo"]:  # the bare demo has tests of its own
@@ -86,6 +100,30 @@ def test_example(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [name])
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "written"),
+    [
+        ("generate_one", [], "sheet.png"),
+        ("generate_one", ["people/0.png", "one.png"], "one.png"),
+        ("generate_folder", ["people", "new"], "new/sheets/4.png"),
+        ("whole_pipeline", ["--people", "4", "--poses", "2"], None),
+    ],
+)
+def test_example_of_generation(name, words, written, given, weights, hub, tmp_path, monkeypatch, capsys):
+    hub.add("yuanc3/Pose2ID", weights)
+    monkeypatch.chdir(tmp_path)
+    write_people(given)
+    monkeypatch.setattr("sys.argv", [name, *words, "--steps", "2"])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    if written is None:
+        assert len(re.findall(r"mAP +\d", printed)) == 4
+        assert "suggest" in printed
+    else:
+        with Image.open(written) as sheet:
+            assert sheet.size == (9 * 128 + 8 * 4, 2 * 256 + 4)
 
 
 def test_example_of_real_features(given, tmp_path, capsys, monkeypatch):

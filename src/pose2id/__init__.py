@@ -11,7 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pose2id.centralization import NFCDiagnostics, fuse, nfc, nfc_diagnostics
+    from pose2id.centralization import (
+        GenerationDiagnostics,
+        NFCDiagnostics,
+        fuse,
+        generation_diagnostics,
+        nfc,
+        nfc_diagnostics,
+    )
     from pose2id.centralizer import Centralizer
     from pose2id.evaluation import EvaluationResult, evaluate, evaluate_rank
     from pose2id.id2 import IdentityDensity, id2_score, identity_density
@@ -24,12 +31,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Centralizer",
     "EvaluationResult",
+    "GenerationDiagnostics",
     "IdentityDensity",
     "IdentityGenerator",
     "NFCDiagnostics",
     "evaluate",
     "evaluate_rank",
     "fuse",
+    "generation_diagnostics",
     "id2_score",
     "identity_density",
     "k_reciprocal",
@@ -42,12 +51,14 @@ __all__ = [
 _HOME = {
     "Centralizer": "centralizer",
     "EvaluationResult": "evaluation",
+    "GenerationDiagnostics": "centralization",
     "IdentityDensity": "id2",
     "IdentityGenerator": "ipg.generator",
     "NFCDiagnostics": "centralization",
     "evaluate": "evaluation",
     "evaluate_rank": "evaluation",
     "fuse": "centralization",
+    "generation_diagnostics": "centralization",
     "id2_score": "id2",
     "identity_density": "id2",
     "k_reciprocal": "rerank",
@@ -57,7 +68,7 @@ _HOME = {
     "re_ranking": "rerank",
 }
 
-_SUBMODULES = ("datasets", "extractor", "feature_files", "ipg", "plots", "report")
+_SUBMODULES = ("datasets", "extractor", "feature_files", "ipg", "plots", "poses", "report")
 
 
 def __getattr__(name: str) -> object:

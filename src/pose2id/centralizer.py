@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -18,9 +21,38 @@ from pose2id._inputs import (
     checked_number,
     checked_pair,
 )
-from pose2id.centralization import fuse, nfc
-from pose2id.extractor import INPUTS, PARTS_NDIM, Extractor, checked_device, checked_transform, extract
+from pose2id.centralization import GenerationDiagnostics, fuse, generation_diagnostics, nfc
+from pose2id.extractor import (
+    INPUTS,
+    PARTS_NDIM,
+    Extraction,
+    Extractor,
+    SideInputs,
+    checked_device,
+    checked_flag,
+    checked_images,
+    checked_transform,
+    extract,
+    extracting,
+    stored,
+)
+from pose2id.generated import (
+    Generator,
+    checked_directory,
+    checked_generator,
+    checked_options,
+    checked_pose_inputs,
+    checked_poses,
+    find,
+    generate,
+    stack_values,
+)
 from pose2id.neighbors import BACKENDS
+
+if TYPE_CHECKING:
+    from pose2id.poses import Pose
+
+_STANDARD_POSES = 8
 
 
 class Centralizer:
@@ -30,12 +62,17 @@ class Centralizer:
 
         query_feats, gallery_feats = Centralizer(k1=2, k2=2).enhance(query_feats, gallery_feats)
 
+    With images, it fuses their features with those of generated images of the same people (eq. 9):
+
+        centralizer = Centralizer(my_model, generator=generator, transform=my_transform, eta=2.0)
+        gallery_feats = centralizer(gallery_images, cam_label=cams)
+
     Args:
-        extractor: the user's model (`pose2id.extractor.Extractor`): any callable from images to features. Only
-            `extract` needs it.
+        extractor: the user's model (`pose2id.extractor.Extractor`): any callable from images to features. `enhance` and
+            `fuse` don't need it.
         k1: how many neighbours a feature proposes (see `nfc`).
         k2: how many neighbours the other side looks at.
-        eta: weight of generated images in `fuse` (eq. 9): Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
+        eta: weight of generated images in eq. 9: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
         transform: picture to (3, H, W) float tensor; or a preset's name (`pose2id.extractor.PRESETS`), or a
             `pose2id.extractor.Preprocess(size, mean, std)`. None: images are tensors that the model takes as they are.
         inputs: "batch", or "images" for an extractor that reads paths or (H, W, 3) uint8 RGB arrays itself.
@@ -43,9 +80,21 @@ class Centralizer:
         device: where batches go; None: where the model is. The model is never moved.
         backend: "auto", "faiss" or "torch": who searches neighbours.
         max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
+        generator: makes pictures of the person on an image in other poses: a `pose2id.IdentityGenerator`, or any
+            object with its `generate_iter` (`pose2id.generated.Generator`).
+        generated: a directory of already generated images in place of a generator, `DIR/pose{m}/name` or a folder for
+            each image (`pose2id.generated.find`); images must then be paths.
+        poses: "standard", the paper's eight, or a sequence of `pose2id.poses.Pose` or drawn poses.
+        num_poses: M of eq. 9: the first so many of the poses. None: 8, or all of your own poses. 0: nothing is
+            generated.
+        flip: use f(x) + f(mirror(x)) as the feature of every image, original or generated.
+        pose_inputs: keywords of the extractor that depend on the pose drawn: functions of a `Pose` which give a
+            generated image's value in place of its original's, as for a model that takes keypoints
+            `{"keypoints_xyc": lambda pose: pose.to_coco(size=(384, 128))}`.
+        generate_options: keywords for the generator, such as seed or num_inference_steps.
 
     Raises:
-        TypeError, ValueError: a parameter is out of range, named.
+        TypeError, ValueError: a parameter is out of range, or does not go with another; named.
     """
 
     def __init__(
@@ -61,6 +110,13 @@ class Centralizer:
         device: torch.device | str | None = None,
         backend: str = "auto",
         max_memory: int | None = None,
+        generator: Generator | None = None,
+        generated: str | os.PathLike[str] | None = None,
+        poses: Any = "standard",
+        num_poses: int | None = None,
+        flip: bool = False,
+        pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
+        generate_options: Mapping[str, Any] | None = None,
     ) -> None:
         if extractor is not None and not callable(extractor):
             raise TypeError(f"extractor must be callable, got {type(extractor).__name__}.")
@@ -75,6 +131,57 @@ class Centralizer:
         self.backend = checked_choice(backend, "backend", BACKENDS)
         checked_memory(max_memory)
         self.max_memory = max_memory
+        if num_poses is None:
+            num_poses = _STANDARD_POSES if isinstance(poses, str) or not hasattr(poses, "__len__") else len(poses)
+        self.num_poses = checked_count(num_poses, "num_poses", least=0)
+        self.flip = checked_flag(flip, "flip")
+        self.generator = None if generator is None else checked_generator(generator)
+        self.generated = None if generated is None else checked_directory(generated, self.num_poses)
+        self.pose_inputs = checked_pose_inputs({} if pose_inputs is None else pose_inputs)
+        self.generate_options = checked_options({} if generate_options is None else generate_options)
+        self._check_generation()
+        self.poses: tuple[Any, ...] = ()
+        if generator is not None or self.pose_inputs:
+            self.poses = checked_poses(poses, self.num_poses, drawings=not self.pose_inputs)
+
+    def __call__(
+        self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
+    ) -> Any:
+        """Fused features of images (eq. 9): of each image and of its generated images, through the user's extractor.
+
+            f~ = normalize(f + eta / M * sum of f_m over m = 1..M)
+
+        The same as `fuse(extract(images, normalize=False), extract_generated(images))`, but the images go through in
+        blocks of `batch_size`: beside the result, memory does not grow with their number. Pictures are generated when
+        their batch is due. Add neighbours with `enhance`.
+
+        Args:
+            images: as in `extract`; with a generator or a directory, pictures or paths.
+            progress: show one bar for original and generated images on a terminal.
+            return_visibility: also return the visibility (N, P) of the originals' parts, or None.
+            **side_inputs: keywords for the extractor, as in `extract`. Entries of an image go to its generated images
+                too (the original's camera, modality), except for those in `pose_inputs`.
+
+        Returns:
+            (N, D) L2-normalised features, or (N, P, D) parts, each L2-normalised, in the container, dtype and device
+            that the extractor returns. A part's generated mean is taken over the images that show it, where the
+            extractor returns visibility. With num_poses=0: the normalised features of the originals.
+
+        Raises:
+            TypeError, ValueError: nothing to take generated images from, or as in `extract`.
+        """
+        if self.num_poses == 0:
+            return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
+        fused = visibility = None
+        with self._reading(images, side_inputs, progress, pictures_per_image=1 + self.num_poses) as reading:
+            n = len(images)
+            for low in range(0, n, self.batch_size):
+                index = range(low, min(low + self.batch_size, n))
+                features, visible = reading.originals(index)
+                generated, weights = reading.generated(index)
+                fused = stored(fused, fuse(features, generated, self.eta, visibility=weights), index, n)
+                visibility = stored(visibility, visible, index, n)
+        return (fused, visibility) if return_visibility else fused
 
     def enhance(
         self, query_feats: FeatureArray, gallery_feats: FeatureArray, *, joint: bool = False
@@ -109,9 +216,16 @@ class Centralizer:
         gallery.write(results[1], slice(None), enhanced[query.n :])
         return results  # type: ignore[return-value]
 
-    def fuse(self, features: FeatureArray, generated: FeatureArray, eta: float | None = None) -> FeatureArray:
+    def fuse(
+        self,
+        features: FeatureArray,
+        generated: FeatureArray,
+        eta: float | None = None,
+        *,
+        visibility: FeatureArray | None = None,
+    ) -> FeatureArray:
         """Eq. 9 on raw features (N, D) and (N, M, D) of generated images: `pose2id.fuse`; default: the own eta."""
-        return fuse(features, generated, self.eta if eta is None else eta)
+        return fuse(features, generated, self.eta if eta is None else eta, visibility=visibility)
 
     def extract(
         self,
@@ -139,15 +253,14 @@ class Centralizer:
         Raises:
             TypeError, ValueError: no extractor, bad or unreadable images (named), outputs that are no finite features.
         """
-        if self.extractor is None:
-            raise ValueError("extractor must be given to extract features: Centralizer(my_model, transform=...).")
         features, visibility = extract(
-            self.extractor,
+            self._given_extractor(),
             images,
             transform=self.transform,
             inputs=self.inputs,
             batch_size=self.batch_size,
             device=self.device,
+            flip=self.flip,
             progress=progress,
             side_inputs=side_inputs,
         )
@@ -162,7 +275,146 @@ class Centralizer:
                 rows.write(flat, block, rows.read(block))
         return (features, visibility) if return_visibility else features
 
+    def extract_generated(
+        self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
+    ) -> Any:
+        """Raw features of the generated images: to try several eta with `fuse`, or to keep them.
+
+        Args:
+            images: the originals, as in `__call__`.
+            progress: as in `__call__`.
+            return_visibility: also return the visibility (N, M, P) of the generated images' parts, or None.
+            **side_inputs: as in `__call__`.
+
+        Returns:
+            (N, M, D) or (N, M, P, D) features, not normalised, as the extractor returns them.
+
+        Raises:
+            TypeError, ValueError: as in `__call__`, and if num_poses is 0.
+        """
+        with self._reading(images, side_inputs, progress, pictures_per_image=self.num_poses) as reading:
+            features, visibility = reading.generated(range(len(images)))
+        return (features, visibility) if return_visibility else features
+
+    def diagnose(self, images: Any, *, progress: bool = True, **side_inputs: Any) -> GenerationDiagnostics:
+        """How much of a person the model sees in generated images, without labels, and what that suggests for eta.
+
+        Holds all features; a few hundred images of different people are enough.
+
+        Args:
+            images: at least 2, as in `__call__`.
+            progress: as in `__call__`.
+            **side_inputs: as in `__call__`.
+
+        Returns:
+            `pose2id.generation_diagnostics` of the images' features.
+
+        Raises:
+            TypeError, ValueError: as in `__call__`, fewer than 2 images, and if num_poses is 0.
+        """
+        if len(checked_images(images)) < 2:
+            raise ValueError("images must be at least 2, to compare with other images' pictures, got 1.")
+        with self._reading(images, side_inputs, progress, pictures_per_image=1 + self.num_poses) as reading:
+            everything = range(len(images))
+            return generation_diagnostics(reading.originals(everything)[0], reading.generated(everything)[0])
+
+    @contextmanager
+    def _reading(
+        self, images: Any, side_inputs: Mapping[str, Any], progress: bool, *, pictures_per_image: int
+    ) -> Iterator[_Reading]:
+        """The extractor at work on images and their generated images, after all checks that need no model."""
+        extractor, items = self._given_extractor(), checked_images(images)
+        if self.num_poses == 0:
+            raise ValueError("num_poses must be at least 1 for features of generated images, got 0.")
+        side = SideInputs(side_inputs, len(items))
+        values = {name: [function(pose) for pose in self.poses] for name, function in self.pose_inputs.items()}
+        stacked = {name: stack_values(of_poses, side.get(name), name) for name, of_poses in values.items()}
+        pictures = self._pictures(items)
+        with extracting(
+            extractor,
+            transform=self.transform,
+            inputs=self.inputs,
+            batch_size=self.batch_size,
+            device=self.device,
+            flip=self.flip,
+            total=len(items) * pictures_per_image,
+            progress=progress,
+        ) as run:
+            yield _Reading(run, iter(items), side, pictures, self.num_poses, SideInputs(stacked, self.num_poses))
+
+    def _pictures(self, images: Any) -> Iterator[Any]:
+        if self.generated is not None:
+            return iter(find(self.generated, images, self.num_poses))
+        if self.generator is not None:
+            return generate(self.generator, images, self.poses, self.generate_options)
+        raise ValueError(
+            "generator or generated must be given to fuse images with generated ones: Centralizer(my_model, "
+            "transform=..., generator=IdentityGenerator.from_pretrained(...)), or generated=DIR. Without generated "
+            "images use extract, then enhance."
+        )
+
+    def _given_extractor(self) -> Extractor:
+        if self.extractor is None:
+            raise ValueError("extractor must be given to extract features: Centralizer(my_model, transform=...).")
+        return self.extractor
+
+    def _check_generation(self) -> None:
+        if self.generator is not None and self.generated is not None:
+            raise ValueError("generator and generated must not be given both: one of them is where pictures come from.")
+        given = "generator" if self.generator is not None else "generated" if self.generated is not None else None
+        if given and self.transform is None and self.inputs == "batch":
+            raise ValueError(
+                f"transform must be given with {given}=, got None: images must be pictures, and generated ones become "
+                "the model's tensors by it. For an extractor that reads images itself pass inputs='images'."
+            )
+        if self.flip and self.pose_inputs:
+            raise ValueError(
+                "flip must be False with pose_inputs: what they say of a pose would not be mirrored with the picture."
+            )
+
     def __repr__(self) -> str:
         """The parameters."""
         model = "" if self.extractor is None else f"{type(self.extractor).__name__}, "
-        return f"Centralizer({model}k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r})"
+        source = "" if self.generator is None else f", generator={type(self.generator).__name__}"
+        source = source if self.generated is None else f", generated={os.fspath(self.generated)!r}"
+        poses = f", num_poses={self.num_poses}" if source else ""
+        return (
+            f"Centralizer({model}k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}{source}{poses})"
+        )
+
+
+@dataclass
+class _Reading:
+    """One pass over images and their generated images, block by block and in order."""
+
+    run: Extraction
+    images: Iterator[Any]
+    side: SideInputs
+    pictures: Iterator[Any]  # one sequence of generated images for each image
+    num_poses: int
+    pose_side: SideInputs
+
+    def originals(self, index: range) -> tuple[Any, Any]:
+        """Raw features (B, ...) and visibility of the next B images."""
+
+        def keywords(rows: range, device: torch.device) -> dict[str, Any]:
+            return self.side.take([index[row] for row in rows], device)
+
+        return self.run.features(self.images, len(index), keywords, lambda row: f"images[{index[row]}]")
+
+    def generated(self, index: range) -> tuple[Any, Any]:
+        """Raw features (B, M, ...) and visibility of the next B images' generated images."""
+        m = self.num_poses
+
+        def keywords(rows: range, device: torch.device) -> dict[str, Any]:
+            of_image = self.side.take([index[row // m] for row in rows], device)
+            return {**of_image, **self.pose_side.take([row % m for row in rows], device)}
+
+        items = (picture for _ in index for picture in next(self.pictures))
+        outputs = self.run.features(
+            items, len(index) * m, keywords, lambda row: f"generated image {row % m + 1} of images[{index[row // m]}]"
+        )
+        features, visibility = (
+            None if output is None else output.reshape(len(index), m, *output.shape[1:]) for output in outputs
+        )
+        return features, visibility

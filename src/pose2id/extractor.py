@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -105,6 +105,7 @@ def extract(
     inputs: str = "batch",
     batch_size: int = 64,
     device: torch.device | str | None = None,
+    flip: bool = False,
     progress: bool = True,
     side_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
@@ -121,6 +122,8 @@ def extract(
         inputs: "batch", or "images" for an extractor that takes a list of paths or (H, W, 3) uint8 RGB arrays.
         batch_size: images per call.
         device: where batches go; None: where the module's parameters are, else the CPU. The model is never moved.
+        flip: add the feature of the image mirrored left to right: f(x) + f(mirror(x)), from a second call with the same
+            side inputs. Tensors are mirrored after the transform; for `inputs="images"` files are read for it.
         progress: show a bar on a terminal.
         side_inputs: keywords for the extractor. Tensors, arrays and lists have one entry per image and are sliced with
             the batch, in the container they come in (tensors also go to its device); so are tuples of that length.
@@ -134,22 +137,138 @@ def extract(
         TypeError, ValueError: bad input, an unreadable image (named by index and path), an output that is no feature.
     """
     items = checked_images(images)
-    checked_choice(inputs, "inputs", INPUTS)
+    side = SideInputs(side_inputs or {}, len(items))
+    with extracting(
+        extractor,
+        transform=transform,
+        inputs=inputs,
+        batch_size=batch_size,
+        device=device,
+        flip=flip,
+        total=len(items),
+        progress=progress,
+    ) as run:
+        return run.features(iter(items), len(items), side.take, "images[{}]".format)
+
+
+class SideInputs:
+    """Keywords for an extractor: those with one entry for each of n rows follow the rows, the others stay as they are.
+
+    Raises:
+        ValueError: a tensor, array or list of another length, named.
+    """
+
+    def __init__(self, values: Mapping[str, Any], n: int) -> None:
+        self._values = dict(values)
+        self._per_row = {name for name, value in values.items() if _is_per_image(value, name, n)}
+
+    def take(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+        """The keywords of some rows, in that order, repeats too: always fresh, since models may write into them."""
+        return {name: _taken(v, rows, device) if name in self._per_row else v for name, v in self._values.items()}
+
+    def get(self, name: str) -> Any:
+        """The value with one entry per row, or None if there is none of that name."""
+        return self._values[name] if name in self._per_row else None
+
+
+@dataclass
+class Extraction:
+    """An extractor at work: its batches, on one device, and the one form that all its outputs must have."""
+
+    extractor: Extractor
+    transform: Callable[[Image.Image], Tensor] | None
+    inputs: str
+    batch_size: int
+    device: torch.device
+    flip: bool
+    bar: tqdm
+    _form: list[str] = field(default_factory=list)
+
+    def features(
+        self,
+        items: Iterator[Any],
+        n: int,
+        keywords: Callable[[range, torch.device], dict[str, Any]],
+        name: Callable[[int], str],
+    ) -> tuple[Any, Any]:
+        """Features and visibility of the next n items, which are drawn from the iterator batch by batch.
+
+        Args:
+            items: images of every kind that `extract` takes.
+            n: how many.
+            keywords: the side inputs of a range of them.
+            name: what errors call one of them.
+
+        Returns:
+            (n, ...) features and visibility or None, new memory.
+        """
+        features = visibility = finite = None
+        for low in range(0, n, self.batch_size):
+            index = range(low, min(low + self.batch_size, n))
+            part, visible = self._batch([next(items) for _ in index], index, keywords, name)
+            features, visibility = stored(features, part, index, n), stored(visibility, visible, index, n)
+            finite = stored(finite, _finite_rows(part), index, n)
+            self.bar.update(len(index))
+        # Looked at last: until then a GPU need not be waited for.
+        _check_finite(finite, name)
+        return features, visibility
+
+    def _batch(
+        self,
+        items: list[Any],
+        index: range,
+        keywords: Callable[[range, torch.device], dict[str, Any]],
+        name: Callable[[int], str],
+    ) -> tuple[Any, Any]:
+        names = [name(i) for i in index]
+        batch: Any
+        if self.inputs == "batch":
+            batch = _batch(items, names, self.transform, self.device)
+        else:
+            batch = [_native(item, called) for item, called in zip(items, names, strict=True)]
+        # Made before the first call: that may write into its batch, and into the features it has returned.
+        mirrored = _mirrored(batch, names) if self.flip else None
+        features, visibility = self._called(batch, index, keywords, names)
+        if mirrored is not None:
+            features, visibility = _copied(features), _copied(visibility)
+            features = features + self._called(mirrored, index, keywords, names)[0]
+        return features, visibility
+
+    def _called(
+        self, batch: Any, index: range, keywords: Callable[[range, torch.device], dict[str, Any]], names: list[str]
+    ) -> tuple[Any, Any]:
+        outputs = _unpack(self.extractor(batch, **keywords(index, self.device)), len(index))
+        forms = [_form(output) for output in outputs]
+        if not self._form:
+            self._form = forms
+        for found, first in zip(forms, self._form, strict=True):
+            if found != first:
+                raise ValueError(
+                    f"extractor must return one form of output for all batches, got {found} from {names[0]} "
+                    f"on, after {first}."
+                )
+        return outputs
+
+
+@contextmanager
+def extracting(
+    extractor: Extractor,
+    *,
+    transform: Callable[[Image.Image], Tensor] | str | None,
+    inputs: str,
+    batch_size: int,
+    device: torch.device | str | None,
+    flip: bool,
+    total: int,
+    progress: bool,
+) -> Iterator[Extraction]:
+    """An extractor at work, with one bar for all its images; parameters as in `extract`, total: images of the bar."""
+    inputs = checked_choice(inputs, "inputs", INPUTS)
     batch_size = checked_count(batch_size, "batch_size")
-    transform = checked_transform(transform, inputs)
+    checked = checked_transform(transform, inputs)
     target = _device_of(extractor) if device is None else checked_device(device)
-    side = dict(side_inputs or {})
-    per_image = {name for name, value in side.items() if _is_per_image(value, name, len(items))}
-    collected: list[Any] = [None, None]
-    with _evaluating(extractor), tqdm(total=len(items), unit="img", disable=None if progress else True) as bar:
-        for low in range(0, len(items), batch_size):
-            index = range(low, min(low + batch_size, len(items)))
-            batch = _batch(items, index, transform, target) if inputs == "batch" else [_native(items, i) for i in index]
-            share = {name: _sliced(v, index, target) if name in per_image else v for name, v in side.items()}
-            for slot, output in enumerate(_unpack(extractor(batch, **share), index)):
-                collected[slot] = _stored(collected[slot], output, index, len(items))
-            bar.update(len(index))
-    return collected[0], collected[1]
+    with _evaluating(extractor), tqdm(total=total, unit="img", disable=None if progress else True) as bar:
+        yield Extraction(extractor, checked, inputs, batch_size, target, checked_flag(flip, "flip"), bar)
 
 
 def checked_transform(transform: Any, inputs: str) -> Callable[[Image.Image], Tensor] | None:
@@ -169,6 +288,13 @@ def checked_device(device: Any) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}.") from error
+
+
+def checked_flag(value: Any, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return value
 
 
 def checked_images(images: Any, name: str = "images") -> Any:
@@ -226,24 +352,26 @@ def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     return ImageOps.exif_transpose(picture).convert("RGB")
 
 
-def _batch(items: Any, index: range, transform: Callable[[Image.Image], Tensor] | None, device: torch.device) -> Tensor:
+def _batch(
+    items: list[Any], names: list[str], transform: Callable[[Image.Image], Tensor] | None, device: torch.device
+) -> Tensor:
     tensors: list[Tensor] = []
-    for i in index:
+    for item, name in zip(items, names, strict=True):
         if transform is not None:
-            tensor = transform(load_image(items[i], f"images[{i}]"))
+            tensor = transform(load_image(item, name))
         else:
-            tensor = torch.as_tensor(items[i]) if isinstance(items[i], (np.ndarray, Tensor)) else items[i]
+            tensor = torch.as_tensor(item) if isinstance(item, (np.ndarray, Tensor)) else item
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 raise TypeError(
-                    f"images[{i}] must be a float tensor (3, H, W) when there is no transform, got "
-                    f"{type(items[i]).__name__}. Pass transform=, for example one of {', '.join(map(repr, PRESETS))}."
+                    f"{name} must be a float tensor (3, H, W) when there is no transform, got "
+                    f"{type(item).__name__}. Pass transform=, for example one of {', '.join(map(repr, PRESETS))}."
                 )
         if not isinstance(tensor, Tensor) or tensor.ndim != _IMAGE_NDIM:
             shown = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"images[{i}] must give a (3, H, W) tensor, got {shown}. Check the transform.")
+            raise ValueError(f"{name} must give a (3, H, W) tensor, got {shown}. Check the transform.")
         if tensors and tensor.shape != tensors[0].shape:
             raise ValueError(
-                f"images[{i}] must have the size of the batch's other images, {tuple(tensors[0].shape)}, got "
+                f"{name} must have the size of the batch's other images, {tuple(tensors[0].shape)}, got "
                 f"{tuple(tensor.shape)}. Resize them in the transform."
             )
         tensors.append(tensor)
@@ -251,10 +379,38 @@ def _batch(items: Any, index: range, transform: Callable[[Image.Image], Tensor] 
     return torch.stack(tensors).to(device)
 
 
-def _native(items: Any, i: int) -> Any:
-    if isinstance(items[i], (str, os.PathLike)):
-        return os.fspath(items[i])
-    return np.array(load_image(items[i], f"images[{i}]"))
+def _native(item: Any, name: str) -> Any:
+    return os.fspath(item) if isinstance(item, (str, os.PathLike)) else np.array(load_image(item, name))
+
+
+def _mirrored(batch: Any, names: list[str]) -> Any:
+    """Images mirrored left to right, in new memory; paths become arrays."""
+    if isinstance(batch, Tensor):
+        return batch.flip(-1)
+    return [np.array(load_image(item, name))[:, ::-1].copy() for item, name in zip(batch, names, strict=True)]
+
+
+def _copied(output: Any) -> Any:
+    if output is None:
+        return None
+    return output.clone() if isinstance(output, Tensor) else output.copy()
+
+
+def _finite_rows(features: Any) -> Any:
+    """(B,) booleans, in the features' container."""
+    if isinstance(features, np.ndarray):
+        return np.isfinite(features).reshape(len(features), -1).all(1)
+    return torch.isfinite(features).flatten(1).all(1)
+
+
+def _check_finite(finite: Any, name: Callable[[int], str]) -> None:
+    bad = [i for i, fine in enumerate(finite.tolist()) if not fine]
+    if bad:
+        shown = ", ".join(map(name, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise ValueError(
+            f"extractor output must be finite; {len(bad)} of {len(finite)} features hold NaN or infinity ({shown}). "
+            "Find out why the model produces it, or leave these images out."
+        )
 
 
 def _device_of(extractor: Any) -> torch.device:
@@ -297,14 +453,16 @@ def _is_per_image(value: Any, name: str, n: int) -> bool:
     return True
 
 
-def _sliced(value: Any, index: range, device: torch.device) -> Any:
+def _taken(value: Any, rows: Sequence[int], device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value[index.start : index.stop].to(device, copy=True)
-    part = value[index.start : index.stop]
-    return part.copy() if isinstance(part, np.ndarray) else part
+        return value[torch.tensor(rows, device=value.device)].to(device)
+    if isinstance(value, np.ndarray):
+        return value[np.asarray(rows)]
+    taken = [value[i] for i in rows]
+    return tuple(taken) if isinstance(value, tuple) else taken
 
 
-def _unpack(output: Any, index: range) -> tuple[Any, Any]:
+def _unpack(output: Any, count: int) -> tuple[Any, Any]:
     if isinstance(output, Mapping):
         features, visibility = output.get("features"), output.get("visibility")
     elif isinstance(output, Sequence) and len(output) > 0:
@@ -318,9 +476,17 @@ def _unpack(output: Any, index: range) -> tuple[Any, Any]:
             "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
             f"{type(output).__name__}{f' with keys {list(output)}' if isinstance(output, Mapping) else ''}."
         )
-    if features.ndim not in (2, PARTS_NDIM) or len(features) != len(index) or 0 in features.shape:
+    if isinstance(features, np.ndarray):
+        floating = features.dtype.kind == "f"
+    else:
+        floating = features.is_floating_point() and features.layout == torch.strided
+    if not floating:
+        raise TypeError(
+            f"extractor output must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}."
+        )
+    if features.ndim not in (2, PARTS_NDIM) or len(features) != count or 0 in features.shape:
         raise ValueError(
-            f"extractor must return features (B, D) or parts (B, P, D) with B = {len(index)}, one for each image, "
+            f"extractor must return features (B, D) or parts (B, P, D) with B = {count}, one for each image, "
             f"got shape {tuple(features.shape)}. Flatten other shapes in the extractor."
         )
     if visibility is not None and tuple(visibility.shape) != tuple(features.shape[:2]):
@@ -331,20 +497,14 @@ def _unpack(output: Any, index: range) -> tuple[Any, Any]:
     return features, visibility
 
 
-def _stored(whole: Any, part: Any, index: range, n: int) -> Any:
-    """Copy a batch's output into the array of all: a model may reuse its output buffer for the next batch."""
-    if index.start == 0:
-        if part is None:
-            return None
+def stored(whole: Any, part: Any, index: range, n: int) -> Any:
+    """Copy rows into the array of all n, which the first part makes: a model may reuse its output buffer."""
+    if part is None:
+        return None
+    if whole is None:
         shape = (n, *part.shape[1:])
         whole = np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
-    if _form(part) != _form(whole):
-        raise ValueError(
-            f"extractor must return one form of output for all batches, got {_form(part)} from images[{index.start}] "
-            f"on, after {_form(whole)}."
-        )
-    if whole is not None:
-        whole[index.start : index.stop] = part
+    whole[index.start : index.stop] = part
     return whole
 
 

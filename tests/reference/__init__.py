@@ -47,6 +47,50 @@ def fuse(features, generated, eta):
     return np.array(out)
 
 
+def fuse_images(feature, images, pictures, eta):
+    """Eq. 9 from images on, one picture at a time: `feature(picture, i)` in the place of image i (m=None: itself)."""
+    out = []
+    for i, image in enumerate(images):
+        total = 0
+        for m, picture in enumerate(pictures[i]):
+            total = total + np.asarray(feature(picture, i, m), np.float64)
+        fused = np.asarray(feature(image, i, None), np.float64)
+        if len(pictures[i]):
+            fused = fused + eta * total / len(pictures[i])
+        out.append(fused / np.sqrt((fused**2).sum(axis=-1, keepdims=True)))
+    return np.array(out)
+
+
+def fuse_parts(features, generated, eta, visibility):
+    """Eq. 9 part by part, over the generated images that show the part."""
+    out = np.array(features, np.float64)
+    for i, person in enumerate(out):
+        for p, part in enumerate(person):
+            weight, total = 0.0, np.zeros_like(part)
+            for m in range(len(generated[i])):
+                weight += float(visibility[i][m][p])
+                total = total + float(visibility[i][m][p]) * np.asarray(generated[i][m][p], np.float64)
+            fused = part + eta * total / weight if weight > 0 else part
+            out[i, p] = fused / np.sqrt((fused**2).sum())
+    return out
+
+
+def generation_cosines(features, generated):
+    """Mean cosines of originals to their own generated images, to others', and of generated images of one original."""
+
+    def cosine(a, b):
+        return (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+
+    own, other, among = [], [], []
+    for i, f in enumerate(features):
+        for j, poses in enumerate(generated):
+            for m, g in enumerate(poses):
+                (own if i == j else other).append(cosine(f, g))
+                if i == j:
+                    among += [cosine(g, poses[k]) for k in range(len(poses)) if k != m]
+    return np.mean(own), np.mean(other), np.mean(among) if among else None
+
+
 def id2(features, pids, convention):
     """ID² one identity at a time. "published": squared, over samples; "printed": Euclidean, over identities."""
     z, pids = unit(features), np.asarray(pids)

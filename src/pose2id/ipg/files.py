@@ -18,10 +18,10 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from pose2id.extractor import load_image
+from pose2id.generated import SUFFIXES
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pictures import content_key, load_poses, load_reference
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHEETS = "sheets"
 _NOTE = "pose2id"  # the PNG text that tells what a picture was made from
 _GAP = 4  # pixels between the pictures of a contact sheet
@@ -60,7 +60,7 @@ def collect_images(
             raise FileNotFoundError(f"images must be files or directories, and there is no {given}.")
         inside = sorted(path for path in given.rglob("*") if _is_image(path) and not _is_below(path, without))
         if given.is_dir() and not inside:
-            raise FileNotFoundError(f"{given} must hold image files ({', '.join(IMAGE_SUFFIXES)}), and has none.")
+            raise FileNotFoundError(f"{given} must hold image files ({', '.join(SUFFIXES)}), and has none.")
         for path in inside if given.is_dir() else [given]:
             name = path.relative_to(given if given.is_dir() else given.parent).with_suffix("").as_posix()
             if name in found:
@@ -178,7 +178,7 @@ def contact_sheet(
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _is_below(path: Path, directory: str | os.PathLike[str] | None) -> bool:
