@@ -579,8 +579,8 @@ class IdentityGenerator:
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         scale = self.image_size[0] * self.image_size[1] / (512 * 256) * self.dtype.itemsize / 2
-        # Counted at full size in half precision (benchmarks/generation.py --count-memory): 65 MiB for a picture's two
-        # rows of a step, 11 for an eighth of what its reference brings, 960 for the VAE's batch.
+        # Counted at full size in half precision (benchmarks/generation.py --count-memory): 76 MiB for a picture's two
+        # rows of a step and its share of its reference. 1000 for what is not counted, or not at that moment.
         return max(1, min(_CUDA_BATCH, int((0.9 * free / scale / 2**20 - 1000) / 80)))
 
     def _check_sampling(self, num_inference_steps: Any, guidance_scale: Any) -> None:

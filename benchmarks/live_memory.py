@@ -1,0 +1,86 @@
+"""What generation needs of a GPU's memory, counted without one: bytes of the tensors alive, on shapes alone.
+
+Not counted: what an allocator adds by rounding and fragmentation, workspaces of cuDNN, and the CUDA context.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def peaks(call: Callable[[], Any], modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Most bytes alive, of tensors that the call makes, from one module's turn to the next one's.
+
+    The call is on the meta device. Its weights and arguments are not counted.
+    """
+    live = _Live()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: live.turn_of(name)) for name, module in modules.items()
+    ]
+    try:
+        with torch.no_grad(), live, _FusedAttention():
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return live.peaks
+
+
+class _Live(TorchDispatchMode):
+    """Counts every storage from the operation that makes it until nobody holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peaks, self.turn = 0, {"": 0}, ""
+        self._counted: dict[int, int] = {}
+
+    def turn_of(self, name: str) -> None:
+        """From here on, the peak is this module's."""
+        self.turn = name
+        self.peaks.setdefault(name, self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
+        for tensor in filter(_is_tensor, tree_leaves(output)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._counted:
+                self._counted[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+        self.peaks[self.turn] = max(self.peaks[self.turn], self.live + _copied(func, args))
+        return output
+
+    def _free(self, storage: int) -> None:
+        self.live -= self._counted.pop(storage)
+
+
+def _is_tensor(item: Any) -> bool:
+    return isinstance(item, torch.Tensor)
+
+
+def _copied(func: Any, args: Any) -> int:
+    """Bytes of the copy that cuDNN gets of an input that lies in another order than the convolution's weights."""
+    if func is not torch.ops.aten.convolution.default or args[1].is_contiguous():
+        return 0
+    return 0 if args[0].is_contiguous(memory_format=torch.channels_last) else int(args[0].nbytes)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention in one kernel, as CUDA has it: there is no matrix of all pairs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, _, value = args[:3]
+        batch, heads, length, _ = query.shape
+        return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)

@@ -1,0 +1,101 @@
+"""The benchmark of generation: that it runs, and that what it compares with is the published schedule."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import generation
+import live_memory
+from published_generation import PublishedSchedule
+
+CPU = torch.device("cpu")
+
+
+def test_flops_of_the_published_schedule():
+    schedule = PublishedSchedule(generation.empty_parts("full"), generation.scheduler())
+    poses = 8
+    shapes = [(1, 3, 256, 128), (1, 3, 512, 256), (poses, 3, 512, 256), (poses, 4, 64, 32)]
+    inputs = [torch.zeros(shape, device="meta") for shape in shapes]
+
+    def gflop(steps):
+        with FlopCounterMode(display=False) as counter:
+            schedule(*inputs, num_inference_steps=steps)
+        return counter.get_total_flops() / poses / 1e9
+
+    around, first = gflop(1), gflop(2) - gflop(1)
+    # Counted on the published modules: 881.07 GFLOP for a picture's two rows of a step, 20.24 TFLOP for a picture.
+    assert first == pytest.approx(881.07, abs=0.01)
+    assert around + 19 * first == pytest.approx(20243.88, abs=0.01)
+
+
+def test_both_schedules_give_the_same_pictures():
+    parts = generation.random_parts("tiny", CPU, torch.float32)
+    generator = generation.generator_of(generation.sharing(parts, "tiny"), "tiny")
+    schedule = PublishedSchedule(parts, generation.scheduler())
+    inputs = generation.Inputs(1, 3).tensors(generator)
+    published = schedule(*inputs, num_inference_steps=4)
+    torch.testing.assert_close(generation.sample(generator, inputs, 4), published, atol=2e-4, rtol=0)
+    assert published.std() > 0.1
+    # And it would be seen if they did not.
+    guided = schedule(*inputs, num_inference_steps=4, guidance_scale=3.4)
+    with pytest.raises(SystemExit, match="pictures: the outputs differ"):
+        generation.check_agreement(lambda: published, lambda: guided, "pictures")
+
+
+def test_weights_are_the_same_in_every_dtype():
+    full, half = (generation.random_parts("tiny", CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for name, part in full.items():
+        for key, tensor in part.state_dict().items():
+            torch.testing.assert_close(half[name].state_dict()[key], tensor.bfloat16(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ("--throughput --baseline --offload --dtype fp32 bf16 --batch 2 4 --poses 2 --steps 2 --runs 1", 8),
+        ("--step --runs 1", 2),
+        ("--count-memory --batch 8 16 --dtype bf16 fp32", 4),
+    ],
+)
+def test_every_table(options, rows, tmp_path, capsys, monkeypatch):
+    # Processes of their own take seconds to start.
+    monkeypatch.setattr(generation, "resident_peak", lambda *_: None)
+    generation.main([*options.split(), "--size", "tiny", "--device", "cpu", "--json", str(tmp_path / "rows.json")])
+    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len(written) == rows
+    assert len(capsys.readouterr().out.splitlines()) == rows + 2
+    assert all(row.get("speedup", 1) > 0 and row.get("psnr_db", 99) > 20 for row in written)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_peak():
+    args = generation.parsed(["--throughput", "--size", "tiny", "--device", "cpu", "--poses", "2", "--steps", "1"])
+    peak = generation.resident_peak(args, "fp32", "eager", 2, 1)
+    assert 0.01 < peak < 1
+
+
+def test_memory_is_counted_while_it_is_held():
+    layer = torch.nn.Linear(1000, 1000, bias=False, device="meta")
+    inputs = torch.zeros(250, 1000, device="meta")
+    kept = []
+
+    def call():
+        result = layer(inputs)
+        result = layer(result)
+        kept.append(layer(torch.cat([result, result])))
+
+    # The first result is gone when the third one is made, of an input twice as long: 1 + 2 + 2 million bytes.
+    assert live_memory.peaks(call, {"layer": layer})["layer"] == 5_000_000
+
+
+def test_memory_of_attention_has_no_matrix():
+    query = torch.zeros(1, 8, 4096, 40, device="meta")
+    peak = live_memory.peaks(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query), {})
+    assert max(peak.values()) == query.nbytes
