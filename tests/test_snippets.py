@@ -120,7 +120,7 @@ def test_example_of_generation(name, words, written, given, weights, hub, tmp_pa
     printed = capsys.readouterr().out
     if written is None:
         assert len(re.findall(r"mAP +\d", printed)) == 4
-        assert "suggest" in printed
+        assert "retention" in printed
     else:
         with Image.open(written) as sheet:
             assert sheet.size == (9 * 128 + 8 * 4, 2 * 256 + 4)
