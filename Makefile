@@ -31,8 +31,10 @@ bench: .venv/dev.stamp
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plots]'
 	touch $@
 
+# rtmlib without the OpenCV packages that it asks for: they would overwrite the one that is there.
 .venv/dev.stamp: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps rtmlib
 	touch $@ .venv/demo.stamp
 
 # What generation is built on, in the oldest versions that pyproject.toml allows, to be put before the newest ones.

@@ -189,7 +189,8 @@ def test_rtmlib(rtmlib):
 
 
 def test_that_rtmlib_has_these_signatures():
-    real = pytest.importorskip("rtmlib", exc_type=ImportError).Body
+    reason = "needs rtmlib: pip install --no-deps rtmlib"
+    real = pytest.importorskip("rtmlib", reason=reason, exc_type=ImportError).Body
     for name in ("__init__", "__call__"):
         ours, theirs = (inspect.signature(getattr(body, name)).parameters.values() for body in (Body, real))
         assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
