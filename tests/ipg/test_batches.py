@@ -284,6 +284,20 @@ def test_offloading_changes_no_picture(people):
     assert torch.equal(generator.generate(people[:2], standard()[:2], output="tensor", **OPTIONS), expected)
 
 
+def test_constants_follow_the_device(people):
+    generator = tiny.generator()
+    generator.enable_model_cpu_offload("cpu")
+    generator._offload_device = torch.device("cpu", 0)  # stands for another device
+    generator.unconditional_tokens()
+    calls = []
+    generator.identity_encoder.register_forward_hook(lambda *_: calls.append(1))
+    generator.unconditional_tokens()
+    assert calls == []
+    generator.to("cpu")  # where the weights have been all the time
+    generator.unconditional_tokens()
+    assert calls == [1]
+
+
 def test_parts_rest_even_after_an_error(people):
     generator = tiny.generator()
     generator.enable_model_cpu_offload("cpu")

@@ -510,7 +510,10 @@ class IdentityGenerator:
     def unconditional_tokens(self) -> Tensor:
         """(1, N, D): the tokens of nobody, those of a mid-grey image. A constant of the weights, computed once."""
         kind = self.device.type
-        made_from: list[Any] = [torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+        made_from: list[Any] = [
+            self.device,
+            torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind),
+        ]
         for part in (self.identity_encoder, self.identity_tokens):
             made_from.append(part)
             for tensor in part.state_dict().values():
