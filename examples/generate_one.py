@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from PIL import Image
-
 from pose2id import IdentityGenerator
 from pose2id.datasets import SyntheticPedestrians
-from pose2id.ipg.files import contact_sheet
+from pose2id.extractor import load_image
+from pose2id.ipg.files import contact_sheet, seconds_per_picture
 from pose2id.poses import draw, standard
 
 
@@ -26,18 +25,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="fewer are faster and worse (%(default)s)")
     args = parser.parse_args()
 
-    if args.image is None:
-        person = Image.fromarray(SyntheticPedestrians(1)[0].image)
-    else:
-        with Image.open(args.image) as opened:
-            person = opened.convert("RGB")
-    if Path(args.sheet).exists():
-        parser.error(f"{args.sheet} exists")
+    sheet = Path(args.sheet)
+    if sheet.exists() or not sheet.parent.is_dir() or sheet.suffix != ".png":
+        parser.error(f"{sheet} must be a new .png file in a directory that is there")
+    # Read by the library, which knows every mode and applies EXIF rotation.
+    person = load_image(args.image or SyntheticPedestrians(1)[0].image, "image")
 
     generator = IdentityGenerator.from_pretrained(args.weights)
+    minutes = 8 * seconds_per_picture(generator, person, num_inference_steps=args.steps) / 60
+    print(f"8 pictures on {generator.device}: about {minutes:.2g} minutes")
     (pictures,) = generator.generate([person], num_inference_steps=args.steps)
-    contact_sheet(person, [draw(pose) for pose in standard()], pictures).save(args.sheet)
-    print(f"wrote {args.sheet}: the reference, the poses, and the person in them")
+    contact_sheet(person, [draw(pose) for pose in standard()], pictures).save(sheet)
+    print(f"wrote {sheet}: the reference, the poses, and the person in them")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 python examples/whole_pipeline.py --people 10
 
-It shows how the pieces go together, not how good the method is: published weights were trained on photographs, and the
-model here only knows mean colours.
+With the published weights it wants a GPU: a CPU takes minutes for each of the 8 pictures of an image. It shows how the
+pieces go together, not how good the method is: published weights were trained on photographs, and the model here only
+knows mean colours.
 """
 
 from __future__ import annotations

@@ -621,6 +621,7 @@ def test_bad_features(q, g, error, message):
         ({"transform": "pmt", "inputs": "images"}, ValueError, "transform must be None"),
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
         ({"num_poses": -1}, ValueError, "num_poses must be at least 0"),
+        ({"generate_options": {"seed": 3}}, ValueError, "generate_options must not be given without a generator"),
         ({"num_poses": 2.0}, TypeError, "num_poses must be an integer"),
         ({"num_poses": 9, **GENERATED}, ValueError, "num_poses must be at most 8, the number of poses, got 9"),
         (

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from pose2id import Centralizer
-from pose2id.generated import find
+from pose2id.extractor import Preprocess, content_key
+from pose2id.generated import find, read_note
+from pose2id.poses import standard
 
 
 def make(root, *names):
@@ -204,3 +207,67 @@ class TestCentralizer:
     def test_bad_directories_are_refused_at_once(self, generated, count, error, message, data):
         with pytest.raises(error, match=message):
             Centralizer(transform="pmt", generated=data[2] if generated is None else generated, num_poses=count)
+
+
+class TestNotes:
+    """What generated pictures say that they were made from."""
+
+    @pytest.fixture
+    def original(self, tmp_path):
+        Image.new("RGB", (10, 20), "red").save(tmp_path / "a.png")
+        return tmp_path / "a.png"
+
+    @pytest.fixture
+    def directory(self, tmp_path, original):
+        with Image.open(original) as picture:
+            key = content_key(picture)
+        for m, pose in enumerate(standard()[:2]):
+            self.save(tmp_path / "gen" / f"pose{m + 1}" / "a.png", image=key, pose=pose.key)
+        return tmp_path / "gen"
+
+    def save(self, path, **note):
+        text = PngImagePlugin.PngInfo()
+        text.add_text("pose2id", json.dumps(note))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 20), "blue").save(path, pnginfo=text)
+
+    def call(self, directory, images, **options):
+        options = {"transform": Preprocess((20, 10), (0, 0, 0), (1, 1, 1)), "num_poses": 2, **options}
+        return Centralizer(lambda batch: batch.mean((2, 3)), generated=directory, **options)(images, progress=False)
+
+    def test_that_fit(self, directory, original):
+        expected = np.array([1.0, 0.0, 2.0]) / np.sqrt(5)
+        np.testing.assert_allclose(self.call(directory, [original])[0], expected, atol=1e-6)
+        np.testing.assert_allclose(self.call(directory, [original], poses=standard()[:2])[0], expected, atol=1e-6)
+
+    def test_of_another_image(self, directory, original):
+        Image.new("RGB", (10, 20), "green").save(original)
+        with pytest.raises(
+            ValueError, match=r"images\[0\] .*a\.png\), and .*pose1.*a\.png was made from another image"
+        ):
+            self.call(directory, [original])
+
+    def test_in_another_pose(self, directory, original):
+        with pytest.raises(ValueError, match=r"pose1.*a\.png is in another pose than poses\[0\]"):
+            self.call(directory, [original], poses=standard()[2:4])
+        with Image.open(original) as picture:
+            key = content_key(picture)
+        other = original.with_name("b.png")
+        other.write_bytes(original.read_bytes())
+        for m in (1, 2):
+            self.save(directory / f"pose{m}" / "b.png", image=key, pose=standard()[2 * m - 2].key)
+        with pytest.raises(
+            ValueError, match=r"pose2.*b\.png is in another pose than those of other images in its folder"
+        ):
+            self.call(directory, [original, other])
+
+    def test_of_other_programs(self, directory, original):
+        for file in directory.rglob("*.png"):
+            Image.new("RGB", (10, 20), "blue").save(file)
+        Image.new("RGB", (10, 20), "green").save(original)
+        assert self.call(directory, [original]).shape == (1, 3)
+
+    @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n and no more"])
+    def test_of_what_is_no_picture(self, tmp_path, content):
+        (tmp_path / "x.png").write_bytes(content)
+        assert read_note(tmp_path / "x.png") == {}

@@ -38,6 +38,7 @@ from pose2id.extractor import (
 )
 from pose2id.generated import (
     Generator,
+    check_notes,
     checked_directory,
     checked_generator,
     checked_options,
@@ -83,7 +84,9 @@ class Centralizer:
         generator: makes pictures of the person on an image in other poses: a `pose2id.IdentityGenerator`, or any
             object with its `generate_iter` (`pose2id.generated.Generator`).
         generated: a directory of already generated images in place of a generator, `DIR/pose{m}/name` or a folder for
-            each image (`pose2id.generated.find`); images must then be paths.
+            each image (`pose2id.generated.find`); images must then be paths. Pictures that tell what they were made
+            from, as those of `pose2id generate` do, must have been made from these images, in these poses; others are
+            taken as they are.
         poses: "standard", the paper's eight, or a sequence of `pose2id.poses.Pose` or drawn poses.
         num_poses: M of eq. 9: the first so many of the poses. None: 8, or all of your own poses. 0: nothing is
             generated.
@@ -141,7 +144,7 @@ class Centralizer:
         self.generate_options = checked_options({} if generate_options is None else generate_options)
         self._check_generation()
         self.poses: tuple[Any, ...] = ()
-        if generator is not None or self.pose_inputs:
+        if generator is not None or self.pose_inputs or not isinstance(poses, str):
             self.poses = checked_poses(poses, self.num_poses, drawings=not self.pose_inputs)
 
     def __call__(
@@ -344,7 +347,9 @@ class Centralizer:
 
     def _pictures(self, images: Any) -> Iterator[Any]:
         if self.generated is not None:
-            return iter(find(self.generated, images, self.num_poses))
+            found = find(self.generated, images, self.num_poses)
+            check_notes(found, images, self.poses)
+            return iter(found)
         if self.generator is not None:
             return generate(self.generator, images, self.poses, self.generate_options)
         raise ValueError(
@@ -361,6 +366,8 @@ class Centralizer:
     def _check_generation(self) -> None:
         if self.generator is not None and self.generated is not None:
             raise ValueError("generator and generated must not be given both: one of them is where pictures come from.")
+        if self.generator is None and self.generate_options:
+            raise ValueError("generate_options must not be given without a generator: there is nothing to generate.")
         given = "generator" if self.generator is not None else "generated" if self.generated is not None else None
         if given and self.transform is None and self.inputs == "batch":
             raise ValueError(

@@ -16,14 +16,15 @@ _FILES = """Feature files, told apart by their ending:
 
 
 _GENERATED = """Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name.
-Run again after an interruption: pictures that are there are kept, the others come out as they would have.
+Run again after an interruption: pictures that are there are kept, the others come out as they would have, but
+for the last digits that another batch costs (1 or 2 of 255 in single values).
 Private repositories: set HF_TOKEN, or log in with `hf auth login`.
 """
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after an error that was printed."""
+    """Run the command line and return its exit status: 0, 2 after an error that was printed, 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every console can print ID²
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         print(f"pose2id: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pose2id: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -75,13 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SRC", help="directory or Hugging Face repository, in either layout")
     convert.add_argument("target", metavar="DST", help="directory to write: new or empty")
-    convert.add_argument(
-        "--revision", default="main", help="branch, tag or commit of SRC, not of the VAE (%(default)s)"
-    )
-    convert.add_argument("--vae", help="directory or repository of the VAE (default: stabilityai/sd-vae-ft-mse)")
     convert.add_argument("--dtype", choices=_DTYPES, help="of DST (default: as in SRC)")
-    convert.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept (default: the Hub client's)")
-    convert.add_argument("--local-files-only", action="store_true", help="download nothing")
+    _add_download(convert, "SRC")
     return parser
 
 
@@ -106,10 +105,24 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--offload", action="store_true", help="for small GPUs: hold one network at a time there")
     generate.add_argument("--compile", action="store_true", help="takes minutes, pays for thousands of pictures")
     generate.add_argument("--overwrite", action="store_true", help="replace other pictures in OUT")
-    generate.add_argument("--local-files-only", action="store_true", help="download nothing")
+    _add_download(generate, "the weights")
     generate.add_argument(
         "--dry-run", action="store_true", help="write nothing: count the pictures, estimate the hours"
     )
+
+
+def _add_download(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--revision", default="main", help=f"branch, tag or commit of {what}, not of the VAE (%(default)s)"
+    )
+    parser.add_argument("--vae", help="directory or repository of the VAE (default: stabilityai/sd-vae-ft-mse)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept (default: the Hub client's)")
+    parser.add_argument("--local-files-only", action="store_true", help="download nothing")
+
+
+def _download(args: argparse.Namespace) -> dict[str, Any]:
+    options = {name: getattr(args, name) for name in ("revision", "cache_dir", "local_files_only")}
+    return {**options, "vae": args.vae} if args.vae else options
 
 
 def _command(commands: Any, name: str, help_text: str, run: Any, epilog: str = "") -> argparse.ArgumentParser:
@@ -160,31 +173,34 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    size = _size(args.size)
+    # Before gigabytes are downloaded.
+    from pose2id._inputs import checked_count, checked_number  # noqa: PLC0415
+
+    settings: dict[str, Any] = {
+        "num_inference_steps": checked_count(args.steps, "--steps"),
+        "guidance_scale": checked_number(args.guidance, "--guidance", 0, 1000),
+        "seed": checked_count(args.seed, "--seed", least=0),
+        "size": _size(args.size),
+    }
+    batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
     from pose2id import poses  # noqa: PLC0415
     from pose2id.ipg import files  # noqa: PLC0415
 
-    images = files.collect_images(args.images, args.out)  # before weights are downloaded
+    images = files.collect_images(args.images, args.out)
     chosen = poses.standard() if args.poses == "standard" else poses.read(args.poses)
     generator = _generator(args)
-    options = {
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance,
-        "seed": args.seed,
-        "size": size,
-        "batch_size": "auto" if args.batch_size is None else args.batch_size,
-    }
-    job: Any = {"poses": chosen, "overwrite": args.overwrite, **options}
+    job: Any = {"poses": chosen, "overwrite": args.overwrite, **settings}
     if args.dry_run:
         count = files.missing_pictures(generator, args.images, args.out, **job)
         print(
             f"{count} pictures to generate, of {len(images)} images in {len(chosen)} poses; {args.out} is not touched"
         )
         if count:
-            seconds = files.seconds_per_picture(generator, next(iter(images.values())), chosen, **options)
-            print(f"about {count * seconds / 3600:.2g} hours on {generator.device}: {1 / seconds:.3g} pictures/s")
+            image = next(iter(images.values()))
+            seconds = files.seconds_per_picture(generator, image, chosen, batch_size=batch_size, **settings)
+            print(f"about {_duration(count * seconds)} on {generator.device}: {1 / seconds:.3g} pictures/s")
         return
-    done = files.generate_files(generator, args.images, args.out, grid=args.grid, **job)
+    done = files.generate_files(generator, args.images, args.out, grid=args.grid, batch_size=batch_size, **job)
     print(f"wrote {done.written} pictures to {args.out}" + (f"; {done.kept} were there already" if done.kept else ""))
 
 
@@ -193,18 +209,19 @@ def _generator(args: argparse.Namespace) -> Any:
 
     from pose2id import IdentityGenerator  # noqa: PLC0415
 
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    options = {"dtype": dtype, "local_files_only": args.local_files_only}
+    options = {"dtype": getattr(torch, args.dtype) if args.dtype else None, "compile": args.compile, **_download(args)}
     if not args.offload:
-        generator = IdentityGenerator.from_pretrained(args.weights, device=args.device, **options)
-    else:
-        generator = IdentityGenerator.from_pretrained(
-            args.weights, device="cpu", **{**options, "dtype": dtype or torch.float16}
-        )
-        generator.enable_model_cpu_offload(args.device or "cuda")
-    if args.compile:
-        generator.compile()
+        return IdentityGenerator.from_pretrained(args.weights, device=args.device, **options)
+    options["dtype"] = options["dtype"] or torch.float16
+    generator = IdentityGenerator.from_pretrained(args.weights, device="cpu", **options)
+    generator.enable_model_cpu_offload(args.device or "cuda")
     return generator
+
+
+def _duration(seconds: float) -> str:
+    """In hours, and in minutes too where these are few."""
+    hours = f"{seconds / 3600:.2g} hours"
+    return hours if seconds > 5 * 3600 else f"{hours} ({seconds / 60:.2g} minutes)"
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -219,16 +236,8 @@ def _convert(args: argparse.Namespace) -> None:
 
     from pose2id.ipg import convert  # noqa: PLC0415
 
-    options = {"vae": args.vae} if args.vae else {}
-    convert(
-        args.source,
-        args.target,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        revision=args.revision,
-        cache_dir=args.cache_dir,
-        local_files_only=args.local_files_only,
-        **options,
-    )
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    convert(args.source, args.target, dtype=dtype, **_download(args))
     print(f"wrote {args.target}")
 
 

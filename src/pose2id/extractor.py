@@ -6,6 +6,7 @@ that read paths. Mean and std are never guessed: the user passes a transform, or
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -346,9 +347,18 @@ def load_image(item: Any, name: str) -> Image.Image:
     )
 
 
+def content_key(picture: Image.Image) -> str:
+    """The hexadecimal SHA-256 of a picture's size and RGB pixels: equal for equal pictures, wherever they come from."""
+    digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
+    digest.update(picture.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
 def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} must have 8 bits a channel, got mode {picture.mode!r}. Scale it to 0..255 first.")
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # else Pillow warns of some palettes
     return ImageOps.exif_transpose(picture).convert("RGB")
 
 

@@ -5,6 +5,7 @@ Either way they come as one sequence of M pictures for each image, in the images
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from pose2id._inputs import checked_count
+from pose2id.extractor import content_key, load_image
 
 if TYPE_CHECKING:
     from pose2id.poses import Pose
 
+NOTE = "pose2id"  # the PNG text in which a generated picture tells what it was made from
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SHOWN = 3
 
@@ -91,7 +95,8 @@ def checked_directory(directory: Any, count: int) -> Path:
         there += 1
     if 0 < there < count:
         raise ValueError(
-            f"num_poses must be at most {there}, the number of folders pose1, pose2, ... in {root}, got {count}."
+            f"num_poses must be at most {there}, the number of folders pose1, pose2, ... in {root}, got {count}. Pass "
+            f"num_poses={there}."
         )
     return root
 
@@ -210,7 +215,7 @@ def _in_pose_folders(root: Path, paths: list[Path], count: int) -> list[list[Pat
 
 def _in_own_folders(root: Path, paths: list[Path], count: int) -> list[list[Path]]:
     folders: dict[str, list[str]] = {}
-    for parent, file in _image_files(root):
+    for parent, file in image_files(root):
         if not os.path.basename(file).lower().startswith("sheet"):
             folders.setdefault(parent, []).append(file)
     names = _names_in(folders, paths)
@@ -239,19 +244,67 @@ def _names_in(known: Mapping[str, Any], paths: list[Path]) -> list[str | None]:
 def _files_by_name(folder: Path) -> dict[str, list[str]]:
     """Image files below a folder, by their relative path without extension."""
     files: dict[str, list[str]] = {}
-    for parent, file in _image_files(folder):
+    for parent, file in image_files(folder):
         stem = os.path.splitext(os.path.basename(file))[0]
         files.setdefault(f"{parent}/{stem}" if parent else stem, []).append(file)
     return files
 
 
-def _image_files(folder: Path) -> Iterator[tuple[str, str]]:
+def image_files(folder: Path) -> Iterator[tuple[str, str]]:
     """(relative folder, path) of all image files below a folder: strings, since there may be a million."""
     for parent, _, names in os.walk(folder, followlinks=True):
         relative = Path(parent).relative_to(folder).as_posix()
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield "" if relative == "." else relative, os.path.join(parent, name)
+
+
+def read_note(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a generated picture says that it was made from; {} for other files."""
+    try:
+        with Image.open(path) as picture:
+            note = json.loads(picture.info.get(NOTE, "{}"))
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: Sequence[Any]) -> None:
+    """Raise where a picture's note says that it shows another image's person, or is in another pose than the others.
+
+    Args:
+        found: of `find`.
+        images: paths of the originals.
+        poses: what the pictures should be in; empty: in the same for all images. Pictures without a note, of other
+            programs, are taken as they are.
+
+    Raises:
+        ValueError: the first such picture, named.
+    """
+    from pose2id.poses import Pose  # noqa: PLC0415 - only generation needs them
+
+    keys: list[str | None] = [
+        pose.key if isinstance(pose, Pose) else content_key(load_image(pose, f"poses[{m}]"))
+        for m, pose in enumerate(poses)
+    ] or [None] * len(found[0])
+    for i, (files, image) in enumerate(zip(found, images, strict=True)):
+        original = None
+        for m, file in enumerate(files):
+            note = read_note(file)
+            if "image" not in note:
+                continue
+            original = original or content_key(load_image(image, f"images[{i}]"))
+            if note["image"] != original:
+                raise ValueError(
+                    f"generated must hold pictures of images[{i}] ({os.fspath(image)}), and {file} was made from "
+                    "another image, as its note says. Generate pictures of this one, into a directory of its own."
+                )
+            keys[m] = keys[m] or note.get("pose")
+            if note.get("pose") != keys[m]:
+                raise ValueError(
+                    f"generated must hold pictures of all images in one set of poses, and {file} is in another pose "
+                    f"than {'poses[' + str(m) + ']' if len(poses) else 'those of other images in its folder'}."
+                )
 
 
 def _one_of(files: list[str], path: Path, i: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from pose2id.ipg import IdentityGenerator, IdentityTokens
+from pose2id.extractor import content_key
+from pose2id.ipg import IdentityGenerator, IdentityTokens, weights
 from pose2id.ipg import generator as generator_module
 from pose2id.ipg.noise import ItemNoise
-from pose2id.ipg.pictures import content_key, pixels
+from pose2id.ipg.pictures import pixels
 from pose2id.poses import Pose, draw, standard
 
 OPTIONS = {"num_inference_steps": 2, "size": None, "progress": False}
@@ -250,21 +252,28 @@ def test_a_compiled_generator_gives_the_same_pictures(people):
     assert set(generator.denoising_unet.state_dict()) == names
 
 
-def test_offloaded_parts_are_brought_one_at_a_time(people, monkeypatch):
+@pytest.fixture
+def offloaded(monkeypatch):
+    """A generator that offloads to a stand-in for another device: what is brought there is a copy."""
     generator = tiny.generator()
-    before = {name: [tensor.data_ptr() for tensor in part.parameters()] for name, part in generator.parts.items()}
-    generator.enable_model_cpu_offload("cpu")
-    # Stands for the other device: what is brought there is a copy.
-    to = torch.Tensor.to
-    brought = generator._offload_device = torch.device("cpu", 0)
+    to, brought = torch.Tensor.to, torch.device("cpu", 0)
+    generator.enable_model_cpu_offload(brought)
     monkeypatch.setattr(
         torch.Tensor, "to", lambda self, *args, **kw: self.clone() if args == (brought,) else to(self, *args, **kw)
     )
+    return generator
+
+
+def pointers(generator):
+    return {name: [tensor.data_ptr() for tensor in part.parameters()] for name, part in generator.parts.items()}
+
+
+def test_offloaded_parts_are_brought_one_at_a_time(people, offloaded):
+    generator, before = offloaded, pointers(offloaded)
     at_work = []
 
     def record(*_):
-        pointers = {name: next(part.parameters()).data_ptr() for name, part in generator.parts.items()}
-        at_work.append({name for name, pointer in pointers.items() if pointer != before[name][0]})
+        at_work.append({name for name, now in pointers(generator).items() if now[0] != before[name][0]})
 
     for name in ("identity_encoder", "reference_unet", "denoising_unet", "pose_encoder"):
         generator.parts[name].register_forward_pre_hook(record)
@@ -273,15 +282,22 @@ def test_offloaded_parts_are_brought_one_at_a_time(people, monkeypatch):
     generator.generate(people[:1], standard()[:2], **{**OPTIONS, "num_inference_steps": 1})
     who = {"identity_encoder", "identity_tokens"}
     assert at_work == [{"pose_encoder"}, who, who, {"vae"}, {"reference_unet"}, {"denoising_unet"}, {"vae"}]
-    after = {name: [tensor.data_ptr() for tensor in part.parameters()] for name, part in generator.parts.items()}
-    assert after == before
+    assert pointers(generator) == before
 
 
-def test_offloading_changes_no_picture(people):
+def test_offloading_changes_no_picture(people, offloaded):
     expected = tiny.generator().generate(people[:2], standard()[:2], output="tensor", **OPTIONS)
-    generator = tiny.generator()
-    generator.enable_model_cpu_offload("cpu")
-    assert torch.equal(generator.generate(people[:2], standard()[:2], output="tensor", **OPTIONS), expected)
+    assert torch.equal(offloaded.generate(people[:2], standard()[:2], output="tensor", **OPTIONS), expected)
+
+
+def test_a_device_ends_offloading(people, offloaded):
+    before = pointers(offloaded)
+    assert offloaded.device == torch.device("cpu", 0)
+    assert offloaded.to(dtype=torch.float32).device == torch.device("cpu", 0)
+    offloaded.to("cpu")
+    assert offloaded.device == torch.device("cpu")
+    with offloaded._at_work("vae"):
+        assert pointers(offloaded) == before
 
 
 def test_constants_follow_the_device(people):
@@ -298,19 +314,26 @@ def test_constants_follow_the_device(people):
     assert calls == [1]
 
 
-def test_parts_rest_even_after_an_error(people):
-    generator = tiny.generator()
-    generator.enable_model_cpu_offload("cpu")
-    with pytest.raises(RuntimeError, match="broken"), generator._at_work("vae"):
+def test_parts_rest_even_after_an_error(offloaded):
+    before, seen = pointers(offloaded), []
+
+    def broken(*_, **__):
+        seen.append(pointers(offloaded)["vae"])
         raise RuntimeError("broken")
-    generator.generate(people[:1], standard()[:1], **OPTIONS)
+
+    offloaded.vae.decode = broken
+    with pytest.raises(RuntimeError, match="broken"):
+        offloaded.decode(torch.zeros(1, *offloaded.latent_shape))
+    assert seen[0] != before["vae"]
+    assert pointers(offloaded) == before
 
 
 def test_devices_that_are_not_there():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    with pytest.raises(ValueError, match="torch sees no CUDA device"):
-        tiny.generator().enable_model_cpu_offload()
+    for call in (tiny.generator().enable_model_cpu_offload, lambda: tiny.generator().to("cuda")):
+        with pytest.raises(ValueError, match="torch sees no CUDA device"):
+            call()
 
 
 def test_precision_by_device():
@@ -319,24 +342,81 @@ def test_precision_by_device():
 
 
 @pytest.mark.parametrize(
-    ("free", "dtype", "expected"),
+    ("free", "dtype", "offload", "expected"),
     [
-        (80, torch.float16, 32),
-        (80, torch.float32, 32),
-        (4, torch.float16, 32),
-        (3, torch.float16, 22),
-        (0.5, torch.float16, 1),
+        (80, torch.float16, False, 32),
+        (4, torch.float16, False, 32),
+        (3, torch.float16, False, 22),
+        (0.5, torch.float16, False, 1),
+        (4, torch.float32, False, 10),
+        (8, torch.float16, True, 32),
+        (4, torch.float16, True, 15),
+        (2, torch.float16, True, 1),
     ],
 )
-def test_batches_of_small_gpus(monkeypatch, free, dtype, expected):
-    generator = tiny.generator(dtype)
-    generator.image_size = (512, 256)
-    generator._offload_device = torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+def test_batches_of_small_gpus(monkeypatch, free, dtype, offload, expected):
+    configs = {name: part.config for name, part in weights.PARTS.items()} | {"vae": tiny.PUBLISHED_VAE}
+    with torch.device("meta"):
+        parts = {name: part.build(configs[name]) for name, part in weights.PARTS.items()}
+    generator = IdentityGenerator(**parts, scheduler=diffusers.DDIMScheduler(**tiny.SCHEDULER)).to(dtype=dtype)
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(IdentityGenerator, "device", device)
+    generator._offload_device = device if offload else None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda asked: (int((free - 1) * 2**30), 80 * 2**30))
+    # What torch holds and doesn't use is free for us.
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda asked: 5 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda asked: 4 * 2**30)
     assert generator.resolve_batch_size("auto") == expected
     assert generator.resolve_batch_size(5) == 5
+
+
+def test_the_bar_counts_pictures(people, monkeypatch):
+    bars = []
+
+    class Bar(generator_module.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(generator_module, "tqdm", Bar)
+    tiny.generator().generate(people[:3], standard()[:2], **{**OPTIONS, "num_inference_steps": 1})
+    assert (bars[0].n, bars[0].total, bars[0].unit) == (6, 6, "img")
+
+
+def test_from_pretrained_lays_out_and_compiles(folder, monkeypatch):
+    done = []
+    monkeypatch.setattr(IdentityGenerator, "_lay_out", lambda self: done.append("laid out"))
+    monkeypatch.setattr(IdentityGenerator, "compile", lambda self: done.append("compiled"))
+    IdentityGenerator.from_pretrained(folder)
+    assert done == ["laid out"]
+    IdentityGenerator.from_pretrained(folder, compile=True)
+    assert done == ["laid out", "laid out", "compiled"]
+
+
+def test_half_precision_rounds_only_in_networks(people):
+    generator, seen = tiny.generator(torch.bfloat16), []
+    sample = generator.sample
+    generator.sample = lambda *args, **options: seen.extend([*args[:2], sample(*args, **options)]) or seen[-1]
+    generator.generate(people[:1], standard()[:1], **OPTIONS)
+    assert [tensor.dtype for tensor in seen] == [torch.float32] * 3
+    assert not torch.equal(seen[1], seen[1].bfloat16().float())
+    assert not torch.equal(seen[2], seen[2].bfloat16().float())
+
+
+def test_pictures_that_are_not_finite_are_named(people):
+    generator = tiny.generator()
+    sample = generator.sample
+
+    def broken(*args, **options):
+        images = sample(*args, **options)
+        images[0, 1, 0, 0, 0] = float("nan")
+        return images
+
+    stream = generator.generate_iter(people[:2], standard()[:2], batch_size=2, **OPTIONS)
+    next(stream)
+    generator.sample = broken
+    with pytest.raises(ValueError, match=r"pictures of images\[1\] must be finite, got .* in number 1 of 2"):
+        next(stream)
 
 
 class Mean(torch.nn.Module):
@@ -392,6 +472,9 @@ def modes():
     yield "RGBA", Image.merge("RGBA", [*PICTURE.split(), grey]), PICTURE
     palette = PICTURE.quantize(16)
     yield "P", palette, palette.convert("RGB")
+    transparent = palette.copy()
+    transparent.info["transparency"] = bytes(range(16))
+    yield "P", transparent, palette.convert("RGB")
     yield "CMYK", PICTURE.convert("CMYK"), PICTURE.convert("CMYK").convert("RGB")
     yield "YCbCr", PICTURE.convert("YCbCr"), PICTURE.convert("YCbCr").convert("RGB")
 
@@ -452,6 +535,9 @@ def test_keys_of_pictures():
         ({"seed": 1.5}, TypeError, "seed must be an integer"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"batch_size": "all"}, TypeError, "batch_size must be an integer"),
+        ({"latents": torch.full((1, 1, 4, 16, 8), float("nan"))}, ValueError, "latents must be finite"),
+        ({"poses": None}, ValueError, "poses must be 'standard' or a sequence .* got None"),
+        ({"poses": 8}, ValueError, "poses must be 'standard' or a sequence .* got 8"),
         ({"output": "numpy"}, ValueError, "output must be one of 'pil', 'tensor'"),
     ],
 )
@@ -492,9 +578,12 @@ def test_on_cuda(generator, people, dtype, least, how, record_property):
 
 
 @pytest.mark.gpu
-def test_convolutions_are_channels_last_on_cuda():
-    weight = tiny.generator(torch.float16).to("cuda").denoising_unet.conv_in.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+def test_convolutions_are_channels_last_on_cuda(folder):
+    offloaded = tiny.generator()
+    offloaded.enable_model_cpu_offload()
+    for generator in (tiny.generator().to("cuda"), IdentityGenerator.from_pretrained(folder), offloaded):
+        weight = generator.denoising_unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu

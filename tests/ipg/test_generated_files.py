@@ -58,11 +58,12 @@ def test_one_file_for_each_image_and_pose(generator, people, tmp_path):
 
 def test_a_file_tells_what_it_was_made_from(people, tmp_path):
     generator = tiny.generator(torch.float64, sources={"yuanc3/Pose2ID": "0123"})
-    generate_files(generator, [people / "a.png"], tmp_path / "out", seed=7, size=None, grid=True, **OPTIONS)
+    settings = {**OPTIONS, "seed": np.int64(7), "size": None, "num_inference_steps": np.int64(3), "guidance_scale": 2}
+    generate_files(generator, [people / "a.png"], tmp_path / "out", grid=True, **settings)
     with Image.open(people / "a.png") as reference:
         image = files.content_key(reference)
-    made = {"image": image, "generated": True, "seed": 7, "num_inference_steps": 1, "guidance_scale": 3.5, "size": None}
-    made |= {"scheduler": "DDIMScheduler", "dtype": "float64", "weights": {"yuanc3/Pose2ID": "0123"}}
+    made = {"image": image, "generated": True, "seed": 7, "num_inference_steps": 3, "guidance_scale": 2.0, "size": None}
+    made |= {"generator": files.fingerprint(generator), "dtype": "float64", "weights": {"yuanc3/Pose2ID": "0123"}}
     for file, pose in (("pose2/a.png", FEW[1].key), ("sheets/a.png", [pose.key for pose in FEW])):
         with Image.open(tmp_path / "out" / file) as picture:
             assert json.loads(picture.info["pose2id"]) == {**made, "pose": pose}
@@ -85,35 +86,107 @@ def test_an_interrupted_run_goes_on(generator, people, tmp_path, monkeypatch):
         generate_files(generator, [people], out, **options)
     monkeypatch.setattr(files, "_save", save)
     assert len(below(out)) == 3
-    assert missing_pictures(generator, [people], out, **options) == 4
-    assert generate_files(generator, [people], out, **options) == files.Written(4, 2)
+    kept = {name: (out / name).stat().st_mtime_ns for name in below(out)}
+    settings = {"poses": FEW, "num_inference_steps": 1}
+    assert missing_pictures(generator, [people], out, **settings) == 3
+    assert generate_files(generator, [people], out, **options) == files.Written(3, 3)
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert contents(out) == contents(whole)
     before = {name: (out / name).stat().st_mtime_ns for name in below(out)}
     assert generate_files(generator, [people], out, **options) == files.Written(0, 6)
     assert {name: (out / name).stat().st_mtime_ns for name in below(out)} == before
 
 
-@pytest.mark.parametrize("changed", ["seed", "image", "weights", "foreign"])
+SETTINGS = {"seed": 1, "guidance_scale": 2.0, "num_inference_steps": 2, "size": (64, 32)}
+
+
+@pytest.mark.parametrize("changed", [*SETTINGS, "image", "foreign"])
 def test_other_files_are_not_replaced_unasked(generator, people, tmp_path, changed):
     out, options = tmp_path / "out", dict(OPTIONS)
     generate_files(generator, [people], out, **options)
-    if changed == "seed":
-        options["seed"] = 1
+    if changed in SETTINGS:
+        options[changed] = SETTINGS[changed]
     if changed == "image":
         Image.new("RGB", (30, 60), "red").save(people / "b.jpg")
-    if changed == "weights":
-        generator = tiny.generator(sources={"user/other": "4567"})
     if changed == "foreign":
         (out / "pose1" / "b.png").write_text("no picture")
     before = contents(out)
-    with pytest.raises(FileExistsError, match=r"\d files are in the place .* were made from other images, settings or"):
+    difference = "no note of pose2id" if changed == "foreign" else changed
+    with pytest.raises(FileExistsError, match=rf"\d files are in the place .*different in: {difference}\."):
         generate_files(generator, [people], out, **options)
     assert contents(out) == before
     written = generate_files(generator, [people], out, overwrite=True, **options)
-    assert written.written == (2 if changed in ("image", "foreign") else 6)
+    assert written.written == {"image": 2, "foreign": 1}.get(changed, 6)
     changed_names = {name for name, content in contents(out).items() if content != before[name]}
     assert changed_names >= {"pose1/b.png"}
+    assert len(changed_names) == written.written
     assert generate_files(generator, [people], out, **options).kept == 6
+
+
+def no_change(generator):
+    pass
+
+
+def other_weights(generator):
+    generator.denoising_unet.conv_in.weight.data *= 0.9
+
+
+def other_schedule(generator):
+    generator.scheduler = type(generator.scheduler).from_config(generator.scheduler.config, timestep_spacing="leading")
+
+
+def other_rounding(generator):
+    generator.round_bank = False
+
+
+def other_precision_of_the_vae(generator):
+    generator.vae.double()
+
+
+def other_sources(generator):
+    generator.sources = {"user/name": "0123"}
+
+
+@pytest.mark.parametrize(
+    "change", [other_weights, other_schedule, other_rounding, other_precision_of_the_vae, other_sources]
+)
+def test_pictures_of_another_generator_are_not_kept(people, tmp_path, change):
+    generate_files(tiny.generator(), [people / "a.png"], tmp_path / "out", **OPTIONS)
+    assert generate_files(tiny.generator(), [people / "a.png"], tmp_path / "out", **OPTIONS).kept == 2
+    other = tiny.generator()
+    change(other)
+    with pytest.raises(FileExistsError, match=r"different in: (generator|weights)\."):
+        generate_files(other, [people / "a.png"], tmp_path / "out", **OPTIONS)
+
+
+def test_sets_of_poses_do_not_mix(generator, people, tmp_path):
+    three = {**OPTIONS, "poses": poses.standard()[:3]}
+    generate_files(generator, [people / "a.png"], tmp_path / "out", **three)
+    with pytest.raises(FileExistsError, match="must not hold pictures in more than 2 poses"):
+        generate_files(generator, [people / "a.png"], tmp_path / "out", overwrite=True, **OPTIONS)
+
+
+def test_another_run_into_the_same_directory_is_noticed(generator, people, tmp_path, monkeypatch):
+    out, iterate = tmp_path / "out", generator.generate_iter
+
+    def meanwhile(*args, **options):
+        results = iterate(*args, **options)
+        monkeypatch.setattr(generator, "generate_iter", iterate)
+        generate_files(generator, [people / "b.jpg"], out, **{**OPTIONS, "seed": 1})
+        return results
+
+    monkeypatch.setattr(generator, "generate_iter", meanwhile, raising=False)
+    with pytest.raises(FileExistsError, match="different in: seed"):
+        generate_files(generator, [people], out, **OPTIONS)
+    assert below(out) == {f"pose{pose}/{name}.png" for pose in (1, 2) for name in "ab"}
+
+
+def test_generated_pictures_are_no_people(generator, people, tmp_path):
+    generate_files(generator, [people / "a.png"], people / "gen", **OPTIONS)
+    with pytest.raises(ValueError, match=r"image gen/pose1/a must be a person's, and .* was generated by pose2id"):
+        generate_files(generator, [people], people / "other", **OPTIONS)
+    with pytest.raises(ValueError, match="images must not be inside the directory to write"):
+        generate_files(generator, [people], people, **OPTIONS)
 
 
 def test_a_failure_leaves_nothing_half_written(generator, people, tmp_path, monkeypatch):
@@ -129,20 +202,52 @@ def test_a_failure_leaves_nothing_half_written(generator, people, tmp_path, monk
 
 
 def test_bad_input_writes_nothing(generator, people, tmp_path):
-    (people / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(ValueError, match=r"image broken cannot be read: .*broken\.png"):
+    for i in range(12):
+        (people / f"broken{i:02}.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(ValueError, match=r"(?s)image broken00 cannot be read: .*image broken09 cannot .*and 2 more"):
         generate_files(generator, [people], tmp_path / "out", **OPTIONS)
-    (people / "broken.png").unlink()
+    for file in people.glob("broken*"):
+        file.unlink()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file"):
+        generate_files(generator, [people], tmp_path / "file", **OPTIONS)
+    for function in (generate_files, missing_pictures):
+        with pytest.raises(ValueError, match="seed must be at least 0"):
+            function(generator, [people], tmp_path / "out", seed=-5)
+        with pytest.raises(TypeError, match="num_inference_stepz"):
+            function(generator, [people], tmp_path / "out", num_inference_stepz=5)
     for option, message in (({"num_inference_steps": 0}, "num_inference_steps"), ({"guidance_scale": -1}, "guidance")):
         with pytest.raises(ValueError, match=message):
             generate_files(generator, [people], tmp_path / "out", **{**OPTIONS, **option})
     assert not (tmp_path / "out").exists()
 
 
+def test_sheets_come_with_their_pictures(generator, people, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(files, "_save", lambda picture, target, note: written.append(target.parent.name))
+    monkeypatch.setattr(files, "load_image", lambda path, name: Image.new("RGB", (8, 16)))
+    generate_files(generator, [people / "a.png", people / "b.jpg"], tmp_path / "out", grid=True, **OPTIONS)
+    assert written == ["pose1", "pose2", "sheets"] * 2
+
+
+def test_other_sheets_are_not_replaced_unasked(generator, people, tmp_path):
+    sheet = tmp_path / "out" / "sheets" / "a.png"
+    sheet.parent.mkdir(parents=True)
+    Image.new("RGB", (5, 5), "red").save(sheet)
+    before = contents(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="no note of pose2id"):
+        generate_files(generator, [people], tmp_path / "out", grid=True, **OPTIONS)
+    assert contents(tmp_path / "out") == before
+    generate_files(generator, [people], tmp_path / "out", grid=True, overwrite=True, **OPTIONS)
+    written = sheet.stat().st_mtime_ns
+    generate_files(generator, [people], tmp_path / "out", grid=True, **OPTIONS)
+    assert sheet.stat().st_mtime_ns == written
+
+
 def test_sheets(generator, people, tmp_path):
     out = tmp_path / "out"
     generate_files(generator, [people], out, **OPTIONS)
-    generate_files(generator, [people], out, grid=True, **OPTIONS)
+    assert generate_files(generator, [people], out, grid=True, **OPTIONS) == files.Written(0, 6)
     assert {name for name in below(out) if name.startswith("sheets")} == {
         "sheets/a.png",
         "sheets/b.png",
@@ -178,6 +283,11 @@ class TestCollect:
             path.write_bytes((people / "a.png").read_bytes())
         assert set(collect_images([people], people / "out")) == {"a", "b", "cam1/a"}
 
+    def test_links_are_followed(self, people, tmp_path):
+        (tmp_path / "linked").mkdir()
+        (tmp_path / "linked" / "link").symlink_to(people)
+        assert set(collect_images([tmp_path / "linked"])) == {"link/a", "link/b", "link/cam1/a"}
+
     def test_errors(self, people, tmp_path):
         with pytest.raises(ValueError, match=r"images must have different names, got .*people/a.png and .*cam1/a.png"):
             collect_images([people / "a.png", people / "cam1"])
@@ -204,6 +314,12 @@ def test_the_probe_counts_steps(generator, people, monkeypatch):
     assert seconds_per_picture(generator, people / "a.png", num_inference_steps=20) == pytest.approx(45)
     assert seconds_per_picture(generator, people / "a.png", num_inference_steps=1) == pytest.approx(7)
     assert steps_seen[:3] == [(1, 1, 1), (1, 1, 1), (1, 1, 3)]
+    monkeypatch.setattr(type(generator), "device", torch.device("cuda"))
+    for batch_size, many, expected in ((20, FEW, (10, 2, 1)), (3, None, (1, 3, 1)), (1, FEW, (1, 1, 1))):
+        steps_seen.clear()
+        seconds = seconds_per_picture(generator, people / "a.png", many or "standard", batch_size=batch_size)
+        assert seconds == pytest.approx(45)
+        assert steps_seen[0] == expected
 
 
 @pytest.fixture
@@ -240,13 +356,19 @@ def test_the_standard_poses_are_the_default(command, people, tmp_path):
     assert below(tmp_path / "out") == {f"pose{i}/a.png" for i in range(1, 9)}
 
 
-def test_a_dry_run_writes_nothing(command, tmp_path, capsys):
+def test_a_dry_run_writes_nothing(command, tmp_path, capsys, monkeypatch):
     assert command("--dry-run") == 0
     printed = capsys.readouterr().out
     out = tmp_path / "out"
     assert printed.startswith(f"24 pictures to generate, of 3 images in 8 poses; {out} is not touched\nabout ")
-    assert "hours on cpu: " in printed
+    assert " on cpu: " in printed
     assert not out.exists()
+    monkeypatch.setattr(files, "seconds_per_picture", lambda *_, **__: 3600)
+    assert command("--dry-run") == 0
+    assert "about 24 hours on cpu: 0.000278 pictures/s" in capsys.readouterr().out
+    monkeypatch.setattr(files, "seconds_per_picture", lambda *_, **__: 1)
+    assert command("--dry-run") == 0
+    assert "about 0.0067 hours (0.4 minutes) on cpu" in capsys.readouterr().out
     assert command() == 0
     capsys.readouterr()
     assert command("--dry-run") == 0
@@ -258,10 +380,10 @@ def test_a_dry_run_writes_nothing(command, tmp_path, capsys):
     [
         (["--size", "256"], "--size must be HEIGHTxWIDTH"),
         (["--size", "0x10"], "size must be at least 1"),
-        (["--steps", "0"], "num_inference_steps must be at least 1"),
-        (["--guidance", "-1"], "guidance_scale must be in"),
-        (["--batch-size", "0"], "batch_size must be at least 1"),
-        (["--seed", "-5"], "seed must be at least 0"),
+        (["--steps", "0", "--weights", "/no/weights"], "--steps must be at least 1"),
+        (["--guidance", "-1", "--weights", "/no/weights"], "--guidance must be in"),
+        (["--batch-size", "0", "--weights", "/no/weights"], "--batch-size must be at least 1"),
+        (["--seed", "-5", "--weights", "/no/weights"], "--seed must be at least 0"),
         (["--poses", "nowhere.json"], "nowhere.json"),
         (["--weights", "/no/weights"], "/no/weights"),
         (["--device", "gpu"], "device must be"),
@@ -277,6 +399,43 @@ def test_images_are_checked_before_weights_are_loaded(command, tmp_path, capsys)
     assert command("--weights", "/no/weights", images=["/no/image.png"]) == 2
     assert "there is no /no/image.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_words_for_the_weights(command, monkeypatch):
+    seen = {}
+
+    class StopHereError(Exception):
+        pass
+
+    def from_pretrained(weights, **options):
+        seen.update(options)
+        raise StopHereError
+
+    monkeypatch.setattr(IdentityGenerator, "from_pretrained", from_pretrained)
+    words = ("--compile", "--local-files-only", "--revision", "v1", "--vae", "a/b@c", "--cache-dir", "d")
+    with pytest.raises(StopHereError):
+        command(*words, "--dtype", "bfloat16")
+    assert seen == {
+        "device": "cpu",
+        "dtype": torch.bfloat16,
+        "compile": True,
+        "local_files_only": True,
+        "revision": "v1",
+        "vae": "a/b@c",
+        "cache_dir": "d",
+    }
+    with pytest.raises(StopHereError):
+        command("--offload")
+    assert (seen["device"], seen["dtype"], seen["compile"]) == ("cpu", torch.float16, False)
+
+
+def test_an_interruption_is_no_traceback(command, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "generate_files", interrupted)
+    assert command() == 130
+    assert capsys.readouterr().err.endswith("pose2id: interrupted\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="offloading works here")

@@ -98,6 +98,11 @@ def test_written_poses_are_read_back(tmp_path):
     path = tmp_path / "poses.json"
     poses = [*standard(), *(pose.flipped() for pose in standard()), Pose(ONE.keypoints / 3)]
     write(poses, path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write(poses[:1], path)
+    assert path.read_bytes() == before
+    write(poses, path, overwrite=True)
     back = read(path)
     assert back == poses
     assert [pose.name for pose in back] == [pose.name for pose in poses]
@@ -110,6 +115,8 @@ def test_only_poses_are_written(tmp_path):
         write([ONE, ONE.keypoints], tmp_path / "poses.json")
     with pytest.raises(ValueError, match="at least one pose"):
         write([], tmp_path / "poses.json")
+    with pytest.raises(TypeError, match="Wrap it in a list"):
+        write(ONE, tmp_path / "poses.json")
     assert not list(tmp_path.iterdir())
 
 

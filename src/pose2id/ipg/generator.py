@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 PARTS = tuple(weights.PARTS)
 OUTPUTS = ("pil", "tensor")
 _VAE_BATCH = 4  # pictures that the VAE takes at once: enough to fill a GPU, and what it needs stays small
-_CPU_BATCH, _CUDA_BATCH = 8, 32  # pictures: more rows fill a GPU no further, and a CPU none
+_CPU_BATCH, _CUDA_BATCH = 8, 32  # pictures: rows to fill the small levels of a GPU (assumed); a CPU needs none
 
 
 class IdentityEncoder(Protocol):
@@ -51,8 +51,9 @@ class IdentityEncoder(Protocol):
 class IdentityGenerator:
     """Identity-guided pedestrian generation, IPG (Pose2ID, section 3.2), from built parts; nothing here is trained.
 
-    Parts are adapted in place: put into eval mode, the UNets given their attention processors, the reference UNet
-    relieved of its output head. State dicts keep the names of stock UNets.
+    Not for several threads at once: they would share one scheduler's timesteps. Parts are adapted in place: put into
+    eval mode, the UNets given their attention processors, the reference UNet relieved of its output head. State dicts
+    keep the names of stock UNets.
 
     Args:
         identity_encoder: see `IdentityEncoder`. The tokens were trained with one encoder, and fit no other.
@@ -151,9 +152,7 @@ class IdentityGenerator:
             ValueError: a device that isn't there; an encoder without tokens; a file that holds something else: per
                 part, the missing, unexpected and mis-shaped keys.
         """
-        target = checked_device(_default_device() if device is None else device)
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device must be one that torch sees, got {device!r}, and torch sees no CUDA device here.")
+        target = _present_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         dtype = _default_dtype(target) if dtype is None else weights.checked_dtype(dtype)
         own = {
             name: part
@@ -246,8 +245,12 @@ class IdentityGenerator:
         return dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IdentityGenerator:
-        """Move all parts, and return the generator. A device ends `enable_model_cpu_offload`."""
-        device = None if device is None else checked_device(device)
+        """Move all parts, and return the generator. A device ends `enable_model_cpu_offload`.
+
+        Raises:
+            TypeError, ValueError: a dtype that is none; a device that isn't there.
+        """
+        device = None if device is None else _present_device(device)
         dtype = None if dtype is None else weights.checked_dtype(dtype)
         if device is not None:
             self._offload_device = None
@@ -266,9 +269,9 @@ class IdentityGenerator:
         Raises:
             ValueError: a device that isn't there.
         """
-        target = checked_device(device)
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device must be one that torch sees, got {device!r}, and torch sees no CUDA device here.")
+        target = _present_device(device)
+        if target.type == "cuda" and target.index is None:
+            target = torch.device("cuda", torch.cuda.current_device())
         self.to("cpu")
         self._offload_device = target
         self._lay_out()
@@ -311,7 +314,7 @@ class IdentityGenerator:
             poses: "standard" for the 8 standard poses, or M `pose2id.poses.Pose`, or drawings: images of the OpenPose
                 palette in RGB order on black.
             num_inference_steps: of the scheduler.
-            guidance_scale: at least 0; 1 leaves guidance out.
+            guidance_scale: from 0 to 1000; 1 leaves guidance out.
             seed: at least 0.
             generator: draws the noise in place of the seed, on its device, as (M, 4, h, w) per image in the images'
                 order: with the published seed on CUDA, and the published order of images, the published noise.
@@ -369,11 +372,8 @@ class IdentityGenerator:
         """
         images = checked_images(images, "images")
         drawn = load_poses(poses)
-        self._check_sampling(num_inference_steps, guidance_scale)
-        checked_count(seed, "seed", least=0)
+        settings = self.checked_settings(num_inference_steps, guidance_scale, seed, size)
         checked_choice(output, "output", OUTPUTS)
-        if size is not None:
-            size = _checked_size(size, "size")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
                 f"generator must be a torch.Generator, got {type(generator).__name__}. For a seed pass seed=, or for "
@@ -381,15 +381,17 @@ class IdentityGenerator:
             )
         if latents is not None:
             _check_shape(latents, "latents", (len(images), len(drawn), *self.latent_shape))
+            if not torch.isfinite(latents).all():
+                raise ValueError("latents must be finite, got NaN or infinity.")
         batch_size = self.resolve_batch_size(batch_size)
         for i in range(len(images)):
             load_reference(images[i], f"images[{i}]")
 
-        noise = Noise(self.latent_shape, [key for key, _ in drawn], seed, generator, latents)
-        sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        noise = Noise(self.latent_shape, [key for key, _ in drawn], settings.pop("seed"), generator, latents)
+        size = settings.pop("size")
         drawings = [picture for _, picture in drawn]
-        generated = self._stream(images, drawings, noise, batch_size, progress, sampling)
-        pictures = (to_pictures(in_poses, size) for in_poses in generated)
+        generated = self._stream(images, drawings, noise, batch_size, progress, settings)
+        pictures = (to_pictures(in_poses, size, f"pictures of images[{i}]") for i, in_poses in enumerate(generated))
         return pictures if output == "pil" else map(to_tensor, pictures)
 
     def _stream(
@@ -425,7 +427,7 @@ class IdentityGenerator:
                         if halved or batch_size == 1:
                             raise torch.cuda.OutOfMemoryError(
                                 f"{self.device} has too little memory for batch_size={batch_size}. Pass a smaller one, "
-                                "load the weights with dtype=torch.float16, or call enable_model_cpu_offload()."
+                                "use weights in half precision, or enable_model_cpu_offload()."
                             ) from error
                         batch_size, halved = batch_size // 2, True
                         logger.warning("%s ran out of memory; going on with batch_size=%d", self.device, batch_size)
@@ -504,7 +506,7 @@ class IdentityGenerator:
     @torch.no_grad()
     def encode_identity(self, images: Tensor) -> Tensor:
         """Identity tokens (B, N, D) of images (B, 3, *identity_encoder.image_size) in [0, 1]."""
-        return self._tokens(images * 2 - 1)
+        return self._tokens((images * 2 - 1).to(self.dtype))
 
     @torch.no_grad()
     def unconditional_tokens(self) -> Tensor:
@@ -512,6 +514,7 @@ class IdentityGenerator:
         kind = self.device.type
         made_from: list[Any] = [
             self.device,
+            self.dtype,
             torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind),
         ]
         for part in (self.identity_encoder, self.identity_tokens):
@@ -538,16 +541,19 @@ class IdentityGenerator:
         """Pose features (P, C, h, w) of drawn poses (P, 3, H, W) in [0, 1]; one set serves any number of references."""
         _check_shape(images, "images", (len(images), 3, *self.image_size))
         with self._at_work("pose_encoder"):
-            features: Tensor = self.pose_encoder(images)
-        return features
+            features: list[Tensor] = [self.pose_encoder(part.to(self.dtype)) for part in images.split(_VAE_BATCH)]
+        return torch.cat(features)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w)."""
+        """Images (B, 3, H, W) in [0, 1], of at least single precision, of scaled latents (B, 4, h, w)."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        wide = torch.promote_types(self.vae.dtype, torch.float32)
         with self._at_work("vae"):
-            decoded = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled.split(_VAE_BATCH)])
-        images = decoded / 2 + 0.5
+            # Into new memory at once: a compiled decoder may write its next output over the last one.
+            images = torch.cat(
+                [self.vae.decode(part, return_dict=False)[0].to(wide) / 2 + 0.5 for part in scaled.split(_VAE_BATCH)]
+            )
         # Infinity must not be clamped to white and go unnoticed: its difference with itself is NaN.
         return images.clamp(0, 1) + (images - images)
 
@@ -581,17 +587,37 @@ class IdentityGenerator:
             return _CPU_BATCH
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if self._offload_device is not None:  # the weights at work are not there yet
+            free -= max(sum(tensor.nbytes for tensor in part.parameters()) for part in self.parts.values())
         scale = self.image_size[0] * self.image_size[1] / (512 * 256) * self.dtype.itemsize / 2
         # Counted at full size in half precision (benchmarks/generation.py --count-memory): 76 MiB for a picture's two
         # rows of a step and its share of its reference. 1000 for what is not counted, or not at that moment.
         return max(1, min(_CUDA_BATCH, int((0.9 * free / scale / 2**20 - 1000) / 80)))
+
+    def checked_settings(
+        self,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 3.5,
+        seed: int = 42,
+        size: tuple[int, int] | None = (256, 128),
+    ) -> dict[str, Any]:
+        """What `generate` makes of these arguments: plain numbers, by name; or an error that names one."""
+        self._check_sampling(num_inference_steps, guidance_scale)
+        return {
+            "num_inference_steps": int(num_inference_steps),
+            "guidance_scale": float(guidance_scale),
+            "seed": checked_count(seed, "seed", least=0),
+            "size": None if size is None else _checked_size(size, "size"),
+        }
 
     def _check_sampling(self, num_inference_steps: Any, guidance_scale: Any) -> None:
         checked_count(num_inference_steps, "num_inference_steps", most=self.scheduler.config.num_train_timesteps)
         checked_number(guidance_scale, "guidance_scale", 0, 1000)
 
     def _read(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-        return torch.stack([pixels(picture, size) for picture in pictures]).to(self.device, self.dtype)
+        # Not in half precision: networks get it after scaling to their range, which would round once more.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return torch.stack([pixels(picture, size) for picture in pictures]).to(self.device, wide)
 
     @contextmanager
     def _at_work(self, *names: str) -> Iterator[None]:
@@ -690,8 +716,11 @@ def _check_scheduler(scheduler: Any) -> None:
         )
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _present_device(device: torch.device | str) -> torch.device:
+    target = checked_device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that torch sees, got {device!r}, and torch sees no CUDA device here.")
+    return target
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

@@ -5,7 +5,6 @@ Pixels are made and read as the published code does.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pose2id.extractor import checked_images, load_image
+from pose2id.extractor import checked_images, content_key, load_image
 from pose2id.poses import Pose, draw, standard
 
 LEAST_SIDE = 8  # pixels; on less there is nobody to be seen
@@ -38,8 +37,8 @@ def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
     """
     if isinstance(poses, str) and poses == "standard":
         poses = standard()
-    if isinstance(poses, (str, Pose)):
-        given = repr(poses) if isinstance(poses, str) else "one Pose"
+    if isinstance(poses, (str, Pose)) or not hasattr(poses, "__len__"):
+        given = "one Pose" if isinstance(poses, Pose) else repr(poses)
         raise ValueError(
             f"poses must be 'standard' or a sequence of pose2id.poses.Pose or of drawings, got {given}. "
             "Wrap one pose in a list; pose2id.poses.read(path) reads a file of poses."
@@ -51,20 +50,13 @@ def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
     return loaded
 
 
-def content_key(picture: Image.Image) -> str:
-    """The hexadecimal SHA-256 of a picture's size and RGB pixels: equal for equal pictures, wherever they come from."""
-    digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
-    digest.update(picture.convert("RGB").tobytes())
-    return digest.hexdigest()
-
-
 def pixels(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     """(3, height, width) float32 RGB in [0, 1], resized as the published code does: Lanczos, aspect not kept."""
     resized = picture.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 
-def to_pictures(images: Tensor, size: tuple[int, int] | None) -> list[Image.Image]:
+def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "generated pictures") -> list[Image.Image]:
     """RGB pictures of images (B, 3, H, W) in [0, 1], made and resized as the published code does.
 
     Values are truncated to 8 bits, not rounded; `size` (height, width) is reached with Pillow's bicubic filter.
@@ -72,10 +64,11 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None) -> list[Image.Imag
     Raises:
         ValueError: values that are not finite.
     """
-    if not torch.isfinite(images).all():
+    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    if not all(finite):
         raise ValueError(
-            "generated pictures must be finite, got NaN or infinity: a half precision overflowed, or a weight is not "
-            "finite. Try dtype=torch.bfloat16 or torch.float32."
+            f"{name} must be finite, got NaN or infinity in number {finite.index(False)} of {len(finite)}: a half "
+            "precision overflowed, or a weight is not finite. Try dtype=torch.bfloat16 or torch.float32."
         )
     arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     pictures = [Image.fromarray(array) for array in arrays]

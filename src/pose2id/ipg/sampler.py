@@ -44,11 +44,12 @@ def denoise(
     latents = noise.flatten(0, 1) * scheduler.init_noise_sigma
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_options = {"generator": generator} if takes_generator else {}
-    for timestep in scheduler.timesteps:
+    # The scheduler's own stay where it looks numbers up; the UNet's are copied once, not waited for in each step.
+    for timestep, of_unet in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
         inputs = scheduler.scale_model_input(latents, timestep).to(unet.dtype).repeat(copies, 1, 1, 1)
         prediction = unet(
             torch.cat([inputs, pose_rows], dim=1),
-            timestep,
+            of_unet,
             encoder_hidden_states=None,  # the condition holds their keys and values
             cross_attention_kwargs={"condition": condition},
             return_dict=False,

@@ -270,7 +270,10 @@ def save(
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-            save_file(tensors, file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk is one of these
+                raise OSError(f"{file.name} could not be written: {error}") from error
             # safetensors makes files that nobody else may read.
             shutil.copymode(unfinished / CONFIG_FILE, file)
         # The configuration last: without it, nothing takes the directory for weights.

@@ -63,17 +63,21 @@ def read(
     return poses
 
 
-def write(poses: Sequence[Pose], path: str | os.PathLike[str]) -> None:
+def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write poses and their names in our own format; `read` gives them back exactly.
 
     Args:
         poses: at least one.
-        path: of the file; one that is there is replaced.
+        path: of the file.
+        overwrite: replace the file if it is there.
 
     Raises:
+        FileExistsError: there is such a file.
         OSError: the file cannot be written.
         TypeError, ValueError: something that is no pose, or none at all.
     """
+    if isinstance(poses, Pose):
+        raise TypeError("poses must be a sequence of poses, got one Pose. Wrap it in a list.")
     for i, pose in enumerate(poses):
         if not isinstance(pose, Pose):
             raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")
@@ -83,7 +87,10 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str]) -> None:
         {"name": pose.name, "keypoints": [None if math.isnan(point[0]) else point for point in pose.keypoints.tolist()]}
         for pose in poses
     ]
-    Path(path).write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists. Choose another file, or pass overwrite=True.")
+    target.write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
 
 
 def _parsed(data: Any, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
