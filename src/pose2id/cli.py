@@ -103,7 +103,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--batch-size", type=int, help="pictures at a time (default: what fits)")
     generate.add_argument("--grid", action="store_true", help="also contact sheets, in OUT/sheets")
     generate.add_argument("--offload", action="store_true", help="for small GPUs: hold one network at a time there")
-    generate.add_argument("--compile", action="store_true", help="takes minutes, pays for thousands of pictures")
+    generate.add_argument("--compile", action="store_true", help="slow to begin with, pays for thousands of pictures")
     generate.add_argument("--overwrite", action="store_true", help="replace other pictures in OUT")
     _add_download(generate, "the weights")
     generate.add_argument(

@@ -279,8 +279,8 @@ class IdentityGenerator:
     def compile(self, **options: Any) -> None:
         """Compile the denoising UNet and the VAE's decoder in place, with `torch.compile` and its options.
 
-        The first pictures of each batch shape take minutes longer; it pays for thousands of pictures. Names in state
-        dicts stay as they are.
+        The first batches take much longer, those of another shape too: it pays for thousands of pictures. Names in
+        state dicts stay as they are.
         """
         self.denoising_unet.compile(**options)
         self.vae.decoder.compile(**options)
