@@ -417,7 +417,7 @@ def test_pictures_that_are_not_finite_are_named(people):
     stream = generator.generate_iter(people[:2], standard()[:2], batch_size=2, **OPTIONS)
     next(stream)
     generator.sample = broken
-    with pytest.raises(ValueError, match=r"pictures of images\[1\] must be finite, got .* in number 1 of 2"):
+    with pytest.raises(ValueError, match=r"pictures of images\[1\] must be finite, got .* in picture 2 of 2"):
         next(stream)
 
 

@@ -470,5 +470,7 @@ def test_what_a_generator_shows():
 def test_weights_that_are_not_finite(people, poses, value):
     parts = tiny.parts()
     parts["vae"].decoder.conv_out.bias.data[0] = value
-    with pytest.raises(ValueError, match="generated pictures must be finite"):
+    with pytest.raises(
+        ValueError, match=r"pictures of images\[0\] must be finite, got NaN or infinity in picture 1 of 2"
+    ):
         IdentityGenerator(**parts).generate(people[:1], poses, num_inference_steps=1)

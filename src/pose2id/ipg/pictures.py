@@ -67,7 +67,7 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "gener
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
         raise ValueError(
-            f"{name} must be finite, got NaN or infinity in number {finite.index(False)} of {len(finite)}: a half "
+            f"{name} must be finite, got NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}: a half "
             "precision overflowed, or a weight is not finite. Try dtype=torch.bfloat16 or torch.float32."
         )
     arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
