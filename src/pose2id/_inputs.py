@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -188,6 +188,13 @@ def checked_count(value: Any, name: str, least: int = 1, most: int = 2**63 - 1) 
     if number > most:
         raise ValueError(f"{name} must be at most {most}, got {number}.")
     return number
+
+
+def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
+    """A (height, width) in pixels."""
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise ValueError(f"{name} must be (height, width) in pixels, got {size!r}.")
+    return checked_count(size[0], name), checked_count(size[1], name)
 
 
 def checked_memory(max_memory: Any) -> int:

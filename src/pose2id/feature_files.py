@@ -6,7 +6,6 @@ Both are read as plain arrays: nothing in a file is ever executed. Written files
 from __future__ import annotations
 
 import os
-import secrets
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pose2id._inputs import Rows, checked_labels, checked_pair
+from pose2id._outputs import whole_file
 
 _MAT_NAME_LENGTH = 63
 _NPZ_KEYS = {
@@ -116,15 +116,8 @@ def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwr
     if collisions:
         raise ValueError(f"{', '.join(collisions)} in the file's other arrays would replace the features or labels.")
     write = _write_npz if _suffix(path) == ".npz" else _write_mat
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            write(file, {**named, **features.others})
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("xb") as file:
+        write(file, {**named, **features.others})
 
 
 def _write_npz(file: Any, arrays: Mapping[str, Any]) -> None:

@@ -206,3 +206,19 @@ def test_files_that_are_no_text(tmp_path):
 def test_a_bad_size_is_an_error_in_any_file(file):
     with pytest.raises(ValueError, match=r"^size must be \(height, width\)"):
         read(file({"people": [person(ONE)]}), size=64)
+
+
+def test_a_failure_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "poses.json"
+    write([ONE], path)
+    before = path.read_bytes()
+
+    def full(self, text, **_):
+        self.write_bytes(text[:5].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(OSError, match=r"poses\.json cannot be written: No space left"):
+        write([ONE, ONE], path, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["poses.json"]
+    assert path.read_bytes() == before

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from pose2id._outputs import whole_file
 from pose2id.extractor import content_key, load_image
 from pose2id.generated import NOTE, image_files, read_note
 from pose2id.ipg.generator import IdentityGenerator
@@ -114,11 +114,11 @@ def generate_files(
     """
     generator.resolve_batch_size(batch_size)
     settings = generator.checked_settings(num_inference_steps, guidance_scale, seed, size)
-    job = _Job(generator, collect_images(images, directory), Path(directory), poses, settings, grid, overwrite)
+    job = _Job(generator, images, Path(directory), poses, settings, grid, overwrite)
     options = {**settings, "batch_size": batch_size, "progress": progress}
     results = iter(())
     if job.incomplete:
-        results = generator.generate_iter([job.images[name] for name in job.incomplete], job.chosen, **options)
+        results = generator.generate_iter([job.images[name] for name in job.incomplete], poses, **options)
     for name in job.images:
         if name in job.incomplete:
             job.write(name, next(results))
@@ -141,9 +141,7 @@ def missing_pictures(
 ) -> int:
     """How many pictures `generate_files` would write; arguments and errors are the same."""
     settings = generator.checked_settings(num_inference_steps, guidance_scale, seed, size)
-    return _Job(
-        generator, collect_images(images, directory), Path(directory), poses, settings, False, overwrite
-    ).missing
+    return _Job(generator, images, Path(directory), poses, settings, False, overwrite).missing
 
 
 def seconds_per_picture(
@@ -221,7 +219,7 @@ class _Job:
     def __init__(
         self,
         generator: IdentityGenerator,
-        images: Mapping[str, Path],
+        images: Iterable[str | os.PathLike[str]],
         directory: Path,
         poses: Any,
         settings: Mapping[str, Any],
@@ -230,9 +228,9 @@ class _Job:
     ) -> None:
         if directory.exists() and not directory.is_dir():
             raise FileExistsError(f"directory must be one to write pictures to, and {directory} is a file.")
-        self.images, self.directory, self.chosen, self.overwrite = images, directory, poses, overwrite
+        self.images, self.directory, self.overwrite = collect_images(images, directory), directory, overwrite
         self.poses = load_poses(poses)
-        self._keys = _content_keys(images)
+        self._keys = _content_keys(self.images)
         self._made_with = {
             "generated": True,
             **settings,
@@ -243,8 +241,8 @@ class _Job:
         }
         there = self._there(grid)
         # A dictionary for its order, which is that of the results.
-        self.incomplete = dict.fromkeys(name for name in images if not there.issuperset(self._targets(name)))
-        self.missing = sum(target not in there for name in images for target in self._targets(name))
+        self.incomplete = dict.fromkeys(name for name in self.images if not there.issuperset(self._targets(name)))
+        self.missing = sum(target not in there for name in self.images for target in self._targets(name))
 
     def write(self, name: str, pictures: Sequence[Image.Image]) -> None:
         """Save an image's pictures, but for those that are there."""
@@ -353,10 +351,5 @@ def _save(picture: Image.Image, target: Path, note: str) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text(NOTE, note)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
+    with whole_file(target) as unfinished:
         picture.save(unfinished, "PNG", pnginfo=text)
-        unfinished.replace(target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

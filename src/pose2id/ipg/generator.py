@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id._inputs import blocks, checked_choice, checked_count, checked_number
+from pose2id._inputs import blocks, checked_choice, checked_count, checked_number, checked_size
 from pose2id.extractor import checked_device, checked_images
 from pose2id.ipg import reference, sampler, weights
 from pose2id.ipg.identity import IdentityTokens
@@ -95,12 +95,12 @@ class IdentityGenerator:
         self.pose_encoder = pose_encoder
         self.vae = vae
         self.scheduler = scheduler
-        self.image_size = _checked_size(image_size, "image_size")
+        self.image_size = checked_size(image_size, "image_size")
         self.round_bank = round_bank
         self.sources = dict(sources or {})
         self._unconditional: tuple[list[Any], Tensor] | None = None
         self._offload_device: torch.device | None = None
-        _checked_size(identity_encoder.image_size, "identity_encoder.image_size")
+        checked_size(identity_encoder.image_size, "identity_encoder.image_size")
         _check_scheduler(scheduler)
         _check_unets(reference_unet, denoising_unet)
         self._check_parts()
@@ -607,7 +607,7 @@ class IdentityGenerator:
             "num_inference_steps": int(num_inference_steps),
             "guidance_scale": float(guidance_scale),
             "seed": checked_count(seed, "seed", least=0),
-            "size": None if size is None else _checked_size(size, "size"),
+            "size": None if size is None else checked_size(size, "size"),
         }
 
     def _check_sampling(self, num_inference_steps: Any, guidance_scale: Any) -> None:
@@ -690,12 +690,6 @@ def _check_unets(reference_unet: UNet2DConditionModel, denoising_unet: UNet2DCon
             "reference_unet and denoising_unet must have the same self-attentions, got two architectures: "
             f"{len(differing)} differ, from {differing[0]} on."
         )
-
-
-def _checked_size(size: Any, name: str) -> tuple[int, int]:
-    if not isinstance(size, Sequence) or len(size) != 2:
-        raise ValueError(f"{name} must be (height, width) in pixels, got {size!r}.")
-    return (checked_count(size[0], name), checked_count(size[1], name))
 
 
 def _check_shape(tensor: Any, name: str, shape: tuple[int, ...]) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id._inputs import checked_number
-from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_numbers, checked_size, openpose
+from pose2id._inputs import checked_number, checked_size
+from pose2id._outputs import whole_file
+from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_numbers, openpose
 
 _OF_BODY_25 = [*range(8), *range(9, 19)]  # the 18: all but the middle of the hips, and the feet
 
@@ -87,10 +88,11 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
         {"name": pose.name, "keypoints": [None if math.isnan(point[0]) else point for point in pose.keypoints.tolist()]}
         for pose in poses
     ]
-    target = Path(path)
+    target = Path(path).resolve()  # what a link points to, not the link, is replaced
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Choose another file, or pass overwrite=True.")
-    target.write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
+    with whole_file(target) as unfinished:
+        unfinished.write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
 
 
 def _parsed(data: Any, size: tuple[int, int] | None, threshold: float) -> list[Pose]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id._inputs import checked_count, checked_number
+from pose2id._inputs import checked_number, checked_size
 
 KEYPOINTS = (
     "nose",
@@ -245,13 +244,6 @@ def checked_numbers(values: Any, name: str) -> NDArray[np.float64]:
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be an array of numbers, got {type(values).__name__} of {array.dtype}.")
     return array.astype(np.float64)
-
-
-def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
-    """A (height, width) in pixels."""
-    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
-        raise ValueError(f"{name} must be (height, width) in pixels, got {size!r}.")
-    return checked_count(size[0], name), checked_count(size[1], name)
 
 
 def _check_keypoints(keypoints: NDArray[np.float64]) -> None:
