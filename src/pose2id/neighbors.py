@@ -1,25 +1,26 @@
 """Exact nearest neighbours of every row among the other rows of its own set, in memory linear in the number of rows.
 
-How a row walks through: it is centred, scaled and rounded to float32 (`_Space`); a backend, faiss or torch, returns
-more candidates than needed with float32 distances (`_search`); a rounding bound proves most rows right, the others are
-scored again in float64 (`_Space.settle`). The order is that of float64 distances between the caller's own values, equal
-ones by the lower index. So the result does not depend on the backend, the block size or the number of threads.
+How a row walks through: it is centred, scaled and rounded to float32 (`_space.Space`); a backend finds more candidates
+than needed (`_candidates`); those that may be among the nearest are scored, and a bound on all rounding proves most
+lists right (`Space.rank`); what half precision leaves open is searched in float32, what that leaves open in float64.
+The order is that of float64 distances between the caller's own values, equal ones by the lower index. So the result
+does not depend on the backend, the block size or the number of threads.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pose2id._half import half_dtype, search_half
 from pose2id._inputs import (
     BLOCK_BYTES,
+    MIN_BLOCK_BYTES,
     FeatureArray,
     Rows,
     as_container,
@@ -28,14 +29,18 @@ from pose2id._inputs import (
     checked_count,
     checked_memory,
 )
-from pose2id.distance import full_precision, squared_distances, squared_euclidean
+from pose2id._space import Candidates, RowSource, Space, search_float32
+from pose2id.distance import full_precision, squared_distances
 
 logger = logging.getLogger(__name__)
-_logged: list[str] = []
+_logged: set[str] = set()
 
 BACKENDS = ("auto", "faiss", "torch")
-_FLOAT32_ROUNDING = 2.0**-24
-_FLOAT64_ROUNDING = 2.0**-53
+# Where "auto" takes torch on CPUs that multiply bfloat16 fast, as measured with benchmarks/neighbors.py: elsewhere the
+# products are too small a part of the work, or too many lists stay open.
+_TORCH_MIN_ROWS, _TORCH_MIN_COLUMNS, _TORCH_MAX_K = 3000, 256, 8
+# What lists take of memory for every row: keys of equal rows, norms and bounds; and for every neighbour asked for.
+_ROW_BYTES, _NEIGHBOR_BYTES = 256, 64
 _FAISS_REPAIR = (
     "Both faiss wheels install the module `faiss` and overwrite each other; repair it with "
     "`pip uninstall -y faiss-cpu faiss-gpu` and then `pip install --force-reinstall faiss-gpu` (Linux x86-64) "
@@ -60,10 +65,13 @@ def nearest_neighbors(
         features: (N, D) float16, bfloat16, float32 or float64; numpy array (memory-mapped too) or torch tensor.
         k: number of neighbours, at least 1.
         normalize: compare L2-normalised rows; a zero row stays the zero vector, at distance 1 from every other.
-        backend: "faiss" or "torch" forces one; "auto" takes faiss for CPU features on Linux, and for CUDA features
-            where faiss has GPU code and sees the GPU; torch otherwise.
-        max_memory: bytes that working blocks may take, at least 1 MiB; default 32 MiB. On top of it come the float32
-            copy that is searched (4 N D bytes), the candidate lists (about 60 N (k + 2) bytes), and faiss itself.
+        backend: "faiss" or "torch" forces one; "auto" takes the one that was measured to be faster: torch on CUDA, on
+            macOS and Windows, and on CPUs that multiply bfloat16 fast for at least 3,000 rows of at least 256 columns
+            and k up to 8; faiss elsewhere.
+        max_memory: bytes that the search may take, at least 1 MiB and half of that above what lists of neighbours
+            need, N (256 + 64 k). Where it has no room for copies of all rows (6 N D bytes), rows are read again and
+            again, so that memory-mapped features may be larger than memory. faiss's own memory is not in it. None:
+            copies, lists, and 32 MiB for blocks.
 
     Returns:
         (N, min(k, N - 1)) int64 indices in the container and on the device of `features`.
@@ -76,19 +84,31 @@ def nearest_neighbors(
     return as_container(search(rows, checked_count(k, "k"), backend, max_memory), features)  # type: ignore[return-value]
 
 
-def search(rows: Rows, k: int, backend: str = "auto", max_memory: int | None = None) -> Tensor:
+def search(rows: RowSource, k: int, backend: str = "auto", max_memory: int | None = None) -> Tensor:
     """`nearest_neighbors` on checked rows: (n, min(k, n - 1)) int64 tensor on `rows.device`."""
     checked_choice(backend, "backend", BACKENDS)
-    block_bytes = checked_memory(max_memory)
     k = min(k, rows.n - 1)
+    block_bytes, keep_copy = _budget(rows, k, max_memory)
+    if backend == "faiss" and not keep_copy:
+        raise ValueError(
+            f"backend='faiss' searches a float32 copy of all rows, for which max_memory={max_memory} has no room. "
+            "Allow more memory, or take backend='torch'."
+        )
     if k < 1:
         return torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
     with full_precision(rows.device):
         kept, twin = distinct(rows, k + 1, block_bytes)
-        space = _Space(rows, kept, block_bytes)
+        space = Space(rows, kept, block_bytes, keep_copy=keep_copy)
         # Twice k and two more: a group of exact copies that straddles the k-th place still fits in.
-        values, candidates = _search(space, min(2 * k + 2, space.n - 1), backend)
-        neighbors = kept[space.settle(values, candidates, k)]
+        count = min(2 * k + 2, space.n - 1)
+        found, in_half = _candidates(space, count, k, backend)
+        nearest, certain = space.rank(found, torch.arange(space.n, device=space.device), k)
+        if in_half:
+            rest = torch.nonzero(~certain).flatten()
+            nearest[rest], certain[rest] = space.rank(search_float32(space, rest, count, k), rest, k)
+        rest = torch.nonzero(~certain).flatten()
+        nearest[rest] = space.rank_in_float64(rest, k)
+        neighbors = kept[nearest]
         return neighbors if twin is None else neighbors[twin]
 
 
@@ -106,7 +126,7 @@ def mutual(neighbors: Tensor, k1: int, k2: int) -> Tensor:
     return edges[at] == wanted
 
 
-def distinct(rows: Rows, copies: int, block_bytes: int) -> tuple[Tensor, Tensor | None]:
+def distinct(rows: RowSource, copies: int, block_bytes: int) -> tuple[Tensor, Tensor | None]:
     """The first `copies` of equal rows, by index, and for every row its place among them (None: nothing was dropped).
 
     Of many exact copies only the k + 1 with the lowest indices can be among anybody's k nearest, and every later copy
@@ -139,7 +159,7 @@ def distinct(rows: Rows, copies: int, block_bytes: int) -> tuple[Tensor, Tensor 
     return kept, twin
 
 
-def tying_distances(rows: Rows) -> Callable[[Tensor], Tensor]:
+def tying_distances(rows: RowSource) -> Callable[[Tensor], Tensor]:
     """A function from x (B, D) to its (B, n) squared distances to all rows, in which equal rows are equally far.
 
     A product may round equal columns differently. NFC makes many of them, so equal rows are multiplied once.
@@ -152,137 +172,86 @@ def tying_distances(rows: Rows) -> Callable[[Tensor], Tensor]:
     return lambda x: squared_distances(x, parts, lambda part: rows.read(kept[part], x.dtype))[:, twin]
 
 
-class _Space:
-    """The rows `kept`, by position, in two precisions: float32 for the search, float64 to settle what it leaves open.
-
-    Attributes:
-        n: number of rows.
-        side: rows and columns of one block of distances.
-        copy: (n, D) float32 rows, centred and scaled. Centred, because the features of one model share a large mean
-            that only costs precision; scaled by a power of two to norms of at most 1, so that no square overflows.
-        squares: (n,) float32 squared norms of `copy`.
-        bound: (n,) float64, by how much a squared distance of `copy` to any row may differ from the true one: the
-            rounding of D products and of the rows to float32. Subtracting the same mean from all rows changes no
-            distance by more than the rounding of the result.
-    """
-
-    def __init__(self, rows: Rows, kept: Tensor, block_bytes: int) -> None:
-        self._rows, self._kept, self._block_bytes = rows, kept, block_bytes
-        self.n = len(kept)
-        self.side = max(64, int((block_bytes / 16) ** 0.5))
-        self._parts = list(blocks(self.n, block_bytes // (32 * rows.dim)))
-        self._mean = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
-        for part in self._parts:
-            self._mean += (self._read(part) / self.n).sum(0)
-        largest = max(float((self._read(part) - self._mean).abs().max()) for part in self._parts) * rows.dim**0.5
-        self._scale = 2.0 ** math.frexp(largest)[1]
-        self.copy = torch.empty((self.n, rows.dim), dtype=torch.float32, device=rows.device)
-        self.squares = torch.empty(self.n, dtype=torch.float32, device=rows.device)
-        for part in self._parts:
-            self.copy[part] = self._centred(part)
-            self.squares[part] = self.copy[part].square().sum(1)
-        norms = self.squares.double().sqrt()
-        # D products and sums, 8 further roundings; a tenth more for the second order.
-        self._roundings = (1.1 * rows.dim + 8) * (norms + norms.max()) ** 2
-        self.bound = _FLOAT32_ROUNDING * self._roundings
-
-    def distances(self, part: slice | Tensor, other: slice) -> Tensor:
-        """Float32 squared distances between two sets of positions, wrong by at most `bound`."""
-        return squared_euclidean(self.copy[part], self.copy[other], self.squares[part], self.squares[other])
-
-    def holds(self, values: Tensor, candidates: Tensor) -> bool:
-        """Whether a sample of a backend's float32 distances keeps to the bound, whatever arithmetic it used."""
-        width = candidates.shape[1]
-        sample = torch.arange(0, self.n, max(1, self.n // 64), device=candidates.device)
-        exact = self._exact(sample.repeat_interleave(width), candidates[sample].flatten()).view(-1, width)
-        return bool(((values[sample] - exact).abs() <= self.bound[sample, None]).all())
-
-    def settle(self, values: Tensor, candidates: Tensor, k: int) -> Tensor:
-        """(n, k) positions in exact order, from (n, m) candidates in the order of their float32 values.
-
-        The k-th true distance is at most the k-th value plus the bound, and nothing that the search left out is nearer
-        than the last value minus the bound: where these don't meet, the list is complete. Where the values in it are
-        more than two bounds apart, their order is the true one. Rows whose list may be incomplete, because too many
-        others are about as near, are multiplied again in float64.
-        """
-        values = values.double()
-        complete = values[:, -1] > values[:, k - 1] + 2 * self.bound
-        if candidates.shape[1] == self.n - 1:
-            complete = torch.ones_like(complete)
-        gaps = values.diff(dim=1)[:, :k]
-        ordered = (gaps > 2 * self.bound[:, None]).all(1)
-        result = candidates[:, :k].clone()
-
-        width = candidates.shape[1]
-        for rows in _chunks(complete & ~ordered, self._block_bytes // (32 * self._rows.dim * width)):
-            result[rows] = self._best(rows.repeat_interleave(width), candidates[rows].flatten(), k)
-        # Every chunk reads all rows once: not too few at a time.
-        for rows in _chunks(~complete, max(128, self._block_bytes // (32 * self.n))):
-            near = squared_distances(self._centred(rows), self._parts, self._centred)
-            near[torch.arange(len(rows), device=near.device), rows] = torch.inf
-            # Twice: these distances are rounded, and so are the exact ones of which they must miss none.
-            bound = 2 * _FLOAT64_ROUNDING * self._roundings[rows]
-            limit = near.kthvalue(k, dim=1).values + 2 * bound
-            row, other = torch.nonzero(near <= limit[:, None], as_tuple=True)
-            result[rows] = self._best(rows[row], other, k)
-        return result
-
-    def _best(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        """For pairs grouped by `first`, each group's k best of `second`: by exact distance, then by position."""
-        distance = self._exact(first, second)
-        group, sizes = torch.unique_consecutive(first, return_inverse=True, return_counts=True)[1:]
-        order = torch.argsort(second, stable=True)
-        for key in (distance, group):
-            order = order[torch.argsort(key[order], stable=True)]
-        start = sizes.cumsum(0) - sizes
-        return second[order[start[:, None] + torch.arange(k, device=first.device)]]
-
-    def _exact(self, first: Tensor, second: Tensor) -> Tensor:
-        """Float64 squared distances of pairs of positions, scaled as `copy` is, so that no square overflows."""
-        result = torch.empty(len(first), dtype=torch.float64, device=first.device)
-        for part in blocks(len(first), self._block_bytes // (32 * self._rows.dim)):
-            # A single long row would be summed in pieces, one a thread; two rows are not.
-            pairs = slice(part.start, part.stop) if part.stop - part.start > 1 else [part.start] * 2
-            difference = (self._read(first[pairs]) - self._read(second[pairs])) / self._scale
-            result[part] = difference.square().sum(1)[: part.stop - part.start]
-        return result
-
-    def _centred(self, positions: slice | Tensor) -> Tensor:
-        return (self._read(positions) - self._mean) / self._scale
-
-    def _read(self, positions: slice | Tensor) -> Tensor:
-        return self._rows.read(self._kept[positions], torch.float64)
+def _budget(rows: RowSource, k: int, max_memory: int | None) -> tuple[int, bool]:
+    """Bytes for one block of temporaries, and whether copies of all rows fit into memory besides."""
+    if max_memory is None:
+        # A GPU wants large blocks: it takes longer to start small ones than to compute them.
+        return (16 if rows.device.type == "cuda" else 1) * BLOCK_BYTES, True
+    lists = rows.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k)
+    room = checked_memory(max_memory) - lists
+    least = MIN_BLOCK_BYTES // 2
+    if room < least:
+        raise ValueError(
+            f"max_memory must be at least {lists + least} bytes for lists of {k} neighbours of {rows.n} rows, got "
+            f"{max_memory}."
+        )
+    left = room - 6 * rows.n * (rows.dim + 6)  # float32 and half precision
+    if left >= least:
+        return min(left, BLOCK_BYTES), True
+    return min(room, 8 * BLOCK_BYTES), False
 
 
-def _chunks(mask: Tensor, size: int) -> Iterator[Tensor]:
-    positions = torch.nonzero(mask).flatten()
-    return (positions[part] for part in blocks(len(positions), size))
-
-
-def _search(space: _Space, count: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Each row's `count` nearest others by float32 distance: (n, count) values, ascending, and positions."""
-    on_gpu = space.copy.device.type == "cuda"
-    # On macOS and Windows faiss and torch bring an OpenMP runtime each, and the process may abort: only when forced.
-    if backend == "faiss" or (backend == "auto" and (on_gpu or sys.platform == "linux")):
-        faiss, problem = _faiss(on_gpu)
-        if faiss is not None:
-            try:
-                found = _search_faiss(faiss, space.copy, count)
-                if space.holds(*found):
-                    return found
-                problem = "its distances are further off than float32 arithmetic can be"
-            except Exception as error:  # a broken binary raises whatever it likes
-                problem = repr(error)
+def _candidates(space: Space, count: int, k: int, backend: str) -> tuple[Candidates, bool]:
+    """`count` candidates of every row, and whether half precision found them."""
+    if backend == "faiss" or (backend == "auto" and not _takes_torch(space, k)):
+        found, problem = _search_faiss(space, count, k)
+        if found is not None:
+            return found, False
         if backend == "faiss":
             raise RuntimeError(f"backend='faiss' cannot be used: {problem}. {_FAISS_REPAIR}.")
-        _log_once(problem)
-    return _search_torch(space, count)
+        _log_once(f"neighbours are searched with torch, faiss cannot be used: {problem}. {_FAISS_REPAIR}.")
+    dtype = half_dtype(space.device)
+    if dtype is not None:
+        found = search_half(space, count, k, dtype)
+        if found is not None:
+            return found, True
+        _log_once(f"neighbours are searched in float32: products in {dtype} are less precise here than they should be.")
+    return search_float32(space, torch.arange(space.n, device=space.device), count, k), False
 
 
-def _log_once(problem: str) -> None:
-    if not _logged:
-        _logged.append(problem)
-        logger.warning("neighbours are searched with torch, faiss cannot be used: %s. %s.", problem, _FAISS_REPAIR)
+def _takes_torch(space: Space, k: int) -> bool:
+    # On macOS and Windows faiss and torch bring an OpenMP runtime each, and the process may abort. faiss needs a copy
+    # of all rows, on a GPU through host memory.
+    if sys.platform != "linux" or space.copy is None or space.device.type == "cuda":
+        return True
+    return (
+        half_dtype(space.device) is not None
+        and space.n >= _TORCH_MIN_ROWS
+        and space.dim >= _TORCH_MIN_COLUMNS
+        and k <= _TORCH_MAX_K
+    )
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.warning(message)
+
+
+def _search_faiss(space: Space, count: int, k: int) -> tuple[Candidates | None, str]:
+    """Candidates of every row by faiss's float32 distances; or None, and why faiss cannot be used."""
+    faiss, problem = _faiss(space.device.type == "cuda")
+    if faiss is None or space.copy is None:
+        return None, problem
+    rows = space.copy.cpu().numpy()
+    try:
+        if space.device.type == "cuda":
+            device = space.device.index or 0
+            found = faiss.knn_gpu(faiss.StandardGpuResources(), rows, rows, count + 1, device=device)
+        else:
+            found = faiss.knn(rows, rows, count + 1)
+    except Exception as error:  # a broken binary raises whatever it likes
+        return None, repr(error)
+    values, positions = (torch.from_numpy(array).to(space.device) for array in found)
+    is_self = positions == torch.arange(space.n, device=space.device)[:, None]
+    # Equal rows can push a row off its own list: then the last candidate is one too many.
+    is_self[:, -1] |= ~is_self.any(1)
+    values, positions = values[~is_self].view(-1, count), positions[~is_self].view(-1, count)
+    # Whatever arithmetic it used.
+    sample, exact = space.sample(positions)
+    if not ((values[sample] - exact.square()).abs() <= space.bound[sample, None]).all():
+        return None, "its distances are further off than float32 arithmetic can be"
+    return space.candidates(values, positions, slice(None), k), ""
 
 
 def _faiss(gpu: bool) -> tuple[Any, str]:
@@ -298,31 +267,3 @@ def _faiss(gpu: bool) -> tuple[Any, str]:
     if gpu and faiss.get_num_gpus() == 0:
         return None, "it sees no GPU"
     return faiss, ""
-
-
-def _search_faiss(faiss: ModuleType, copy: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    rows = copy.cpu().numpy()
-    if copy.device.type == "cuda":
-        found = faiss.knn_gpu(faiss.StandardGpuResources(), rows, rows, count + 1, device=copy.device.index or 0)
-    else:
-        found = faiss.knn(rows, rows, count + 1)
-    values, positions = (torch.from_numpy(array).to(copy.device) for array in found)
-    is_self = positions == torch.arange(len(copy), device=copy.device)[:, None]
-    # Equal rows can push a row off its own list: then the last candidate is one too many.
-    is_self[:, -1] |= ~is_self.any(1)
-    return values[~is_self].view(-1, count), positions[~is_self].view(-1, count)
-
-
-def _search_torch(space: _Space, count: int) -> tuple[Tensor, Tensor]:
-    device = space.copy.device
-    values = torch.full((space.n, count), torch.inf, dtype=torch.float32, device=device)
-    positions = torch.zeros((space.n, count), dtype=torch.int64, device=device)
-    for part in blocks(space.n, space.side):
-        for column in blocks(space.n, space.side):
-            block = space.distances(part, column)
-            if part == column:
-                block.fill_diagonal_(torch.inf)
-            found, at = block.topk(min(count, block.shape[1]), dim=1, largest=False)
-            values[part], chosen = torch.cat([values[part], found], 1).topk(count, dim=1, largest=False)
-            positions[part] = torch.cat([positions[part], at + column.start], 1).gather(1, chosen)
-    return values, positions

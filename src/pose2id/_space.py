@@ -1,0 +1,221 @@
+"""A set of rows in the precisions of a nearest-neighbour search, and the proofs that its results are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pose2id._inputs import BLOCK_BYTES, blocks, row_norms
+from pose2id.distance import squared_euclidean
+
+FLOAT32_ROUNDING = 2.0**-24
+_FLOAT64_ROUNDING = 2.0**-53
+
+
+class RowSource(Protocol):
+    """What is searched: `Rows`, or several of them as one."""
+
+    n: int
+    dim: int
+    device: torch.device
+
+    def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """As `Rows.read`."""
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
+        """As `Rows.blocks`."""
+
+
+class Candidates(NamedTuple):
+    """What a search found for some rows: m others of each.
+
+    Attributes:
+        positions: (B, m) int64.
+        possible: (B, m) bool: which of them may be among the k nearest; at least k are.
+        floor: (B,) float64: all rows that are no candidates are at least this far. Infinite: there are none.
+    """
+
+    positions: Tensor
+    possible: Tensor
+    floor: Tensor
+
+
+class Space:
+    """The rows `kept`, by position, in two precisions: float32 for the search, float64 for what it leaves open.
+
+    Attributes:
+        n, dim: number of rows and of columns.
+        device: where they are.
+        block_bytes: what one block of temporaries may take.
+        copy: (n, D) float32 rows, centred and scaled; None where memory has no room for them, then they are computed
+            when needed. Centred, because the features of one model share a large mean that only costs precision;
+            scaled by a power of two to norms of at most 1, the largest at least 1/2, so that no square overflows.
+        squares: (n,) float32 squared norms of these rows.
+        norms: (n,) float64 norms of these rows.
+        bound: (n,) float64, by how much a squared distance from a float32 product may differ from the true one: the
+            rounding of D products and of the rows to float32. Subtracting the same mean from all rows changes no
+            distance by more than the rounding of the result.
+    """
+
+    def __init__(self, rows: RowSource, kept: Tensor, block_bytes: int, *, keep_copy: bool = True) -> None:
+        self._rows, self._kept, self.block_bytes = rows, kept, block_bytes
+        self.n, self.dim, self.device = len(kept), rows.dim, rows.device
+        self._parts = list(blocks(self.n, block_bytes // (32 * rows.dim)))
+        self._mean = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
+        for part in self._parts:
+            self._mean += (self._read(part) / self.n).sum(0)
+        largest = max(float(row_norms(self._read(part) - self._mean).max()) for part in self._parts)
+        self._scale = 2.0 ** math.frexp(largest)[1]
+        self.copy = None
+        if keep_copy:
+            self.copy = torch.empty((self.n, rows.dim), dtype=torch.float32, device=rows.device)
+        self.squares = torch.empty(self.n, dtype=torch.float32, device=rows.device)
+        for part in self._parts:
+            block = self._centred64(part).float()
+            self.squares[part] = block.square().sum(1)
+            if self.copy is not None:
+                self.copy[part] = block
+        self.norms = self.squares.double().sqrt()
+        # D products and sums, 8 further roundings; a tenth more for the second order.
+        self._roundings = (1.1 * rows.dim + 8) * (self.norms + self.norms.max()) ** 2
+        self.bound = FLOAT32_ROUNDING * self._roundings
+
+    def centred(self, positions: slice | Tensor) -> Tensor:
+        """Float32 rows, as `copy` has them."""
+        return self._centred64(positions).float() if self.copy is None else self.copy[positions]
+
+    def candidates(self, values: Tensor, positions: Tensor, rows: slice | Tensor, k: int) -> Candidates:
+        """What (B, m) float32 squared distances of `rows`, ascending and wrong by at most `bound`, say."""
+        values, bound = values.double(), self.bound[rows]
+        possible = values <= (values[:, k - 1] + 2 * bound)[:, None]
+        floor = (values[:, -1] - bound).clamp(min=0).sqrt()
+        if positions.shape[1] == self.n - 1:
+            floor.fill_(torch.inf)
+        return Candidates(positions, possible, floor)
+
+    def sample(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """About 64 rows, and the exact distances (B, m) to the (n, m) positions listed for them."""
+        rows = torch.arange(0, self.n, max(1, self.n // 64), device=self.device)
+        width = positions.shape[1]
+        return rows, self._exact(rows.repeat_interleave(width), positions[rows].flatten()).view(-1, width).sqrt()
+
+    def rank(self, found: Candidates, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest (B, k) of `rows` in exact order, and which (B,) of these lists are certain.
+
+        Possible candidates are scored by their differences to the others, whose distances float32 leaves all but
+        exact. A list is certain if nothing but candidates can be as near as its last member. Where two of its
+        distances are too close to tell their order, they are scored in float64.
+        """
+        result = torch.empty((len(rows), k), dtype=torch.int64, device=self.device)
+        certain = torch.empty(len(rows), dtype=torch.bool, device=self.device)
+        width = found.positions.shape[1]
+        for part in blocks(len(rows), self.block_bytes // (64 * width)):
+            own, positions = rows[part], found.positions[part]
+            row, column = torch.nonzero(found.possible[part], as_tuple=True)
+            distances = torch.full(positions.shape, torch.inf, dtype=torch.float64, device=self.device)
+            distances[row, column] = self._scored(own[row], positions[row, column])
+            distances, order = distances.sort(dim=1)
+            positions = positions.gather(1, order)
+            # Rows were rounded to float32, then differences and squares.
+            wrong = FLOAT32_ROUNDING * (1.1 * (self.norms[own] + self.norms.max()) + 4 * distances[:, k - 1])
+            certain[part] = found.floor[part] > distances[:, k - 1] + wrong
+            tied = (distances[:, : k + 1].diff(dim=1) <= 3 * wrong[:, None]).any(1) & certain[part]
+            for again in _chunks(tied, self.block_bytes // (32 * self.dim * width)):
+                row, column = torch.nonzero(distances[again].isfinite(), as_tuple=True)
+                positions[again, :k] = self._best(own[again[row]], positions[again[row], column], k)
+            result[part] = positions[:, :k]
+        return result, certain
+
+    def rank_in_float64(self, rows: Tensor, k: int) -> Tensor:
+        """The k nearest (B, k) of `rows` in exact order, by float64 products with all rows."""
+        result = torch.empty((len(rows), k), dtype=torch.int64, device=self.device)
+        # Every chunk reads all rows once: not too few at a time.
+        for part in blocks(len(rows), self.block_bytes // (32 * max(self.dim, self._parts[0].stop))):
+            result[part] = self._best(*self._near(rows[part], k), k)
+        return result
+
+    def _near(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Pairs of positions, grouped by the first: all that float64 products leave among the k nearest of `rows`."""
+        x = self._centred64(rows)
+        squares = x.square().sum(1)
+        # Twice: these distances are rounded, and so are the exact ones of which they must miss none.
+        bound = 2 * _FLOAT64_ROUNDING * self._roundings[rows]
+        nearest = torch.full((len(rows), k), torch.inf, dtype=torch.float64, device=self.device)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for part in self._parts:
+            y = self._centred64(part)
+            values = squared_euclidean(x, y, squares, y.square().sum(1))
+            _without_self(values, rows, part)
+            nearest = torch.cat([nearest, values], 1).topk(k, dim=1, largest=False).values
+            row, column = torch.nonzero(values <= nearest[:, -1:] + 2 * bound[:, None], as_tuple=True)
+            found.append((row, column + part.start, values[row, column]))
+        row, other, value = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        near = torch.nonzero(value <= nearest[row, -1] + 2 * bound[row]).flatten()
+        near = near[torch.argsort(row[near], stable=True)]
+        return rows[row[near]], other[near]
+
+    def _best(self, first: Tensor, second: Tensor, k: int) -> Tensor:
+        """For pairs grouped by `first`, each group's k best of `second`: by exact distance, then by position."""
+        distance = self._exact(first, second)
+        group, sizes = torch.unique_consecutive(first, return_inverse=True, return_counts=True)[1:]
+        order = torch.argsort(second, stable=True)
+        for key in (distance, group):
+            order = order[torch.argsort(key[order], stable=True)]
+        start = sizes.cumsum(0) - sizes
+        return second[order[start[:, None] + torch.arange(k, device=first.device)]]
+
+    def _scored(self, first: Tensor, second: Tensor) -> Tensor:
+        """Float64 distances of pairs of positions, from the differences of float32 rows."""
+        result = torch.empty(len(first), dtype=torch.float64, device=self.device)
+        for part in blocks(len(first), self.block_bytes // (24 * self.dim)):
+            difference = self.centred(first[part]).sub_(self.centred(second[part]))
+            result[part] = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
+        return result
+
+    def _exact(self, first: Tensor, second: Tensor) -> Tensor:
+        """Float64 squared distances of pairs of positions, scaled as `copy` is, so that no square overflows."""
+        result = torch.empty(len(first), dtype=torch.float64, device=self.device)
+        for part in blocks(len(first), self.block_bytes // (32 * self.dim)):
+            # A single long row would be summed in pieces, one a thread; two rows are not.
+            pairs = slice(part.start, part.stop) if part.stop - part.start > 1 else [part.start] * 2
+            difference = (self._read(first[pairs]) - self._read(second[pairs])) / self._scale
+            result[part] = difference.square().sum(1)[: part.stop - part.start]
+        return result
+
+    def _centred64(self, positions: slice | Tensor) -> Tensor:
+        return (self._read(positions) - self._mean) / self._scale
+
+    def _read(self, positions: slice | Tensor) -> Tensor:
+        return self._rows.read(self._kept[positions], torch.float64)
+
+
+def search_float32(space: Space, rows: Tensor, count: int, k: int) -> Candidates:
+    """`count` candidates of each of the given positions, by float32 products with all rows."""
+    values = torch.full((len(rows), count), torch.inf, dtype=torch.float32, device=space.device)
+    positions = torch.zeros((len(rows), count), dtype=torch.int64, device=space.device)
+    side = max(64, int((space.block_bytes / 16) ** 0.5))
+    for part in blocks(len(rows), side):
+        own = rows[part]
+        x, squares = space.centred(own), space.squares[own]
+        for column in blocks(space.n, side):
+            block = squared_euclidean(x, space.centred(column), squares, space.squares[column])
+            _without_self(block, own, column)
+            found, at = block.topk(min(count, block.shape[1]), dim=1, largest=False)
+            values[part], chosen = torch.cat([values[part], found], 1).topk(count, dim=1, largest=False)
+            positions[part] = torch.cat([positions[part], at + column.start], 1).gather(1, chosen)
+    return space.candidates(values, positions, rows, k)
+
+
+def _without_self(distances: Tensor, rows: Tensor, part: slice) -> None:
+    """Make the distances (B, part) of the given positions to themselves infinite."""
+    at = torch.nonzero((rows >= part.start) & (rows < part.stop)).flatten()
+    distances[at, rows[at] - part.start] = torch.inf
+
+
+def _chunks(mask: Tensor, size: int) -> Iterator[Tensor]:
+    positions = torch.nonzero(mask).flatten()
+    return (positions[part] for part in blocks(len(positions), size))
