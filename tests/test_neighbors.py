@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pose2id import _half, nearest_neighbors, neighbors
+from pose2id import _half, _space, nearest_neighbors, neighbors
 from pose2id._inputs import Rows
 from pose2id._space import Space
 from pose2id.distance import full_precision
@@ -72,6 +72,7 @@ def searching(way, budget=None):
     """
     with (
         mock.patch.object(neighbors, "half_dtype", return_value=HALVES.get(way)),
+        mock.patch.object(_half, "_OPEN", 1.0),  # even where it decides nothing
         mock.patch.object(
             neighbors, "_budget", **({"return_value": budget} if budget else {"wraps": neighbors._budget})
         ),
@@ -91,8 +92,8 @@ def test_equals_the_literal_search(kind, rng):
         x = make(kind, n, d, rng)
         expected = reference.nearest(x, k)
         for way in WAYS:
-            for budget in (None, (1 << 15, True), (1 << 15, False)):
-                if way == "faiss" and budget == (1 << 15, False):
+            for budget in (None, (1 << 15, True), (1 << 17, False)):
+                if way == "faiss" and budget == (1 << 17, False):
                     continue  # faiss needs a copy of all rows
                 with searching(way, budget) as backend:
                     found = nearest_neighbors(x, k, backend=backend)
@@ -197,8 +198,8 @@ def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
     monkeypatch.setattr(Space, "rank_in_float64", counting_float64)
     monkeypatch.setattr(neighbors, "half_dtype", lambda _: torch.bfloat16)
     nearest_neighbors(big_with_copies(rng), 4, normalize=True, backend="torch")
-    assert 3000 < walked["ranked"][0] < 4000, walked
-    assert 5 < walked["ranked"][1] < 1000, walked
+    assert 3000 < walked["ranked"][1] < 4000, walked  # after the sample
+    assert 5 < walked["ranked"][2] < 1000, walked
     assert walked["float64"] > 3, walked
     assert walked["told apart"] > walked["float64"] + 10, walked
 
@@ -244,10 +245,27 @@ def test_the_largest_of_a_row(shape, rng):
     scores = torch.from_numpy(rng.integers(0, 50, shape)).bfloat16()
     for matrix in (scores, scores.T.contiguous().T):
         for count in (1, 6, min(60, shape[1])):
-            values, columns = _half._largest(matrix, count)
+            values, columns = _space._largest(matrix, count)
             assert torch.equal(values, scores.float().topk(count, dim=1).values)
             assert torch.equal(scores.gather(1, columns).float(), values)
             assert all(len(set(row)) == count for row in columns.tolist())
+
+
+def test_half_precision_that_decides_little_is_not_used(monkeypatch, rng):
+    """Rows at all but the same distance from each other; the others of the set are in clusters."""
+    searched = []
+    float32 = neighbors.search_float32
+    monkeypatch.setattr(
+        neighbors, "search_float32", lambda space, rows, *a: searched.append(len(rows)) or float32(space, rows, *a)
+    )
+    monkeypatch.setattr(neighbors, "half_dtype", lambda _: torch.bfloat16)
+    alike = rng.standard_normal((400, 4000)).astype(np.float32)
+    clusters = np.repeat(alike[:100], 4, axis=0) + 0.2 * rng.standard_normal((400, 4000)).astype(np.float32)
+    for x, rows in ((alike, [400]), (clusters, [0])):
+        found = nearest_neighbors(x, 3, backend="torch")
+        assert searched == rows
+        searched.clear()
+        np.testing.assert_array_equal(found, reference.nearest(x, 3))
 
 
 def test_half_precision_that_is_off_is_not_believed(monkeypatch, rng, caplog):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pose2id._inputs import blocks
-from pose2id._space import FLOAT32_ROUNDING, Candidates, Space
+from pose2id._space import FLOAT32_ROUNDING, Best, Candidates, Space, without_self
 
-_GROUP = 8  # columns of which only the largest is looked at first
 _EXTRA = 6  # columns that hold squared norms
+_SAMPLE = 128  # rows that show whether half precision decides enough
+_OPEN = 0.1  # the share of them that may stay open
 _FASTER = 1.5  # than float32 must products in half precision be, to pay for what comes on top
 
 
@@ -37,23 +38,32 @@ def half_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if seconds[torch.float32] > _FASTER * seconds[torch.bfloat16] else None
 
 
-def search_half(space: Space, count: int, k: int, dtype: torch.dtype) -> Candidates | None:
-    """`count` candidates of every row, by products in half precision; None: these are not what they should be.
+def search_half(space: Space, count: int, k: int, dtype: torch.dtype) -> tuple[Candidates | None, str]:
+    """`count` candidates of every row, by products in half precision.
 
-    Only the blocks of one triangle are multiplied: each has candidates for its rows and for its columns.
+    None where a sample of rows shows that these decide too little, among many rows at all but the same distance; or
+    that they are not what they should be, and then also what is wrong.
     """
     halves = _Halves(space, dtype)
-    scores = torch.full((space.n, count), -torch.inf, dtype=torch.float32, device=space.device)
-    positions = torch.zeros((space.n, count), dtype=torch.int64, device=space.device)
-
-    def update(part: slice, block: Tensor, start: int) -> None:
-        found, at = _largest(block, min(count, block.shape[1]))
-        scores[part], chosen = torch.cat([scores[part], found], 1).topk(count, dim=1)
-        positions[part] = torch.cat([positions[part], at + start], 1).gather(1, chosen)
-
-    side = min(int((space.block_bytes / 8) ** 0.5), space.block_bytes // (8 * (space.dim + _EXTRA)))
-    number = math.ceil(space.n / max(1, side))
+    side = max(1, min(int((space.block_bytes / 8) ** 0.5), space.block_bytes // (8 * (space.dim + _EXTRA))))
+    number = math.ceil(space.n / side)
     parts = list(blocks(space.n, math.ceil(space.n / number)))
+
+    sample = torch.arange(0, space.n, math.ceil(space.n / _SAMPLE), device=space.device)
+    best = Best(len(sample), count, space.device)
+    right = halves.right(sample)
+    for part in parts:
+        block = torch.mm(halves.left(part), right.T).T
+        without_self(block, sample, part)
+        best.update(slice(None), block, part.start)
+    squared = -2 * best.scores
+    if not halves.hold(squared, best.positions, sample):
+        return None, f"products in {dtype} are less precise here than they should be"
+    if space.rank(halves.candidates(squared, best.positions, sample, k), sample, k)[1].double().mean() < 1 - _OPEN:
+        return None, ""
+
+    # Only the blocks of one triangle: each has candidates for its rows and for its columns.
+    best = Best(space.n, count, space.device)
     for j, column in enumerate(parts):
         right = halves.right(column)
         for row in parts[: j + 1]:
@@ -61,9 +71,9 @@ def search_half(space: Space, count: int, k: int, dtype: torch.dtype) -> Candida
             if row == column:
                 block.fill_diagonal_(-torch.inf)
             else:
-                update(column, block.T, row.start)
-            update(row, block, column.start)
-    return halves.candidates(scores.mul_(-2), positions, k)
+                best.update(column, block.T, row.start)
+            best.update(row, block, column.start)
+    return halves.candidates(-2 * best.scores, best.positions, slice(None), k), ""
 
 
 class _Halves:
@@ -81,13 +91,13 @@ class _Halves:
         self._rows = None
         if space.copy is not None:
             self._rows = torch.empty((space.n, space.dim + _EXTRA), dtype=dtype, device=space.device)
-        for part in blocks(space.n, space.block_bytes // (64 * (space.dim + _EXTRA))):
-            rows = self._rounded(part)
+        for part in blocks(space.n, space.block_bytes // (24 * (space.dim + _EXTRA))):
+            rows, rest = self._rounded(part)
             if self._rows is not None:
                 self._rows[part] = rows
-            x, h = rows[:, :-_EXTRA], rows[:, -_EXTRA:-3].double().sum(1)
-            errors[part] = torch.linalg.vector_norm(space.centred(part) - x.float(), dim=1, dtype=torch.float64)
-            residual = torch.maximum(residual, (x.double().square().sum(1) / 2 - h).abs().max())
+            moved = space.centred(part) - rows[:, :-_EXTRA].float()
+            errors[part] = torch.linalg.vector_norm(moved, dim=1, dtype=torch.float64)
+            residual = torch.maximum(residual, rest)
         # How far rounding, to float32 and to half precision, moves a row and the farthest moved of the others.
         errors += 2 * FLOAT32_ROUNDING * (space.norms + errors)
         self._moved = errors + errors.max()
@@ -102,27 +112,29 @@ class _Halves:
         """Rows on the left of a product."""
         if self._rows is not None:
             return self._rows[part]
-        size = self._space.block_bytes // (64 * (self._space.dim + _EXTRA))
-        pieces = blocks(part.stop - part.start, size)
-        return torch.cat([self._rounded(slice(part.start + p.start, part.start + p.stop)) for p in pieces])
+        pieces = blocks(part.stop - part.start, self._space.block_bytes // (24 * (self._space.dim + _EXTRA)))
+        return torch.cat([self._rounded(slice(part.start + p.start, part.start + p.stop))[0] for p in pieces])
 
-    def right(self, part: slice) -> Tensor:
+    def right(self, positions: slice | Tensor) -> Tensor:
         """Rows on its right."""
-        rows = self.left(part)
+        rows = self.left(positions) if isinstance(positions, slice) else self._rounded(positions)[0]
         return torch.cat([rows[:, :-_EXTRA], rows[:, -3:], rows[:, -_EXTRA:-3]], 1)
 
-    def candidates(self, squared: Tensor, positions: Tensor, k: int) -> Candidates | None:
-        """What (n, m) squared distances from products, ascending, say; None if a sample breaks their bounds."""
-        rows, exact = self._space.sample(positions)
+    def hold(self, squared: Tensor, positions: Tensor, rows: Tensor) -> bool:
+        """Whether (B, m) squared distances of `rows` from products, ascending, keep to their bounds."""
         for rank in (0, -1):
-            least, most = self._bounds(squared[rows, rank], rows)
-            if not ((least <= exact[:, rank]) & (exact[:, rank] <= most)).all():
-                return None
-        everything = slice(None)
-        most = self._bounds(squared[:, k - 1], everything)[1]
+            exact = self._space.exact(rows, positions[:, rank])
+            least, most = self._bounds(squared[:, rank], rows)
+            if not ((least <= exact) & (exact <= most)).all():
+                return False
+        return True
+
+    def candidates(self, squared: Tensor, positions: Tensor, rows: slice | Tensor, k: int) -> Candidates:
+        """What (B, m) squared distances of `rows` from products, ascending, say."""
+        most = self._bounds(squared[:, k - 1], rows)[1]
         # The largest product whose true distance may still be as small as the k-th is at most.
-        limit = ((most + self._moved).square() + self._lost) / (1 - self._relative)
-        floor = self._bounds(squared[:, -1], everything)[0]
+        limit = ((most + self._moved[rows]).square() + self._lost[rows]) / (1 - self._relative)
+        floor = self._bounds(squared[:, -1], rows)[0]
         if positions.shape[1] == self._space.n - 1:
             floor.fill_(torch.inf)
         # Rounded to float32, upwards: the comparison needs no copy in float64.
@@ -135,35 +147,13 @@ class _Halves:
         moved = self._moved[rows]
         return (low.clamp(min=0).sqrt() - moved).clamp(min=0), high.clamp(min=0).sqrt() + moved
 
-    def _rounded(self, part: slice) -> Tensor:
-        x = self._space.centred(part).to(self._dtype)
-        rest = x.double().square().sum(1) / 2
+    def _rounded(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Rows for the left, and the largest part of any h that three halves leave out."""
+        x = self._space.centred(positions).to(self._dtype)
+        rest = torch.linalg.vector_norm(x.float(), dim=1, dtype=torch.float64).square() / 2
         terms = []
         for _ in range(3):
             terms.append(rest.to(self._dtype))
             rest = rest - terms[-1].double()
         minus_one = torch.full((len(x), 3), -1, dtype=self._dtype, device=x.device)
-        return torch.cat([x, torch.stack(terms, 1), minus_one], 1)
-
-
-def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(B, count) largest entries of each row, descending float32, and their columns; equal ones in any order.
-
-    Through the maxima of groups of columns, because topk is slow on long rows: what is among the largest is in one of
-    the `count` groups with the largest maxima.
-    """
-    width = scores.shape[1] // _GROUP
-    if width < 2 * count:
-        values, columns = scores.float().topk(count, dim=1)
-        return values, columns
-    grouped = scores[:, : width * _GROUP]
-    if scores.stride(0) == 1:  # a transposed matrix: many times faster so than along its columns
-        maxima = grouped.T.unflatten(0, (_GROUP, width)).amax(0).T
-    else:
-        maxima = grouped.unflatten(1, (_GROUP, width)).amax(1)
-    groups = _largest(maxima, count)[1]
-    members = torch.arange(_GROUP, device=scores.device)[:, None] * width
-    rest = torch.arange(width * _GROUP, scores.shape[1], device=scores.device).expand(len(scores), -1)
-    columns = torch.cat([(groups[:, None] + members).flatten(1), rest], 1)
-    values, at = scores.gather(1, columns).float().topk(count, dim=1)
-    return values, columns.gather(1, at)
+        return torch.cat([x, torch.stack(terms, 1), minus_one], 1), rest.abs().max()

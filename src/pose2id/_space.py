@@ -14,6 +14,8 @@ from pose2id.distance import squared_euclidean
 
 FLOAT32_ROUNDING = 2.0**-24
 _FLOAT64_ROUNDING = 2.0**-53
+_CACHE_BYTES = 2 << 20
+_GROUP = 8  # scores of which only the largest is looked at first
 
 
 class RowSource(Protocol):
@@ -64,7 +66,8 @@ class Space:
     def __init__(self, rows: RowSource, kept: Tensor, block_bytes: int, *, keep_copy: bool = True) -> None:
         self._rows, self._kept, self.block_bytes = rows, kept, block_bytes
         self.n, self.dim, self.device = len(kept), rows.dim, rows.device
-        self._parts = list(blocks(self.n, block_bytes // (32 * rows.dim)))
+        self._read_bytes = 40 * rows.dim  # what one row takes while it is read and centred in float64
+        self._parts = list(blocks(self.n, block_bytes // self._read_bytes))
         self._mean = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
         for part in self._parts:
             self._mean += (self._read(part) / self.n).sum(0)
@@ -86,7 +89,15 @@ class Space:
 
     def centred(self, positions: slice | Tensor) -> Tensor:
         """Float32 rows, as `copy` has them."""
-        return self._centred64(positions).float() if self.copy is None else self.copy[positions]
+        if self.copy is not None:
+            # Indexing gathers the same rows several times as slowly.
+            return self.copy[positions] if isinstance(positions, slice) else self.copy.index_select(0, positions)
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=self.device)
+        result = torch.empty((len(positions), self.dim), dtype=torch.float32, device=self.device)
+        for part in blocks(len(positions), self.block_bytes // (2 * self._read_bytes)):
+            result[part] = self._centred64(positions[part])
+        return result
 
     def candidates(self, values: Tensor, positions: Tensor, rows: slice | Tensor, k: int) -> Candidates:
         """What (B, m) float32 squared distances of `rows`, ascending and wrong by at most `bound`, say."""
@@ -97,11 +108,9 @@ class Space:
             floor.fill_(torch.inf)
         return Candidates(positions, possible, floor)
 
-    def sample(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """About 64 rows, and the exact distances (B, m) to the (n, m) positions listed for them."""
-        rows = torch.arange(0, self.n, max(1, self.n // 64), device=self.device)
-        width = positions.shape[1]
-        return rows, self._exact(rows.repeat_interleave(width), positions[rows].flatten()).view(-1, width).sqrt()
+    def exact(self, first: Tensor, second: Tensor) -> Tensor:
+        """Float64 distances of pairs of positions, all but exact."""
+        return self._exact(first, second).sqrt()
 
     def rank(self, found: Candidates, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest (B, k) of `rows` in exact order, and which (B,) of these lists are certain.
@@ -124,7 +133,7 @@ class Space:
             wrong = FLOAT32_ROUNDING * (1.1 * (self.norms[own] + self.norms.max()) + 4 * distances[:, k - 1])
             certain[part] = found.floor[part] > distances[:, k - 1] + wrong
             tied = (distances[:, : k + 1].diff(dim=1) <= 3 * wrong[:, None]).any(1) & certain[part]
-            for again in _chunks(tied, self.block_bytes // (32 * self.dim * width)):
+            for again in _chunks(tied, self.block_bytes // (64 * width)):
                 row, column = torch.nonzero(distances[again].isfinite(), as_tuple=True)
                 positions[again, :k] = self._best(own[again[row]], positions[again[row], column], k)
             result[part] = positions[:, :k]
@@ -134,7 +143,7 @@ class Space:
         """The k nearest (B, k) of `rows` in exact order, by float64 products with all rows."""
         result = torch.empty((len(rows), k), dtype=torch.int64, device=self.device)
         # Every chunk reads all rows once: not too few at a time.
-        for part in blocks(len(rows), self.block_bytes // (32 * max(self.dim, self._parts[0].stop))):
+        for part in blocks(len(rows), self.block_bytes // (40 * max(self.dim, self._parts[0].stop))):
             result[part] = self._best(*self._near(rows[part], k), k)
         return result
 
@@ -149,7 +158,7 @@ class Space:
         for part in self._parts:
             y = self._centred64(part)
             values = squared_euclidean(x, y, squares, y.square().sum(1))
-            _without_self(values, rows, part)
+            without_self(values, rows, part)
             nearest = torch.cat([nearest, values], 1).topk(k, dim=1, largest=False).values
             row, column = torch.nonzero(values <= nearest[:, -1:] + 2 * bound[:, None], as_tuple=True)
             found.append((row, column + part.start, values[row, column]))
@@ -171,7 +180,9 @@ class Space:
     def _scored(self, first: Tensor, second: Tensor) -> Tensor:
         """Float64 distances of pairs of positions, from the differences of float32 rows."""
         result = torch.empty(len(first), dtype=torch.float64, device=self.device)
-        for part in blocks(len(first), self.block_bytes // (24 * self.dim)):
+        # On a CPU small blocks, which stay in its cache.
+        block_bytes = self.block_bytes if self.device.type == "cuda" else min(self.block_bytes, _CACHE_BYTES)
+        for part in blocks(len(first), block_bytes // (24 * self.dim)):
             difference = self.centred(first[part]).sub_(self.centred(second[part]))
             result[part] = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
         return result
@@ -179,7 +190,7 @@ class Space:
     def _exact(self, first: Tensor, second: Tensor) -> Tensor:
         """Float64 squared distances of pairs of positions, scaled as `copy` is, so that no square overflows."""
         result = torch.empty(len(first), dtype=torch.float64, device=self.device)
-        for part in blocks(len(first), self.block_bytes // (32 * self.dim)):
+        for part in blocks(len(first), self.block_bytes // (2 * self._read_bytes)):
             # A single long row would be summed in pieces, one a thread; two rows are not.
             pairs = slice(part.start, part.stop) if part.stop - part.start > 1 else [part.start] * 2
             difference = (self._read(first[pairs]) - self._read(second[pairs])) / self._scale
@@ -193,24 +204,59 @@ class Space:
         return self._rows.read(self._kept[positions], torch.float64)
 
 
+class Best:
+    """The best of each row, block by block: (B, count) float32 scores, descending, and (B, count) int64 positions."""
+
+    def __init__(self, rows: int, count: int, device: torch.device) -> None:
+        self.scores = torch.full((rows, count), -torch.inf, dtype=torch.float32, device=device)
+        self.positions = torch.zeros((rows, count), dtype=torch.int64, device=device)
+
+    def update(self, part: slice, block: Tensor, start: int) -> None:
+        """Take in scores of the rows `part` for consecutive positions from `start` on."""
+        count = self.scores.shape[1]
+        found, at = _largest(block, min(count, block.shape[1]))
+        self.scores[part], chosen = torch.cat([self.scores[part], found], 1).topk(count, dim=1)
+        self.positions[part] = torch.cat([self.positions[part], at + start], 1).gather(1, chosen)
+
+
 def search_float32(space: Space, rows: Tensor, count: int, k: int) -> Candidates:
     """`count` candidates of each of the given positions, by float32 products with all rows."""
-    values = torch.full((len(rows), count), torch.inf, dtype=torch.float32, device=space.device)
-    positions = torch.zeros((len(rows), count), dtype=torch.int64, device=space.device)
-    side = max(64, int((space.block_bytes / 16) ** 0.5))
+    best = Best(len(rows), count, space.device)
+    side = max(1, min(int((space.block_bytes / 16) ** 0.5), space.block_bytes // (24 * space.dim)))
     for part in blocks(len(rows), side):
         own = rows[part]
         x, squares = space.centred(own), space.squares[own]
         for column in blocks(space.n, side):
             block = squared_euclidean(x, space.centred(column), squares, space.squares[column])
-            _without_self(block, own, column)
-            found, at = block.topk(min(count, block.shape[1]), dim=1, largest=False)
-            values[part], chosen = torch.cat([values[part], found], 1).topk(count, dim=1, largest=False)
-            positions[part] = torch.cat([positions[part], at + column.start], 1).gather(1, chosen)
-    return space.candidates(values, positions, rows, k)
+            without_self(block, own, column)
+            best.update(part, block.neg_(), column.start)
+    return space.candidates(-best.scores, best.positions, rows, k)
 
 
-def _without_self(distances: Tensor, rows: Tensor, part: slice) -> None:
+def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(B, count) largest entries of each row, descending float32, and their columns; equal ones in any order.
+
+    Through the maxima of groups of columns, because topk is slow on long rows: what is among the largest is in one of
+    the `count` groups with the largest maxima.
+    """
+    width = scores.shape[1] // _GROUP
+    if width < 2 * count:
+        values, columns = scores.float().topk(count, dim=1)
+        return values, columns
+    grouped = scores[:, : width * _GROUP]
+    if scores.stride(0) == 1:  # a transposed matrix: many times faster so than along its columns
+        maxima = grouped.T.unflatten(0, (_GROUP, width)).amax(0).T
+    else:
+        maxima = grouped.unflatten(1, (_GROUP, width)).amax(1)
+    groups = _largest(maxima, count)[1]
+    members = torch.arange(_GROUP, device=scores.device)[:, None] * width
+    rest = torch.arange(width * _GROUP, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    columns = torch.cat([(groups[:, None] + members).flatten(1), rest], 1)
+    values, at = scores.gather(1, columns).float().topk(count, dim=1)
+    return values, columns.gather(1, at)
+
+
+def without_self(distances: Tensor, rows: Tensor, part: slice) -> None:
     """Make the distances (B, part) of the given positions to themselves infinite."""
     at = torch.nonzero((rows >= part.start) & (rows < part.stop)).flatten()
     distances[at, rows[at] - part.start] = torch.inf

@@ -10,6 +10,7 @@ does not depend on the backend, the block size or the number of threads.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,9 +39,10 @@ _logged: set[str] = set()
 BACKENDS = ("auto", "faiss", "torch")
 # Where "auto" takes torch on CPUs that multiply bfloat16 fast, as measured with benchmarks/neighbors.py: elsewhere the
 # products are too small a part of the work, or too many lists stay open.
-_TORCH_MIN_ROWS, _TORCH_MIN_COLUMNS, _TORCH_MAX_K = 3000, 256, 8
+_TORCH_MIN_ROWS, _TORCH_MIN_COLUMNS, _TORCH_MAX_K = 3000, 64, 32
 # What lists take of memory for every row: keys of equal rows, norms and bounds; and for every neighbour asked for.
 _ROW_BYTES, _NEIGHBOR_BYTES = 256, 64
+_SAMPLE = 64  # rows by which faiss's arithmetic is checked
 _FAISS_REPAIR = (
     "Both faiss wheels install the module `faiss` and overwrite each other; repair it with "
     "`pip uninstall -y faiss-cpu faiss-gpu` and then `pip install --force-reinstall faiss-gpu` (Linux x86-64) "
@@ -66,8 +68,8 @@ def nearest_neighbors(
         k: number of neighbours, at least 1.
         normalize: compare L2-normalised rows; a zero row stays the zero vector, at distance 1 from every other.
         backend: "faiss" or "torch" forces one; "auto" takes the one that was measured to be faster: torch on CUDA, on
-            macOS and Windows, and on CPUs that multiply bfloat16 fast for at least 3,000 rows of at least 256 columns
-            and k up to 8; faiss elsewhere.
+            macOS and Windows, and on CPUs that multiply bfloat16 fast for at least 3,000 rows of at least 64 columns
+            and k up to 32; faiss elsewhere.
         max_memory: bytes that the search may take, at least 1 MiB and half of that above what lists of neighbours
             need, N (256 + 64 k). Where it has no room for copies of all rows (6 N D bytes), rows are read again and
             again, so that memory-mapped features may be larger than memory. faiss's own memory is not in it. None:
@@ -99,8 +101,8 @@ def search(rows: RowSource, k: int, backend: str = "auto", max_memory: int | Non
     with full_precision(rows.device):
         kept, twin = distinct(rows, k + 1, block_bytes)
         space = Space(rows, kept, block_bytes, keep_copy=keep_copy)
-        # Twice k and two more: a group of exact copies that straddles the k-th place still fits in.
-        count = min(2 * k + 2, space.n - 1)
+        # More than k, for what rounding cannot tell apart: a group of up to so many copies at the k-th place fits in.
+        count = min(k + min(k, 16) + 2, space.n - 1)
         found, in_half = _candidates(space, count, k, backend)
         nearest, certain = space.rank(found, torch.arange(space.n, device=space.device), k)
         if in_half:
@@ -186,9 +188,10 @@ def _budget(rows: RowSource, k: int, max_memory: int | None) -> tuple[int, bool]
             f"{max_memory}."
         )
     left = room - 6 * rows.n * (rows.dim + 6)  # float32 and half precision
+    # A part, because several blocks may be alive, and the allocator keeps some.
     if left >= least:
-        return min(left, BLOCK_BYTES), True
-    return min(room, 8 * BLOCK_BYTES), False
+        return min(left // 4, BLOCK_BYTES), True
+    return min(room // 3, 8 * BLOCK_BYTES), False
 
 
 def _candidates(space: Space, count: int, k: int, backend: str) -> tuple[Candidates, bool]:
@@ -202,10 +205,11 @@ def _candidates(space: Space, count: int, k: int, backend: str) -> tuple[Candida
         _log_once(f"neighbours are searched with torch, faiss cannot be used: {problem}. {_FAISS_REPAIR}.")
     dtype = half_dtype(space.device)
     if dtype is not None:
-        found = search_half(space, count, k, dtype)
+        found, problem = search_half(space, count, k, dtype)
         if found is not None:
             return found, True
-        _log_once(f"neighbours are searched in float32: products in {dtype} are less precise here than they should be.")
+        if problem:
+            _log_once(f"neighbours are searched in float32: {problem}.")
     return search_float32(space, torch.arange(space.n, device=space.device), count, k), False
 
 
@@ -248,8 +252,9 @@ def _search_faiss(space: Space, count: int, k: int) -> tuple[Candidates | None, 
     is_self[:, -1] |= ~is_self.any(1)
     values, positions = values[~is_self].view(-1, count), positions[~is_self].view(-1, count)
     # Whatever arithmetic it used.
-    sample, exact = space.sample(positions)
-    if not ((values[sample] - exact.square()).abs() <= space.bound[sample, None]).all():
+    sample = torch.arange(0, space.n, math.ceil(space.n / _SAMPLE), device=space.device)
+    exact = space.exact(sample, positions[sample, -1]).square()
+    if not ((values[sample, -1] - exact).abs() <= space.bound[sample]).all():
         return None, "its distances are further off than float32 arithmetic can be"
     return space.candidates(values, positions, slice(None), k), ""
 

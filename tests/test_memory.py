@@ -1,0 +1,80 @@
+"""Files larger than the memory that is allowed: measured in a process of its own, where nothing else was allocated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+MIB = 1 << 20
+ALLOWED = 32 * MIB
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Features of 62 MiB, and two queries for each of their 30 identities."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((30, 2048), dtype=np.float32)
+    pids = np.arange(8000) % 30
+    out = np.lib.format.open_memmap(folder / "gallery.npy", mode="w+", dtype=np.float32, shape=(8000, 2048))
+    for low in range(0, 8000, 1000):
+        part = slice(low, low + 1000)
+        out[part] = centres[pids[part]] + rng.standard_normal((1000, 2048), dtype=np.float32)
+    out.flush()
+    np.save(folder / "query.npy", centres[np.arange(60) % 30] + rng.standard_normal((60, 2048), dtype=np.float32))
+    return folder
+
+
+def growth(call, folder):
+    """Bytes by which the process's own memory (no file pages) grows at most, during a call on `x` and `q`."""
+    program = f"""
+        import json, threading, time
+        import numpy as np
+        import torch
+        from pathlib import Path
+        import pose2id
+        torch.set_num_threads(1)
+        folder = Path({str(folder)!r})
+
+        def own():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+        def run(x, q):
+            {call}
+
+        small = np.random.default_rng(0).standard_normal((50, 100)).astype(np.float32)
+        run(small, small[:20])
+        before = own()
+        peak, done = before, False
+
+        def watch():
+            global peak
+            while not done:
+                peak = max(peak, own())
+                time.sleep(0.001)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        run(np.load(folder / "gallery.npy", mmap_mode="r"), np.load(folder / "query.npy", mmap_mode="r"))
+        done = True
+        watcher.join()
+        print(json.dumps(peak - before))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_neighbors_of_a_file_that_does_not_fit(files):
+    options = f"max_memory={ALLOWED}, normalize=True, backend='torch'"
+    assert growth(f"pose2id.nearest_neighbors(x, 2, {options})", files) < ALLOWED
+    # What it guards against: all rows in memory.
+    assert growth("pose2id.nearest_neighbors(x, 2, normalize=True, backend='torch')", files) > 62 * MIB
