@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pose2id._inputs import blocks
-from pose2id._space import FLOAT32_ROUNDING, Best, Candidates, Space, without_self
+from pose2id._space import FLOAT32_ROUNDING, Best, Candidates, Space, even_blocks, search_triangle, without
 
 _EXTRA = 6  # columns that hold squared norms
 _SAMPLE = 128  # rows that show whether half precision decides enough
@@ -45,16 +46,15 @@ def search_half(space: Space, count: int, k: int, dtype: torch.dtype) -> tuple[C
     that they are not what they should be, and then also what is wrong.
     """
     halves = _Halves(space, dtype)
-    side = max(1, min(int((space.block_bytes / 8) ** 0.5), space.block_bytes // (8 * (space.dim + _EXTRA))))
-    number = math.ceil(space.n / side)
-    parts = list(blocks(space.n, math.ceil(space.n / number)))
+    side = max(1, min(math.isqrt(space.block_bytes // 8), space.block_bytes // (8 * (space.dim + _EXTRA))))
+    parts = even_blocks(space.n, side)
 
     sample = torch.arange(0, space.n, math.ceil(space.n / _SAMPLE), device=space.device)
     best = Best(len(sample), count, space.device)
-    right = halves.right(sample)
+    scores = halves.scores(sample)
     for part in parts:
-        block = torch.mm(halves.left(part), right.T).T
-        without_self(block, sample, part)
+        block = scores(part).T
+        without(sample, block, part, -torch.inf)
         best.update(slice(None), block, part.start)
     squared = -2 * best.scores
     if not halves.hold(squared, best.positions, sample):
@@ -62,17 +62,7 @@ def search_half(space: Space, count: int, k: int, dtype: torch.dtype) -> tuple[C
     if space.rank(halves.candidates(squared, best.positions, sample, k), sample, k)[1].double().mean() < 1 - _OPEN:
         return None, ""
 
-    # Only the blocks of one triangle: each has candidates for its rows and for its columns.
-    best = Best(space.n, count, space.device)
-    for j, column in enumerate(parts):
-        right = halves.right(column)
-        for row in parts[: j + 1]:
-            block = torch.mm(halves.left(row), right.T)
-            if row == column:
-                block.fill_diagonal_(-torch.inf)
-            else:
-                best.update(column, block.T, row.start)
-            best.update(row, block, column.start)
+    best = search_triangle(parts, count, space.device, halves.scores)
     return halves.candidates(-2 * best.scores, best.positions, slice(None), k), ""
 
 
@@ -107,6 +97,11 @@ class _Halves:
         self._lost += 4 * (residual + smallest)
         # What rounding the sum to half precision loses, twice that again.
         self._relative = torch.finfo(dtype).eps
+
+    def scores(self, positions: slice | Tensor) -> Callable[[slice], Tensor]:
+        """From a slice of rows to half of its negative squared distances (B, C) to the rows at `positions`."""
+        right = self.right(positions).T
+        return lambda part: torch.mm(self.left(part), right)
 
     def left(self, part: slice) -> Tensor:
         """Rows on the left of a product."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from pose2id.distance import squared_euclidean
 
 FLOAT32_ROUNDING = 2.0**-24
 _FLOAT64_ROUNDING = 2.0**-53
+# From a block of columns to a function from a block of rows to their scores (B, C).
+Products = Callable[[slice], Callable[[slice], Tensor]]
 _CACHE_BYTES = 2 << 20
 _GROUP = 8  # scores of which only the largest is looked at first
 
@@ -99,6 +101,11 @@ class Space:
             result[part] = self._centred64(positions[part])
         return result
 
+    def scores(self, positions: slice | Tensor) -> Callable[[slice], Tensor]:
+        """From a slice of rows to its (B, C) negative squared distances to the rows at `positions`, in float32."""
+        y, squares = self.centred(positions), self.squares[positions]
+        return lambda part: squared_euclidean(self.centred(part), y, self.squares[part], squares).neg_()
+
     def candidates(self, values: Tensor, positions: Tensor, rows: slice | Tensor, k: int) -> Candidates:
         """What (B, m) float32 squared distances of `rows`, ascending and wrong by at most `bound`, say."""
         values, bound = values.double(), self.bound[rows]
@@ -158,7 +165,7 @@ class Space:
         for part in self._parts:
             y = self._centred64(part)
             values = squared_euclidean(x, y, squares, y.square().sum(1))
-            without_self(values, rows, part)
+            without(rows, values, part, torch.inf)
             nearest = torch.cat([nearest, values], 1).topk(k, dim=1, largest=False).values
             row, column = torch.nonzero(values <= nearest[:, -1:] + 2 * bound[:, None], as_tuple=True)
             found.append((row, column + part.start, values[row, column]))
@@ -219,18 +226,41 @@ class Best:
         self.positions[part] = torch.cat([self.positions[part], at + start], 1).gather(1, chosen)
 
 
+def search_triangle(parts: list[slice], count: int, device: torch.device, products: Products) -> Best:
+    """The best `count` others of every row, from the blocks of one triangle: each has some for rows and for columns."""
+    best = Best(parts[-1].stop, count, device)
+    for j, column in enumerate(parts):
+        scores = products(column)
+        for row in parts[: j + 1]:
+            block = scores(row)
+            if row == column:
+                block.fill_diagonal_(-torch.inf)
+            else:
+                best.update(column, block.T, row.start)
+            best.update(row, block, column.start)
+    return best
+
+
 def search_float32(space: Space, rows: Tensor, count: int, k: int) -> Candidates:
     """`count` candidates of each of the given positions, by float32 products with all rows."""
-    best = Best(len(rows), count, space.device)
-    side = max(1, min(int((space.block_bytes / 16) ** 0.5), space.block_bytes // (24 * space.dim)))
-    for part in blocks(len(rows), side):
-        own = rows[part]
-        x, squares = space.centred(own), space.squares[own]
-        for column in blocks(space.n, side):
-            block = squared_euclidean(x, space.centred(column), squares, space.squares[column])
-            without_self(block, own, column)
-            best.update(part, block.neg_(), column.start)
+    side = max(1, min(math.isqrt(space.block_bytes // 16), space.block_bytes // (24 * space.dim)))
+    if len(rows) == space.n:
+        best = search_triangle(even_blocks(space.n, side), count, space.device, space.scores)
+    else:
+        best = Best(len(rows), count, space.device)
+        for part in blocks(len(rows), side):
+            own = rows[part]
+            scores = space.scores(own)
+            for column in blocks(space.n, side):
+                block = scores(column).T
+                without(own, block, column, -torch.inf)
+                best.update(part, block, column.start)
     return space.candidates(-best.scores, best.positions, rows, k)
+
+
+def even_blocks(n: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `range(n)`, all but the last equally long."""
+    return list(blocks(n, math.ceil(n / math.ceil(n / size))))
 
 
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -256,10 +286,10 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, at)
 
 
-def without_self(distances: Tensor, rows: Tensor, part: slice) -> None:
-    """Make the distances (B, part) of the given positions to themselves infinite."""
+def without(rows: Tensor, block: Tensor, part: slice, value: float) -> None:
+    """Give the entries of a block (B, part) for the given positions themselves a value that makes them the last."""
     at = torch.nonzero((rows >= part.start) & (rows < part.stop)).flatten()
-    distances[at, rows[at] - part.start] = torch.inf
+    block[at, rows[at] - part.start] = value
 
 
 def _chunks(mask: Tensor, size: int) -> Iterator[Tensor]:
