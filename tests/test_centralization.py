@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import parts as literal
+from test_parts import BAD_VISIBILITY, VISIBILITY, visibility
 
 from pose2id import centralization, fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
 
@@ -41,8 +45,8 @@ def test_backends_and_blocks_give_the_same_bits(rng):
     x = rng.standard_normal((4000, 32)).astype(np.float32)
     x[1000:1500] = x[:500]
     expected = nfc(x, 3, 2, backend="torch")
-    for backend in ("faiss", "torch"):
-        np.testing.assert_array_equal(nfc(x, 3, 2, backend=backend, max_memory=1 << 20), expected)
+    for backend, max_memory in (("faiss", 8 << 20), ("torch", 8 << 20), ("torch", 3 << 20)):
+        np.testing.assert_array_equal(nfc(x, 3, 2, backend=backend, max_memory=max_memory), expected)
 
 
 class TestEdgeCases:
@@ -141,6 +145,198 @@ class TestContainers:
         found = nfc(x)
         assert found.is_cuda
         np.testing.assert_allclose(found.cpu().float(), nfc(x.cpu()).float(), atol=4 * torch.finfo(dtype).eps)
+
+
+class TestParts:
+    @pytest.mark.parametrize("seen", VISIBILITY)
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 4), (4, 2), (99, 99)])
+    def test_equals_the_literal_algorithm(self, k1, k2, normalize, seen, rng):
+        x = rng.standard_normal((40, 3, 8)).astype(np.float32)
+        x[20:30] = x[:10]
+        x[5, 1] = 0
+        given, weights = visibility(seen, (40, 3), rng)
+        before = x.copy()
+        found = nfc(x, k1, k2, visibility=given, normalize=normalize)
+        np.testing.assert_array_equal(x, before)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, literal.nfc(x, weights, k1, k2, normalize), atol=1e-6 if normalize else 3e-5)
+        as_tensor = nfc(
+            torch.from_numpy(x),
+            k1,
+            k2,
+            visibility=None if given is None else torch.from_numpy(given),
+            normalize=normalize,
+            backend="torch",
+            max_memory=1 << 20,
+        )
+        np.testing.assert_array_equal(as_tensor.numpy(), found)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_shape_and_dtype_stay(self, dtype, rng):
+        x = torch.from_numpy(rng.standard_normal((30, 4, 6))).to(dtype)
+        v = rng.random((30, 4)) < 0.6
+        found = nfc(x, visibility=v)
+        assert (found.shape, found.dtype) == (x.shape, dtype)
+        expected = literal.nfc(x.double().numpy(), v, 2, 2)
+        np.testing.assert_allclose(found.double(), expected, atol=4 * torch.finfo(dtype).eps)
+
+    def test_a_hidden_part_is_not_added_but_takes_part(self):
+        x = np.array([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]], [[-1, 0], [0, -1]]])
+        v = np.array([[True, True], [True, False], [True, True]])
+        np.testing.assert_allclose(
+            nfc(x, 1, 1, visibility=v, normalize=False), [x[0] + [[1, 0], [0, 0]], x[1] + x[0], x[2]]
+        )
+        weights = np.array([[1, 1], [1, 0.25], [1, 1]])
+        found = nfc(x, 1, 1, visibility=weights, normalize=False)
+        np.testing.assert_allclose(found, [x[0] + [[1, 0], [0, 0.25]], x[1] + x[0], x[2]])
+
+    def test_images_that_show_nothing_in_common_are_no_neighbours(self, rng):
+        x = rng.standard_normal((6, 2, 3))
+        v = np.array([[1, 0], [0, 0], [1, 0], [0, 1], [0, 0], [0, 1]], bool)
+        found = nfc(x, 5, 5, visibility=v, normalize=False)
+        alone = [1, 4]
+        np.testing.assert_array_equal(found[alone], x[alone])
+        for i, j in ((0, 2), (3, 5)):
+            np.testing.assert_allclose(found[i], x[i] + v[j, :, None] * x[j])
+            np.testing.assert_allclose(found[j], x[j] + v[i, :, None] * x[i])
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9))
+    def test_lists_that_end_early_name_nobody(self, seed, k1, k2):
+        rng = np.random.default_rng(seed)
+        lists = [rng.permutation([j for j in range(8) if j != i])[: rng.integers(0, 8)].tolist() for i in range(8)]
+        neighbors = torch.tensor([row + [-1] * (7 - len(row)) for row in lists])
+        found = centralization._mutual(neighbors, k1, k2)
+        for i, row in enumerate(lists):
+            expected = [j for j in row[:k1] if i in lists[j][:k2]]
+            assert neighbors[i, :k1][found[i]].tolist() == expected
+
+    def test_flattened_is_what_the_published_code_computes(self, rng, backend):
+        x = rng.standard_normal((60, 3, 4)).astype(np.float32)
+        z = literal.unit(x)
+        sums = reference.nfc(z.reshape(60, 12), 3, 3, normalize=False).reshape(x.shape)
+        found = nfc(x, 3, 3, part_distance="flattened", backend=backend)
+        np.testing.assert_allclose(found, literal.unit(sums), atol=1e-6)
+        assert np.abs(found - nfc(x, 3, 3)).max() > 0.1
+
+    def test_one_part_is_a_whole_feature(self, rng, backend):
+        x = rng.standard_normal((50, 6)).astype(np.float32)
+        expected = nfc(x, 3, 2, backend=backend)
+        np.testing.assert_array_equal(nfc(x[:, None], 3, 2, backend=backend)[:, 0], expected)
+        np.testing.assert_array_equal(nfc(x[:, None], 3, 2, visibility=np.ones((50, 1)))[:, 0], expected)
+        np.testing.assert_array_equal(nfc(x, 3, 2, part_distance="flattened", backend=backend), expected)
+
+    def test_no_rows_and_one_row(self):
+        v = np.ones((1, 2), bool)
+        assert nfc(np.empty((0, 2, 4)), visibility=v[:0]).shape == (0, 2, 4)
+        np.testing.assert_allclose(nfc(np.array([[[3.0, 4], [0, 0]]]), visibility=v), [[[0.6, 0.8], [0, 0]]])
+
+    def test_memory_layouts(self, rng, tmp_path):
+        x = rng.standard_normal((40, 3, 8)).astype(np.float32)
+        v = rng.random((40, 3)) < 0.7
+        expected = nfc(x, visibility=v)
+        np.save(tmp_path / "x.npy", x)
+        for other in (np.load(tmp_path / "x.npy", mmap_mode="r"), np.asfortranarray(x), x[::-1][::-1], x.astype(">f4")):
+            np.testing.assert_array_equal(nfc(other, visibility=v), expected)
+        transposed = torch.from_numpy(x).transpose(0, 1).contiguous().transpose(0, 1)
+        np.testing.assert_array_equal(nfc(transposed, visibility=np.asfortranarray(v)).numpy(), expected)
+
+    @pytest.mark.parametrize(("given", "error", "message"), BAD_VISIBILITY)
+    def test_bad_visibility(self, given, error, message):
+        with pytest.raises(error, match=f"visibility {message}"):
+            nfc(np.ones((3, 2, 4)), visibility=given)
+
+    @pytest.mark.parametrize(
+        ("shape", "arguments", "error", "message"),
+        [
+            ((3, 2), {"visibility": np.ones((3, 1))}, ValueError, "visibility must be None for whole features"),
+            ((3, 2), {"visibility": np.ones((3, 2))}, ValueError, "visibility must be None for whole features"),
+            ((3, 2, 2), {"part_distance": "mean"}, ValueError, "part_distance must be one of 'visible', 'flattened'"),
+            (
+                (3, 2, 2),
+                {"part_distance": "flattened", "visibility": np.ones((3, 2))},
+                ValueError,
+                "visibility must be None with part_distance='flattened'",
+            ),
+            ((3, 2, 2), {"backend": "faiss"}, ValueError, "backend must be 'auto' or 'torch'"),
+            ((3, 2, 2), {"backend": "annoy"}, ValueError, "backend must be one of"),
+            ((3, 2, 2), {"max_memory": 5}, ValueError, "max_memory must be at least"),
+        ],
+    )
+    def test_bad_combinations(self, shape, arguments, error, message):
+        with pytest.raises(error, match=message):
+            nfc(np.ones(shape), **arguments)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("seen", VISIBILITY)
+    def test_cuda_equals_cpu(self, seen, rng):
+        x = torch.from_numpy(rng.standard_normal((300, 4, 32))).float()
+        given, _ = visibility(seen, (300, 4), rng)
+        found = nfc(x.cuda(), visibility=given)
+        assert found.is_cuda
+        np.testing.assert_allclose(found.cpu(), nfc(x, visibility=given), atol=1e-6)
+
+
+class TestOut:
+    @pytest.mark.parametrize("kind", ["float32", "float16", ">f8"])
+    @pytest.mark.parametrize("shape", [(700, 24), (700, 3, 8), (0, 4), (1, 2, 2)])
+    def test_the_file_holds_what_would_be_returned(self, kind, shape, rng, tmp_path, monkeypatch):
+        monkeypatch.setattr(centralization, "BLOCK_BYTES", 1 << 16)  # several blocks
+        np.save(tmp_path / "in.npy", rng.standard_normal(shape).astype(kind))
+        x = np.load(tmp_path / "in.npy", mmap_mode="r")
+        found = nfc(x, out=str(tmp_path / "out.npy"))
+        assert isinstance(found, np.memmap)
+        assert not found.flags.writeable
+        assert found.dtype == np.dtype(kind)
+        np.testing.assert_array_equal(found, nfc(x))
+        np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), nfc(x))
+        assert sorted(os.listdir(tmp_path)) == ["in.npy", "out.npy"]
+
+    @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device"), ValueError])
+    def test_an_interruption_leaves_nothing(self, failure, rng, tmp_path, monkeypatch):
+        monkeypatch.setattr(centralization, "BLOCK_BYTES", 1 << 16)
+        unit, calls = centralization._unit_parts, []
+
+        def failing(*arguments):
+            calls.append(sorted(path.stat().st_size for path in tmp_path.iterdir()))
+            if len(calls) == 3:
+                raise failure
+            return unit(*arguments)
+
+        monkeypatch.setattr(centralization, "_unit_parts", failing)
+        with pytest.raises(OSError if isinstance(failure, OSError) else failure):
+            nfc(rng.standard_normal((700, 24)), out=tmp_path / "out.npy")
+        assert len(calls[-1]) == 1  # it was under way
+        assert os.listdir(tmp_path) == []
+
+    def test_no_file_is_replaced_not_even_the_one_that_is_read(self, rng, tmp_path, monkeypatch):
+        np.save(tmp_path / "x.npy", rng.standard_normal((9, 4)))
+        before = (tmp_path / "x.npy").read_bytes()
+        monkeypatch.chdir(tmp_path)
+        os.symlink("x.npy", "link.npy")
+        os.symlink("nowhere.npy", "dangling.npy")
+        for out in ("x.npy", tmp_path / "link.npy", "dangling.npy"):
+            with pytest.raises(FileExistsError, match=r"out must not exist, got .*npy\. Choose another name"):
+                nfc(np.load("x.npy", mmap_mode="r"), out=out)
+        assert (tmp_path / "x.npy").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("features", "out", "error", "message"),
+        [
+            (np.ones((3, 2)), "x.npz", ValueError, "out must end in .npy"),
+            (np.ones((3, 2)), "x", ValueError, "out must end in .npy"),
+            (np.ones((3, 2)), "nowhere/x.npy", FileNotFoundError, "out must be in a folder that exists"),
+            (np.ones((3, 2)), 3, TypeError, "out must be the name of a file, got int"),
+            (torch.ones((3, 2)), "x.npy", TypeError, "out must be None for tensors"),
+            ([[1.0]], "x.npy", TypeError, "features must be a numpy array"),
+        ],
+    )
+    def test_bad_out(self, features, out, error, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(error, match=message):
+            nfc(features, out=out)
+        assert os.listdir(tmp_path) == []
 
 
 @st.composite
@@ -247,10 +443,10 @@ class TestFuseParts:
         [
             ((3, 2, 4), (3, 1, 4), None, ValueError, r"generated must have shape \(3, M, 2, 4\)"),
             ((3, 0, 4), (3, 1, 0, 4), None, ValueError, "at least one part"),
-            ((3, 2, 4), (3, 1, 2, 4), np.ones((3, 2)), ValueError, r"visibility must have shape \(N, M, P\)"),
-            ((3, 2), (3, 1, 2), np.ones((3, 1, 1)), ValueError, "visibility must have shape"),
-            ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), -1.0), ValueError, "visibility must be finite"),
-            ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), np.nan), ValueError, "visibility must be finite"),
+            ((3, 2, 4), (3, 1, 2, 4), np.ones((3, 2)), ValueError, r"visibility must have shape \(3, 1, 2\)"),
+            ((3, 2), (3, 1, 2), np.ones((3, 1, 1)), ValueError, "visibility must be None for whole features"),
+            ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), -1.0), ValueError, r"visibility must be in \[0, 1e\+06\]"),
+            ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), np.nan), ValueError, r"visibility must be in \[0, 1e\+06\]"),
             ((3, 2, 4), (3, 1, 2, 4), [1], TypeError, "visibility must be a numeric"),
             ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), "a"), TypeError, "visibility must be a numeric"),
         ],
@@ -290,7 +486,7 @@ class TestGenerationDiagnostics:
         f, g = rng.standard_normal((50, 4)), rng.standard_normal((50, 2, 4))
         expected = generation_diagnostics(f, g)
         whole = centralization.Rows.blocks
-        monkeypatch.setattr(centralization.Rows, "blocks", lambda rows: whole(rows, 32 * rows.dim * 7))
+        monkeypatch.setattr(centralization.Rows, "blocks", lambda rows, *_: whole(rows, 32 * rows.dim * 7))
         found = generation_diagnostics(f, g)
         assert found.own_cosine == pytest.approx(expected.own_cosine)
         assert found.other_cosine == pytest.approx(expected.other_cosine)
@@ -363,7 +559,7 @@ BAD_FEATURES = [
     (torch.ones((3, 2), dtype=torch.complex64), TypeError, "dtype float16"),
     (np.ma.masked_array(np.ones((3, 2))), TypeError, "MaskedArray"),
     (np.ones(3), ValueError, r"shape \(N, D\)"),
-    (np.ones((3, 2, 2)), ValueError, r"shape \(N, D\)"),
+    (np.ones((3, 2, 2, 2)), ValueError, r"shape \(N, D\)"),
     (np.ones((3, 0)), ValueError, "at least one column"),
     (torch.eye(3).to_sparse(), TypeError, "must be dense"),
     (np.full((2, 2), 1e305), ValueError, "must be finite"),
@@ -375,8 +571,6 @@ BAD_FEATURES = [
 @pytest.mark.parametrize(("features", "error", "message"), BAD_FEATURES)
 @pytest.mark.parametrize("function", [nfc, nfc_diagnostics, lambda x: nearest_neighbors(x, 1), lambda x: fuse(x, None)])
 def test_bad_features(function, features, error, message):
-    if "<lambda>" in function.__qualname__ and np.ndim(features) == 3:
-        features = features[..., None]  # three dimensions are parts to `fuse`
     with pytest.raises(error, match=f"features.*{message}"):
         function(features)
 

@@ -9,6 +9,8 @@ import reference
 import tiny
 import torch
 from PIL import Image
+from reference import parts as literal
+from test_parts import BAD_VISIBILITY, VISIBILITY, visibility
 from torch import nn
 from tqdm import tqdm
 
@@ -54,6 +56,75 @@ def test_settings_reach_the_search(monkeypatch, rng):
     for joint in (True, False):
         Centralizer(k1=3, backend="torch", max_memory=1 << 21).enhance(q, g, joint=joint)
     assert seen == [(3, "torch", 1 << 21)] * 3
+
+
+class TestEnhanceParts:
+    @pytest.mark.parametrize("seen", VISIBILITY)
+    @pytest.mark.parametrize("joint", [True, False])
+    def test_equals_the_literal_algorithm(self, joint, seen, rng):
+        q, g = rng.standard_normal((15, 3, 6)).astype(np.float32), rng.standard_normal((40, 3, 6))
+        (v, weights_q), (u, weights_g) = (visibility(seen, x.shape[:2], rng) for x in (q, g))
+        found = Centralizer(k1=3).enhance(torch.from_numpy(q), g, joint=joint, query_visibility=v, gallery_visibility=u)
+        assert isinstance(found[0], torch.Tensor)
+        assert [x.shape for x in found] == [q.shape, g.shape]
+        assert found[1].dtype == np.float64
+        if joint:
+            both = literal.nfc(np.concatenate([q, g]), np.concatenate([weights_q, weights_g]), 3, 2)
+            expected = both[:15], both[15:]
+        else:
+            expected = literal.nfc(q, weights_q, 3, 2), literal.nfc(g, weights_g, 3, 2)
+        np.testing.assert_allclose(found[0].numpy(), expected[0], atol=1e-6)
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-12)
+
+    @pytest.mark.parametrize("joint", [True, False])
+    def test_visibility_of_one_side_alone(self, joint, rng):
+        q, g, u = rng.standard_normal((9, 2, 4)), rng.standard_normal((20, 2, 4)), rng.random((20, 2)) < 0.6
+        alone = Centralizer().enhance(q, g, joint=joint, gallery_visibility=u)
+        both = Centralizer().enhance(q, g, joint=joint, gallery_visibility=u, query_visibility=np.ones((9, 2)))
+        for x, y in zip(alone, both, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+    def test_flattened_on_request(self, rng):
+        q, g = rng.standard_normal((9, 2, 4)), rng.standard_normal((20, 2, 4))
+        centralizer = Centralizer(part_distance="flattened")
+        np.testing.assert_array_equal(centralizer.enhance(q, g)[1], nfc(g, part_distance="flattened"))
+        assert "part_distance='flattened'" in repr(centralizer)
+        with pytest.raises(ValueError, match="gallery_visibility must be None with part_distance='flattened'"):
+            centralizer.enhance(q, g, gallery_visibility=np.ones((20, 2)))
+
+    @pytest.mark.parametrize("container", ["torch", "numpy"])
+    @pytest.mark.parametrize("seen", ["bool", "float"])
+    def test_what_a_part_based_model_returns_goes_in_directly(self, seen, container, images):
+        class PartModel(nn.Module):
+            """As BPBReID: the foreground and P parts, and how visible they are."""
+
+            def forward(self, batch):
+                parts = torch.stack([batch.mean((2, 3)), *(stripe.mean((2, 3)) for stripe in batch.chunk(4, 2))], 1)
+                shown = parts.mean(2) if seen == "float" else parts.mean(2) > 0.48
+                outputs = parts.float(), shown.float() if seen == "float" else shown
+                return tuple(x.numpy() for x in outputs) if container == "numpy" else outputs
+
+        centralizer = centralizer_of(PartModel(), num_poses=2)
+        q, v = centralizer.extract(images[:4], return_visibility=True)
+        g, u = centralizer(images[4:], return_visibility=True)
+        assert tuple(g.shape) == (7, 5, 3)
+        new_q, new_g = centralizer.enhance(q, g, query_visibility=v, gallery_visibility=u)
+        assert type(new_g) is type(g)
+        expected = literal.nfc(np.asarray(g), np.asarray(u), 2, 2)
+        np.testing.assert_allclose(np.asarray(new_g), expected, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(new_q), literal.nfc(np.asarray(q), np.asarray(v), 2, 2), atol=1e-6)
+
+    @pytest.mark.parametrize(("given", "error", "message"), BAD_VISIBILITY)
+    @pytest.mark.parametrize("name", ["query_visibility", "gallery_visibility"])
+    @pytest.mark.parametrize("joint", [True, False])
+    def test_bad_visibility(self, joint, name, given, error, message):
+        x = np.ones((3, 2, 4))
+        with pytest.raises(error, match=f"{name} {message}"):
+            Centralizer().enhance(x, x, joint=joint, **{name: given})
+
+    def test_whole_features_have_none(self):
+        with pytest.raises(ValueError, match="query_visibility must be None for whole features"):
+            Centralizer().enhance(ONES, ONES, query_visibility=np.ones((2, 1)))
 
 
 def test_fuse_has_the_centralizers_eta(rng):
@@ -595,6 +666,7 @@ ONES = np.ones((2, 3))
         (ONES, "x", TypeError, "gallery_feats must be a numpy array"),
         (np.ones(3), ONES, ValueError, r"query_feats must have shape \(N, D\)"),
         (ONES, np.ones((2, 4)), ValueError, "query_feats and gallery_feats must have the same number of columns"),
+        (ONES, np.ones((2, 3, 1)), ValueError, "query_feats and gallery_feats must have the same parts"),
         (np.ones((0, 3)), ONES, ValueError, "query_feats must hold at least one row"),
         (ONES, np.ones((0, 3)), ValueError, "gallery_feats must hold at least one row"),
         (ONES, np.array([[1, np.nan, 3]]), ValueError, "gallery_feats must be finite.*row 0"),
@@ -610,6 +682,7 @@ def test_bad_features(q, g, error, message):
     [
         ({"k1": 0}, ValueError, "k1 must be at least 1"),
         ({"k2": "2"}, TypeError, "k2 must be an integer"),
+        ({"part_distance": "mean"}, ValueError, "part_distance must be one of 'visible', 'flattened'"),
         ({"eta": -1}, ValueError, "eta must be in"),
         ({"extractor": 3}, TypeError, "extractor must be callable"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),

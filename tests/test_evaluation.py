@@ -9,8 +9,10 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import parts as literal
+from test_parts import BAD_VISIBILITY, VISIBILITY, visibility
 
-from pose2id import distance, evaluate, evaluate_rank, evaluation
+from pose2id import _inputs, distance, evaluate, evaluate_rank, evaluation, part_distances, parts
 from pose2id._inputs import Rows
 from pose2id.neighbors import tying_distances
 
@@ -63,7 +65,7 @@ def test_equals_the_literal_protocol_with_ties_junk_and_distractors(seed, q, g, 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("kind", [np.float32, np.float64, torch.float16])
 def test_from_features_equals_from_distances(metric, kind, rng, monkeypatch):
-    monkeypatch.setattr(evaluation, "_BLOCK_BYTES", 1)  # several blocks
+    monkeypatch.setattr(evaluation, "query_blocks", lambda q_rows, *_: [slice(0, 64), slice(64, q_rows.n)])
     qf, gf = rng.standard_normal((150, 8)) * 3, rng.standard_normal((200, 8)) * 3
     if kind is torch.float16:
         qf, gf = torch.from_numpy(qf).half(), torch.from_numpy(gf).half()
@@ -180,6 +182,98 @@ def test_callers_distances_stay(rng):
     np.testing.assert_array_equal(distmat, before)
 
 
+def test_a_product_that_rounds_every_column_in_its_own_way_changes_nothing(monkeypatch, rng):
+    gf = rng.standard_normal((40, 5))[rng.integers(0, 10, 40)]
+    labels = rng.integers(1, 4, 9), rng.integers(1, 4, 40)
+    qf = rng.standard_normal((9, 5))
+    expected = evaluate(qf, gf, *labels)
+    product = distance.squared_euclidean
+    monkeypatch.setattr(
+        distance, "squared_euclidean", lambda x, y, a, b: product(x, y, a, b) + 1e-12 * torch.arange(len(y))
+    )
+    np.testing.assert_array_equal(evaluate(qf, gf, *labels).average_precision, expected.average_precision)
+
+
+class TestParts:
+    @pytest.mark.parametrize("seen", VISIBILITY)
+    @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+    def test_equals_the_literal_distances_and_protocol(self, metric, seen, rng):
+        qf, gf = (3 * rng.standard_normal((n, 3, 6)).astype(np.float32) for n in (70, 40))
+        (v, weights_q), (u, weights_g) = (visibility(seen, x.shape[:2], rng) for x in (qf, gf))
+        z = literal.unit if metric == "cosine" else np.float64
+        distmat = literal.distances(z(qf), z(gf), weights_q, weights_g)
+        labels = rng.integers(1, 6, 70), rng.integers(0, 6, 40), rng.integers(0, 3, 70), rng.integers(0, 3, 40)
+        expected = reference.evaluate_rank(distmat, *labels)
+        before = qf.copy(), gf.copy()
+        given = {"q_visibility": v, "g_visibility": u, "metric": metric}
+        same(evaluate(qf, gf, *labels, **given), expected)
+        np.testing.assert_array_equal(qf, before[0])
+        np.testing.assert_array_equal(gf, before[1])
+        same(evaluate_rank(part_distances(qf, gf, v, u, normalize=metric == "cosine"), *labels), expected)
+        tensors = [None if array is None else torch.from_numpy(array) for array in (v, u)]
+        given.update(q_visibility=tensors[0], g_visibility=tensors[1], max_memory=1 << 20)
+        same(evaluate(torch.from_numpy(qf), torch.from_numpy(gf), *labels, **given), expected)
+
+    def test_pairs_that_share_no_part_rank_last_by_index(self):
+        qf = np.array([[[1.0, 0], [0, 1]]])
+        gf = np.array([[[0.0, 1], [0, 1]], [[1, 0], [0, 1]], [[-1, 0], [0, -1]], [[1, 0], [0, 1]]])
+        u = np.array([[True, False], [False, True], [True, False], [False, True]])
+        result = evaluate(qf, gf, [7], [7, 1, 1, 7], q_visibility=np.array([[True, False]]), g_visibility=u)
+        # 0 and 2 share the first part and come first; of the others, 1 comes before 3.
+        assert result.mAP == (1 / 1 + 2 / 4) / 2
+
+    def test_equal_features_seen_alike_tie_by_gallery_index(self, monkeypatch, rng):
+        gf = rng.standard_normal((60, 2, 5))[rng.integers(0, 10, 60)]
+        u = np.repeat([[True, True], [True, False]], 30, axis=0)
+        qf, labels = rng.standard_normal((9, 2, 5)), (rng.integers(1, 4, 9), rng.integers(1, 4, 60))
+        z, y = literal.unit(qf), literal.unit(gf)
+        expected = reference.evaluate_rank(literal.distances(z, y, np.ones((9, 2)), u), *labels)
+        product = parts.squared_euclidean
+        monkeypatch.setattr(
+            parts, "squared_euclidean", lambda x, y, a, b: product(x, y, a, b) + 1e-12 * torch.arange(len(y))
+        )
+        same(evaluate(qf, gf, *labels, g_visibility=u), expected)
+
+    @pytest.mark.parametrize("shape", [(60,), (3, 20)])
+    def test_memory_mapped_features_are_read_a_block_at_a_time(self, shape, rng, tmp_path, monkeypatch):
+        qf, gf = (rng.standard_normal((n, *shape)).astype(np.float32) for n in (700, 3000))
+        gf[1400:] = gf[:1600]
+        labels = rng.integers(1, 40, 700), rng.integers(0, 40, 3000)
+        expected = evaluate(qf, gf, *labels)
+        for name, array in (("q", qf), ("g", gf)):
+            np.save(tmp_path / f"{name}.npy", array)
+        mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "qg"]
+        np.testing.assert_array_equal(evaluate(*mapped, *labels).average_precision, expected.average_precision)
+        raw, numbers_read = Rows._raw, []
+
+        def counted(rows, *arguments):
+            block = raw(rows, *arguments)
+            numbers_read.append(block.numel())
+            return block
+
+        monkeypatch.setattr(Rows, "_raw", counted)
+        monkeypatch.setattr(_inputs, "BLOCK_BYTES", 1 << 20)
+        found = evaluate(*mapped, *labels, max_memory=1 << 20)
+        np.testing.assert_allclose(found.average_precision, expected.average_precision, atol=1e-6)
+        assert max(numbers_read) * 8 <= 1 << 18
+
+    @pytest.mark.parametrize(("given", "error", "message"), BAD_VISIBILITY)
+    @pytest.mark.parametrize("name", ["q_visibility", "g_visibility"])
+    def test_bad_visibility(self, name, given, error, message):
+        x = np.ones((3, 2, 4))
+        with pytest.raises(error, match=f"{name} {message}"):
+            evaluate(x, x, [1, 2, 3], [1, 2, 3], **{name: given})
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("seen", VISIBILITY)
+    def test_cuda_equals_cpu(self, seen, rng):
+        qf, gf = (torch.from_numpy(rng.standard_normal((n, 4, 16))).float() for n in (50, 300))
+        labels = rng.integers(0, 9, 50), rng.integers(0, 9, 300)
+        (v, _), (u, _) = (visibility(seen, tuple(x.shape[:2]), rng) for x in (qf, gf))
+        found = evaluate(qf.cuda(), gf.cuda(), *labels, q_visibility=v, g_visibility=u)
+        assert found.mAP == pytest.approx(evaluate(qf, gf, *labels, q_visibility=v, g_visibility=u).mAP, abs=1e-6)
+
+
 @pytest.mark.gpu
 def test_cuda_equals_cpu(rng):
     qf, gf = (torch.from_numpy(rng.standard_normal((n, 32))).float() for n in (50, 300))
@@ -197,6 +291,9 @@ ONES = np.ones((2, 3))
         ({"gf": "x"}, TypeError, "gf must be a numpy array"),
         ({"qf": np.ones(3)}, ValueError, r"qf must have shape \(N, D\)"),
         ({"gf": np.ones((2, 4))}, ValueError, "same number of columns, got 3 and 4"),
+        ({"gf": np.ones((2, 1, 3))}, ValueError, "qf and gf must have the same parts, got whole features and 1 parts"),
+        ({"q_visibility": np.ones((2, 1))}, ValueError, "q_visibility must be None for whole features"),
+        ({"max_memory": 100}, ValueError, "max_memory must be at least"),
         ({"qf": np.ones((0, 3)), "q_pids": []}, ValueError, "qf must hold at least one row"),
         ({"gf": np.ones((0, 3)), "g_pids": []}, ValueError, "gf must hold at least one row"),
         ({"gf": np.array([[1, 2, 3], [1, np.nan, 3]])}, ValueError, "gf must be finite.*row 1"),

@@ -58,6 +58,10 @@ def given():
         "pose_drawings": images[5:7],
         "cameras": torch.tensor(people.camids[:2]),
         "model": lambda batch, cam_label: batch.mean((2, 3)) + 0.1 * cam_label[:, None],
+        "query_parts": features[q].reshape(len(q), 4, -1),
+        "gallery_parts": features[g].reshape(len(g), 4, -1),
+        "q_visible": np.arange(4 * len(q)).reshape(-1, 4) % 5 > 0,
+        "g_visible": np.arange(4 * len(g)).reshape(-1, 4) % 7 > 0,
         "raw_feats": features[:4],
         "generated_feats": np.stack([features[4:7]] * 4),
     }
@@ -70,6 +74,7 @@ def test_python_snippets_of(page, given, weights, hub, tmp_path, monkeypatch):
     hub.add("yuanc3/Pose2ID", weights)
     monkeypatch.chdir(tmp_path)
     write_people(given)
+    np.save("gallery.npy", given["gallery_feats"])
     for i in range(8):
         shutil.copytree("people", f"generated/pose{i + 1}")
     namespace = dict(given)

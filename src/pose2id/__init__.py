@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     )
     from pose2id.centralizer import Centralizer
     from pose2id.evaluation import EvaluationResult, evaluate, evaluate_rank
+    from pose2id.expansion import aqe, database_augmentation, query_expansion
     from pose2id.id2 import IdentityDensity, id2_score, identity_density
     from pose2id.ipg.generator import IdentityGenerator
     from pose2id.neighbors import nearest_neighbors
+    from pose2id.parts import part_distances
     from pose2id.rerank import k_reciprocal, re_ranking
 
 __version__ = "0.1.0"
@@ -35,6 +37,8 @@ __all__ = [
     "IdentityDensity",
     "IdentityGenerator",
     "NFCDiagnostics",
+    "aqe",
+    "database_augmentation",
     "evaluate",
     "evaluate_rank",
     "fuse",
@@ -45,6 +49,8 @@ __all__ = [
     "nearest_neighbors",
     "nfc",
     "nfc_diagnostics",
+    "part_distances",
+    "query_expansion",
     "re_ranking",
 ]
 
@@ -55,6 +61,8 @@ _HOME = {
     "IdentityDensity": "id2",
     "IdentityGenerator": "ipg.generator",
     "NFCDiagnostics": "centralization",
+    "aqe": "expansion",
+    "database_augmentation": "expansion",
     "evaluate": "evaluation",
     "evaluate_rank": "evaluation",
     "fuse": "centralization",
@@ -65,6 +73,8 @@ _HOME = {
     "nearest_neighbors": "neighbors",
     "nfc": "centralization",
     "nfc_diagnostics": "centralization",
+    "part_distances": "parts",
+    "query_expansion": "expansion",
     "re_ranking": "rerank",
 }
 

@@ -20,44 +20,66 @@ FeatureArray = TypeVar("FeatureArray", "NDArray[Any]", Tensor)
 
 _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FEATURE_NDIM = 2
+_PARTS_NDIM = 3
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
 MIN_BLOCK_BYTES = 1 << 20
 MAX_NORM = 1e300  # differences and means of larger float64 rows overflow
+_MAX_VISIBILITY = 1e6
+_LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
 
 
 class Rows:
     """The rows of one feature set, read in blocks as fresh tensors, L2-normalised on the way when asked.
 
+    A row of features in parts holds its parts one after the other, and each is normalised by itself; whole features are
+    one part.
+
     Attributes:
         n, dim: number of rows and of columns.
+        parts: number of parts of a row, dim / parts columns each.
+        in_parts: whether the features have shape (N, P, D); P may be 1.
         device: where rows are computed: the features' own device, or the CPU for devices without float64 (MPS).
         dtype: what results are computed in: float64 for float64 features, else float32.
         norms: (n,) float64 Euclidean norms.
 
     Raises:
         TypeError: `features` is no numpy array or torch tensor, or not of a floating dtype.
-        ValueError: the rank is not 2, there are no columns, or a row is not finite (named by its index).
+        ValueError: the rank is not 2 (with `parts`: nor 3), there are no columns, or a row is not finite (named by its
+            index, and its part).
     """
 
-    def __init__(self, features: Any, name: str, *, normalize: bool = False) -> None:
-        self._array = _checked_features(features, name)
-        self.n, self.dim = (int(size) for size in self._array.shape)
+    def __init__(self, features: Any, name: str, *, normalize: bool = False, parts: bool = False) -> None:
+        self._array = _checked_features(features, name, parts=parts)
+        self.n, *shape = (int(size) for size in self._array.shape)
+        self.in_parts = len(shape) > 1
+        self.parts, self.dim = shape[0] if self.in_parts else 1, math.prod(shape)
         self.device = torch.device("cpu")
         if isinstance(features, Tensor) and features.device.type == "cuda":
             self.device = features.device
         self.dtype = torch.float64 if self._array.dtype.itemsize == 8 else torch.float32
-        self.norms = self._finite_norms(name)
+        self._part_norms = self._finite_norms(name)
+        self.norms = row_norms(self._part_norms)
         # A zero vector has no direction: it stays the zero vector.
-        self._divide_by(torch.where(self.norms > 0, self.norms, 1.0) if normalize else None)
+        self._divide_by(torch.where(self._part_norms > 0, self._part_norms, 1.0) if normalize else None)
 
     def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows at `index` (slice or int64 tensor) as a fresh tensor on `self.device`, in `dtype` or `self.dtype`."""
         dtype = dtype or self.dtype
         if self._scale is None:
             return self._raw(index, dtype)
-        if self._beyond_float32:
-            return self._raw(index, torch.float64).div_(self._scale[index, None]).to(dtype)
-        return self._raw(index, dtype).div_(self._scale[index, None].to(dtype))
+        rows = self._raw(index, torch.float64 if self._beyond_float32 else dtype)
+        self.by_part(rows).div_(self._scale[index, :, None].to(rows.dtype))
+        return rows.to(dtype)
+
+    def by_part(self, rows: Tensor) -> Tensor:
+        """A view (B, P, D / P) of rows (B, D)."""
+        return rows.view(len(rows), self.parts, self.dim // self.parts)
+
+    def visibility(self, given: Any, name: str) -> Tensor:
+        """How visible each part is: (n, P) float64 weights on `self.device`. None: every part is fully visible."""
+        if given is None:
+            return torch.ones((self.n, self.parts), dtype=torch.float64, device=self.device)
+        return checked_visibility(given, name, (self.n, self.parts) if self.in_parts else None).to(self.device)
 
     def _divide_by(self, scale: Tensor | None) -> None:
         self._scale = scale
@@ -65,25 +87,28 @@ class Rows:
         self._beyond_float32 = scale is not None and bool(((scale < extremes[0]) | (scale > extremes[1])).any())
 
     @staticmethod
-    def share_scale(*sets: Rows) -> None:
+    def share_scale(*sets: Rows) -> float:
         """Divide several sets by one power of two, so that no square overflows; ratios of distances stay the same."""
-        largest = max(float(rows.norms.max()) for rows in sets)
+        scale = 2.0 ** math.frexp(max(float(rows.norms.max()) for rows in sets))[1]
         for rows in sets:
-            rows._divide_by(torch.full_like(rows.norms, 2.0 ** math.frexp(largest)[1]))
+            rows._divide_by(torch.full_like(rows._part_norms, scale))
+        return scale
 
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
         """Slices that cover all rows; four float64 copies of one block take at most `block_bytes`."""
         return blocks(self.n, block_bytes // (32 * self.dim))
 
-    def empty(self) -> NDArray[Any] | Tensor:
-        """A new (n, dim) array in the features' own container, dtype and device."""
+    def empty(self, n: int | None = None) -> NDArray[Any] | Tensor:
+        """A new array for all rows, or n, in the features' own shape, container, dtype and device."""
+        shape = (self.n if n is None else n, *self._array.shape[1:])
         if isinstance(self._array, Tensor):
-            return torch.empty((self.n, self.dim), dtype=self._array.dtype, device=self._array.device)
-        return np.empty((self.n, self.dim), dtype=self._array.dtype)
+            return torch.empty(shape, dtype=self._array.dtype, device=self._array.device)
+        return np.empty(shape, dtype=self._array.dtype)
 
     @staticmethod
     def write(result: NDArray[Any] | Tensor, index: slice, rows: Tensor) -> None:
-        """Put computed rows into an array made by `empty`."""
+        """Put computed rows (B, D) into an array made by `empty`."""
+        rows = rows.reshape(len(rows), *result.shape[1:])
         if isinstance(result, Tensor):
             result[index] = rows.to(result)
         else:
@@ -93,25 +118,50 @@ class Rows:
         if isinstance(self._array, Tensor):
             local = index.to(self._array.device) if isinstance(index, Tensor) else index
             chosen = self._array[local].to(self.device)  # first: a device without float64 cannot convert to it
-            return chosen.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            return chosen.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1, self.dim)
         chosen = self._array[index.numpy() if isinstance(index, Tensor) else index]
         # A fresh array: torch takes neither read-only memory, nor negative strides, nor foreign byte order. Row by row
         # in memory, so that sums over a row have one order whatever the layout of the input.
         kind = np.float64 if dtype == torch.float64 else np.float32
-        return torch.from_numpy(np.array(chosen, dtype=kind, order="C"))
+        return torch.from_numpy(np.array(chosen, dtype=kind, order="C")).view(-1, self.dim)
 
     def _finite_norms(self, name: str) -> Tensor:
-        norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
-        for block in self.blocks():
-            norms[block] = row_norms(self._raw(block, torch.float64))
-        bad = torch.nonzero(~(norms <= MAX_NORM)).flatten().tolist()  # NaN compares false
-        if bad:
-            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        """(n, P) float64 norms of the parts."""
+        norms = torch.empty((self.n, self.parts), dtype=torch.float64, device=self.device)
+        for block in self.blocks(BLOCK_BYTES // 8):  # whatever max_memory will be
+            rows = self._raw(block, torch.float64)
+            norms[block] = row_norms(self.by_part(rows).flatten(0, 1)).view(-1, self.parts)
+        bad = ~(norms <= MAX_NORM)  # NaN compares false
+        if bad.any():
+            shown = [f"{row} part {part}" if self.parts > 1 else f"{row}" for row, part in bad.nonzero()[:5].tolist()]
+            more = ", ..." if int(bad.sum()) > len(shown) else ""
             raise ValueError(
-                f"{name} must be finite; {len(bad)} of {self.n} rows hold NaN or infinity (row {shown}). "
-                "Drop these rows, or find out why the model produced them."
+                f"{name} must be finite; {int(bad.any(1).sum())} of {self.n} rows hold NaN or infinity "
+                f"(row {', '.join(shown)}{more}). Drop these rows, or find out why the model produced them."
             )
         return norms
+
+
+class JoinedRows(Rows):
+    """Two sets with as many columns, on one device, read as one: the first set's rows, then the second's."""
+
+    def __init__(self, first: Rows, second: Rows) -> None:
+        self._first, self._second = first, second
+        self.n, self.dim = first.n + second.n, first.dim
+        self.device = first.device
+        self.dtype = torch.promote_types(first.dtype, second.dtype)
+        self.norms = torch.cat([first.norms, second.norms])
+        self.parts = first.parts
+
+    def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """As `Rows.read`."""
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(self.n), device=self.device)
+        result = torch.empty((len(index), self.dim), dtype=dtype or self.dtype, device=self.device)
+        in_first = index < self._first.n
+        result[in_first] = self._first.read(index[in_first], result.dtype)
+        result[~in_first] = self._second.read(index[~in_first] - self._first.n, result.dtype)
+        return result
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -137,6 +187,11 @@ def checked_pair(first: Rows, second: Rows, first_name: str, second_name: str) -
     for rows, name in ((first, first_name), (second, second_name)):
         if rows.n == 0:
             raise ValueError(f"{name} must hold at least one row, got an empty set.")
+    if (first.in_parts, first.parts) != (second.in_parts, second.parts):
+        given = " and ".join(f"{rows.parts} parts" if rows.in_parts else "whole features" for rows in (first, second))
+        raise ValueError(
+            f"{first_name} and {second_name} must have the same parts, got {given}. Extract both with the same model."
+        )
     if first.dim != second.dim:
         raise ValueError(
             f"{first_name} and {second_name} must have the same number of columns, got {first.dim} and {second.dim}. "
@@ -221,7 +276,30 @@ def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _checked_features(features: Any, name: str) -> Any:
+def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None) -> Tensor:
+    """Visibility of parts, of any numeric dtype, as a float64 tensor on the CPU; None: whole features have none."""
+    if isinstance(visibility, Tensor):
+        numeric = not visibility.is_complex()
+    else:
+        numeric = isinstance(visibility, np.ndarray) and visibility.dtype.kind in "biuf"
+    if not numeric:
+        given = visibility.dtype if hasattr(visibility, "dtype") else type(visibility).__name__
+        raise TypeError(f"{name} must be a numeric numpy array or torch tensor, got {given}.")
+    if shape is None:
+        raise ValueError(f"{name} must be None for whole features, got shape {tuple(visibility.shape)}.")
+    if tuple(visibility.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, one value a part, got {tuple(visibility.shape)}.")
+    weights = torch.as_tensor(visibility.astype(np.float64) if isinstance(visibility, np.ndarray) else visibility)
+    weights = weights.detach().cpu().double()
+    if not ((weights >= 0) & (weights <= _MAX_VISIBILITY)).all():  # NaN compares false
+        raise ValueError(
+            f"{name} must be in [0, {_MAX_VISIBILITY:g}], 0 for hidden and 1 for visible, got values in "
+            f"[{weights.min():g}, {weights.max():g}]."
+        )
+    return torch.where(weights >= _LEAST_VISIBILITY, weights, 0.0)
+
+
+def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
     if isinstance(features, Tensor):
         floating = features.dtype in _TORCH_DTYPES and features.layout == torch.strided
         features = features.detach()
@@ -237,8 +315,9 @@ def _checked_features(features: Any, name: str) -> Any:
             f"{name} must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}. "
             "Convert it to float32, and check the order of the arguments."
         )
-    if features.ndim != _FEATURE_NDIM:
-        raise ValueError(f"{name} must have shape (N, D), one feature a row, got shape {tuple(features.shape)}.")
-    if features.shape[1] == 0:
+    if features.ndim != _FEATURE_NDIM and not (parts and features.ndim == _PARTS_NDIM):
+        wanted = "(N, D), one feature a row" + (", or (N, P, D) for features in parts" if parts else "")
+        raise ValueError(f"{name} must have shape {wanted}, got shape {tuple(features.shape)}.")
+    if 0 in features.shape[1:]:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(features.shape)}.")
     return features

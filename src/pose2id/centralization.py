@@ -6,26 +6,36 @@ Source: "From Poses to Identity: Training-Free Person Re-Identification via Feat
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pose2id import part_neighbors
 from pose2id._inputs import (
+    BLOCK_BYTES,
     FeatureArray,
     Rows,
+    checked_choice,
     checked_count,
     checked_labels,
     checked_memory,
     checked_number,
+    checked_visibility,
     row_norms,
 )
-from pose2id.neighbors import mutual, search
+from pose2id._outputs import write_npy
+from pose2id.neighbors import BACKENDS, mutual, search
 
 _FEATURE_NDIM = 2
 _PARTS_NDIM = 3
+PART_DISTANCES = ("visible", "flattened")
 
 
 def nfc(
@@ -33,9 +43,12 @@ def nfc(
     k1: int = 2,
     k2: int = 2,
     *,
+    visibility: Any = None,
+    part_distance: str = "visible",
     normalize: bool = True,
     backend: str = "auto",
     max_memory: int | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> FeatureArray:
     """Neighbor Feature Centralization: add to every feature its mutual nearest neighbours (Algorithm 1, eq. 26-28).
 
@@ -45,42 +58,134 @@ def nfc(
     All sums use the features as they came in. Nothing is learnt, no label is used. Centralize query and gallery
     apart; see `Centralizer.enhance`.
 
+    Features in parts have neighbours by `part_distances`, and a neighbour's part counts as far as it is visible, the
+    own part with weight 1:
+
+        z_ip <- z_ip + sum of v_jp z_jp over j in M_i
+
     Args:
-        features: (N, D) float16, bfloat16, float32 or float64 features of one set; numpy array (memory-mapped too) or
-            torch tensor on any device. Not modified.
+        features: (N, D) float16, bfloat16, float32 or float64 features of one set, or (N, P, D) of P parts each; numpy
+            array (memory-mapped too) or torch tensor on any device. Not modified.
         k1: how many neighbours a feature proposes, at least 1; 2 to 4 is a good range.
         k2: how many neighbours the other side looks at, at least 1. k2 > k1 matters here, as in Algorithm 1; the
             published code never looks past column k1, so it behaves as k2 = k1.
-        normalize: L2-normalise before and after, as the published evaluation does. False leaves out both.
+        visibility: (N, P) of the parts, as in `part_distances`: booleans, or weights at least 0, of which 1 lets a
+            neighbour's part count like the own. None: every part is fully visible.
+        part_distance: "visible": distances of parts are those of `part_distances`. "flattened": what the published code
+            computes of (N, P, D), the Euclidean distance of all parts in one vector, and sums over all neighbours;
+            it knows no visibility. Whole features don't ask.
+        normalize: L2-normalise before and after, each part by itself, as the published evaluation does. False leaves
+            out both.
         backend: "auto", "faiss" or "torch": who searches the neighbours (`pose2id.neighbors`); the result is the same.
-        max_memory: bytes for working blocks, see `pose2id.neighbors.nearest_neighbors`.
+            faiss cannot search by the distance over visible parts.
+        max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`.
+        out: name of a .npy file to write the result to, block by block, instead of holding it in memory; for numpy
+            features. It appears whole or not at all, and never in the place of another file. With memory-mapped
+            features and max_memory, neither has to fit into memory.
 
     Returns:
-        (N, D) in the container, dtype and device of `features`, computed in at least float32. With normalize=False, a
-        sum beyond the range of the dtype (65,504 for float16) becomes infinite.
+        Features in the shape, container, dtype and on the device of `features`, computed in at least float32; with
+        `out` the file's content, memory-mapped and read-only. With normalize=False, a sum beyond the range of the dtype
+        (65,504 for float16) becomes infinite.
 
         Defined edge cases: N = 0 gives an empty array; N = 1 has no neighbour and is only normalised; k >= N means all
         others; exact copies are neighbours of each other, ties go to the lower index; a zero row is compared as the
-        zero vector (at distance 1 from every normalised row) and stays zero unless it has a non-zero mutual neighbour.
+        zero vector (at distance 1 from every normalised row) and stays zero unless it has a non-zero mutual neighbour;
+        features that share no visible part are no neighbours.
 
     Raises:
-        TypeError: `features` is no floating array or tensor, or k1 or k2 no integer.
-        ValueError: rank other than 2, no columns, k1 or k2 below 1, or a row that is not finite (named by its index).
+        TypeError: `features` is no floating array or tensor, k1 or k2 no integer, or `out` is given with tensors.
+        ValueError: another rank, no columns, k1 or k2 below 1, a row that is not finite (named by its index), bad
+            visibility, or visibility or backend="faiss" where they have no meaning.
+        FileExistsError, FileNotFoundError, OSError: `out` exists, has no folder, or cannot be written.
         RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
-    rows = Rows(features, "features", normalize=normalize)
-    neighbors = search(rows, max(k1, k2), backend, max_memory)
-    is_mutual = mutual(neighbors, k1, k2)
+    target = None if out is None else _checked_out(out, features)
+    rows = Rows(features, "features", normalize=normalize, parts=True)
+    weights = checked_weights(rows, visibility, "visibility", part_distance)
+    k = max(k1, k2)
+    if weights is None:
+        neighbors = search(rows, k, backend, max_memory)
+    elif checked_choice(backend, "backend", BACKENDS) == "faiss":
+        raise ValueError("backend must be 'auto' or 'torch' for the distance over visible parts, which faiss lacks.")
+    else:
+        neighbors = part_neighbors.search(rows, weights, k, max_memory)
+    sums = _sums(rows, weights, neighbors, _mutual(neighbors, k1, k2), max_memory)
+    blocks = ((block, _unit_parts(rows, total) if normalize else total) for block, total in sums)
+    if target is not None:
+        return _written(target, rows, blocks)  # type: ignore[no-any-return]
     result = rows.empty()
-    for block in rows.blocks(checked_memory(max_memory)):
+    for block, total in blocks:
+        rows.write(result, block, total)
+    return result  # type: ignore[return-value]
+
+
+def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) -> Tensor | None:
+    """Visibility (n, P) to find and to add neighbours with; None where rows are compared, and added, as one vector."""
+    checked_choice(part_distance, "part_distance", PART_DISTANCES)
+    flattened = part_distance == "flattened"
+    if flattened and visibility is not None:
+        raise ValueError(
+            f"{name} must be None with part_distance='flattened', which compares and adds all parts. Take "
+            "part_distance='visible'."
+        )
+    if flattened or (rows.parts == 1 and visibility is None):
+        return None
+    return rows.visibility(visibility, name)
+
+
+def _mutual(neighbors: Tensor, k1: int, k2: int) -> Tensor:
+    """`mutual` for lists that may end in -1, which is nobody's neighbour."""
+    missing = neighbors < 0
+    own = torch.arange(len(neighbors), device=neighbors.device)[:, None]
+    return mutual(torch.where(missing, own, neighbors), k1, k2) & ~missing[:, :k1]
+
+
+def _sums(
+    rows: Rows, weights: Tensor | None, neighbors: Tensor, is_mutual: Tensor, max_memory: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows and their sums with their mutual neighbours."""
+    for block in rows.blocks(min(checked_memory(max_memory), BLOCK_BYTES)):
         total = rows.read(block)
         # Neighbour by neighbour: a fixed order of sums on every device, and no (rows, k1, D) temporary.
         for rank in range(is_mutual.shape[1]):
             hit = torch.nonzero(is_mutual[block, rank]).flatten()
-            total[hit] += rows.read(neighbors[block, rank][hit])
-        rows.write(result, block, _unit(total) if normalize else total)
-    return result  # type: ignore[return-value]
+            other = neighbors[block, rank][hit]
+            added = rows.read(other)
+            if weights is not None:
+                rows.by_part(added).mul_(weights[other, :, None].to(added.dtype))
+            total[hit] += added
+        yield block, total
+
+
+def _checked_out(out: Any, features: Any) -> Path:
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"out must be the name of a file, got {type(out).__name__}.")
+    if isinstance(features, Tensor):
+        raise TypeError("out must be None for tensors, which are in memory; it is for numpy arrays.")
+    path = Path(out)
+    if path.suffix.lower() != ".npy":
+        raise ValueError(f"out must end in .npy, got {path}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"out must be in a folder that exists, got {path}.")
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"out must not exist, got {path}. Choose another name, or remove that file first.")
+    return path
+
+
+def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]]) -> Any:
+    """A file of the blocks, in the shape and dtype of the features, memory-mapped."""
+
+    def arrays() -> Iterator[NDArray[Any]]:
+        for _, total in blocks:
+            array: Any = rows.empty(len(total))
+            rows.write(array, slice(None), total)
+            yield array
+
+    like: Any = rows.empty(0)
+    write_npy(path, (rows.n, *like.shape[1:]), like.dtype, arrays())
+    return np.load(path, mmap_mode="r")
 
 
 def fuse(
@@ -99,7 +204,7 @@ def fuse(
             any normalisation.
         generated: (N, M, D) or (N, M, P, D) raw features of the generated images, M at least 1.
         eta: weight of the generated mean, at least 0. Published values: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
-        visibility: (N, M, P) of the generated parts, at least 0: booleans, or weights of any numeric dtype.
+        visibility: (N, M, P) of the generated parts: booleans, or weights of any numeric dtype in [0, 1e6].
 
     Returns:
         Features, each, or each part, L2-normalised, in the shape, container, dtype and device of `features`.
@@ -109,7 +214,10 @@ def fuse(
     """
     eta = checked_number(eta, "eta", 0, 1e6)
     parts = _stacks(features, generated)
-    weights = None if visibility is None else _checked_visibility(visibility, tuple(generated.shape), len(parts))
+    weights = None
+    if visibility is not None:
+        in_parts = generated.ndim == _PARTS_NDIM + 1
+        weights = checked_visibility(visibility, "visibility", tuple(generated.shape[:-1]) if in_parts else None)
     result: Any = (
         features.new_empty(features.shape) if isinstance(features, Tensor) else np.empty(features.shape, features.dtype)
     )
@@ -153,26 +261,6 @@ def _stacks(features: Any, generated: Any) -> list[tuple[Rows, list[Rows]]]:
     return [
         (rows, [Rows(generated[:, m, p], f"generated[:, {m}, {p}]") for m in poses]) for p, rows in enumerate(originals)
     ]
-
-
-def _checked_visibility(visibility: Any, generated_shape: tuple[int, ...], parts: int) -> Tensor:
-    """(N, M, P) float64 weights."""
-    numbers = isinstance(visibility, Tensor) or (isinstance(visibility, np.ndarray) and visibility.dtype.kind in "biuf")
-    if not numbers:
-        raise TypeError(f"visibility must be a numeric numpy array or torch tensor, got {type(visibility).__name__}.")
-    wanted = (*generated_shape[:2], parts)
-    if len(generated_shape) != _PARTS_NDIM + 1 or tuple(visibility.shape) != wanted:
-        raise ValueError(
-            f"visibility must have shape (N, M, P) for parts (N, P, D) and generated parts (N, M, P, D), got "
-            f"{tuple(visibility.shape)} for generated of shape {generated_shape}."
-        )
-    weights = torch.as_tensor(visibility.astype(np.float64) if isinstance(visibility, np.ndarray) else visibility)
-    weights = weights.detach().cpu().double()
-    if not ((weights >= 0) & torch.isfinite(weights)).all():  # NaN compares false
-        raise ValueError(
-            f"visibility must be finite and at least 0, got values in [{weights.min():g}, {weights.max():g}]."
-        )
-    return weights
 
 
 def _shares(eta: float, weights: Tensor) -> list[Tensor]:
@@ -363,6 +451,10 @@ def nfc_diagnostics(
         same_camera_share=None if cameras is None else (same_camera / pairs if pairs else float("nan")),
         expected_same_camera_share=expected,
     )
+
+
+def _unit_parts(rows: Rows, totals: Tensor) -> Tensor:
+    return _unit(rows.by_part(totals).flatten(0, 1)).view_as(totals)
 
 
 def _unit(rows: Tensor) -> Tensor:

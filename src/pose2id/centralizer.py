@@ -21,10 +21,16 @@ from pose2id._inputs import (
     checked_number,
     checked_pair,
 )
-from pose2id.centralization import GenerationDiagnostics, fuse, generation_diagnostics, nfc
+from pose2id.centralization import (
+    PART_DISTANCES,
+    GenerationDiagnostics,
+    checked_weights,
+    fuse,
+    generation_diagnostics,
+    nfc,
+)
 from pose2id.extractor import (
     INPUTS,
-    PARTS_NDIM,
     Extraction,
     Extractor,
     SideInputs,
@@ -73,6 +79,7 @@ class Centralizer:
             `fuse` don't need it.
         k1: how many neighbours a feature proposes (see `nfc`).
         k2: how many neighbours the other side looks at.
+        part_distance: how features in parts find neighbours: "visible" or "flattened" (see `nfc`).
         eta: weight of generated images in eq. 9: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
         transform: picture to (3, H, W) float tensor; or a preset's name (`pose2id.extractor.PRESETS`), or a
             `pose2id.extractor.Preprocess(size, mean, std)`. None: images are tensors that the model takes as they are.
@@ -106,6 +113,7 @@ class Centralizer:
         *,
         k1: int = 2,
         k2: int = 2,
+        part_distance: str = "visible",
         eta: float = 2.0,
         transform: Callable[[Image.Image], Tensor] | str | None = None,
         inputs: str = "batch",
@@ -126,6 +134,7 @@ class Centralizer:
         self.extractor = extractor
         self.k1 = checked_count(k1, "k1")
         self.k2 = checked_count(k2, "k2")
+        self.part_distance = checked_choice(part_distance, "part_distance", PART_DISTANCES)
         self.eta = checked_number(eta, "eta", 0, 1e6)
         self.inputs = checked_choice(inputs, "inputs", INPUTS)
         self.transform = checked_transform(transform, self.inputs)
@@ -187,7 +196,13 @@ class Centralizer:
         return (fused, visibility) if return_visibility else fused
 
     def enhance(
-        self, query_feats: FeatureArray, gallery_feats: FeatureArray, *, joint: bool = False
+        self,
+        query_feats: FeatureArray,
+        gallery_feats: FeatureArray,
+        *,
+        joint: bool = False,
+        query_visibility: Any = None,
+        gallery_visibility: Any = None,
     ) -> tuple[FeatureArray, FeatureArray]:
         """Centralize query and gallery features with their mutual nearest neighbours (`nfc`).
 
@@ -195,25 +210,48 @@ class Centralizer:
         is compared with, nor the gallery from queries that a deployed system has not seen yet (information leakage).
 
         Args:
-            query_feats: (Q, D) raw or normalised features, floating numpy array or torch tensor. Not modified.
-            gallery_feats: (G, D) features of the same model.
+            query_feats: (Q, D) raw or normalised features, or (Q, P, D) of their parts, floating numpy array or torch
+                tensor. Not modified.
+            gallery_feats: (G, D) or (G, P, D) features of the same model.
             joint: search neighbours in the union of both sets instead; figures are then not comparable with published
                 ones.
+            query_visibility: (Q, P) of the parts, booleans or weights, as in `nfc`; what `__call__` and `extract` give
+                with `return_visibility`. None: every part is fully visible.
+            gallery_visibility: (G, P), likewise.
 
         Returns:
-            (query, gallery), L2-normalised, each in the container, dtype and device it came in.
+            (query, gallery), L2-normalised, parts each by itself, each in the shape, container, dtype and device it
+            came in.
 
         Raises:
             TypeError, ValueError: bad input, named; an empty set, or a row that is not finite.
         """
-        query, gallery = Rows(query_feats, "query_feats"), Rows(gallery_feats, "gallery_feats")
+        query = Rows(query_feats, "query_feats", parts=True)
+        gallery = Rows(gallery_feats, "gallery_feats", parts=True)
         checked_pair(query, gallery, "query_feats", "gallery_feats")
-        settings: dict[str, Any] = {"backend": self.backend, "max_memory": self.max_memory}
+        checked_weights(query, query_visibility, "query_visibility", self.part_distance)
+        checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance)
+        settings: dict[str, Any] = {
+            "k1": self.k1,
+            "k2": self.k2,
+            "part_distance": self.part_distance,
+            "backend": self.backend,
+            "max_memory": self.max_memory,
+        }
         if not joint:
-            return nfc(query_feats, self.k1, self.k2, **settings), nfc(gallery_feats, self.k1, self.k2, **settings)
+            return (
+                nfc(query_feats, visibility=query_visibility, **settings),
+                nfc(gallery_feats, visibility=gallery_visibility, **settings),
+            )
         dtype = torch.promote_types(query.dtype, gallery.dtype)
         both = torch.cat([rows.read(slice(None), dtype) for rows in (query, gallery)])
-        enhanced = nfc(both, self.k1, self.k2, **settings)
+        if query.in_parts:
+            both = query.by_part(both)
+        visibility = None
+        if query_visibility is not None or gallery_visibility is not None:
+            shown = query.visibility(query_visibility, "query_visibility")
+            visibility = torch.cat([shown, gallery.visibility(gallery_visibility, "gallery_visibility")])
+        enhanced = nfc(both, visibility=visibility, **settings).flatten(1)
         results = query.empty(), gallery.empty()
         query.write(results[0], slice(None), enhanced[: query.n])
         gallery.write(results[1], slice(None), enhanced[query.n :])
@@ -267,15 +305,11 @@ class Centralizer:
             progress=progress,
             side_inputs=side_inputs,
         )
-        name = "extractor output"
-        if features.ndim == PARTS_NDIM:
-            name += f" (row = image * {features.shape[1]} + part)"
-        # A view of the array that `extract` has just made: normalised where it lies.
-        flat = features.reshape(-1, features.shape[-1])
-        rows = Rows(flat, name, normalize=normalize)
+        rows = Rows(features, "extractor output", normalize=normalize, parts=True)
         if normalize:
+            # The array is new: normalised where it lies.
             for block in rows.blocks():
-                rows.write(flat, block, rows.read(block))
+                rows.write(features, block, rows.read(block))
         return (features, visibility) if return_visibility else features
 
     def extract_generated(
@@ -385,8 +419,10 @@ class Centralizer:
         source = "" if self.generator is None else f", generator={type(self.generator).__name__}"
         source = source if self.generated is None else f", generated={os.fspath(self.generated)!r}"
         poses = f", num_poses={self.num_poses}" if source else ""
+        flattened = f", part_distance={self.part_distance!r}" if self.part_distance != "visible" else ""
         return (
-            f"Centralizer({model}k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}{source}{poses})"
+            f"Centralizer({model}k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}"
+            f"{flattened}{source}{poses})"
         )
 
 

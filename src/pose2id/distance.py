@@ -56,3 +56,16 @@ def squared_distances(x: Tensor, parts: Sequence[slice], read: Callable[[slice],
         other = read(part)
         result[:, part] = squared_euclidean(x, other, squares, other.square().sum(1))
     return result
+
+
+def nearest_columns(distances: Tensor, count: int) -> Tensor:
+    """(B, count) columns of the smallest entries of each row, ascending, equal ones by the lower column."""
+    values, columns = distances.topk(count, dim=1, largest=False)
+    columns, order = columns.sort(dim=1)
+    columns = columns.gather(1, values.gather(1, order).argsort(dim=1, stable=True))
+    # topk chooses freely among what equals its last value.
+    within = distances <= values[:, -1:]
+    for row in torch.nonzero(within.sum(1) > count).flatten().tolist():
+        near = torch.nonzero(within[row]).flatten()
+        columns[row] = near[distances[row, near].argsort(stable=True)[:count]]
+    return columns

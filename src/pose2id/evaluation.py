@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pose2id._inputs import (
     Rows,
@@ -20,14 +21,15 @@ from pose2id._inputs import (
     checked_count,
     checked_distances,
     checked_labels,
+    checked_memory,
     checked_pair,
 )
-from pose2id.distance import full_precision
-from pose2id.neighbors import tying_distances
+from pose2id.distance import full_precision, squared_distances
+from pose2id.neighbors import distinct
+from pose2id.parts import mean_distances, query_blocks
 
 _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
-_BLOCK_BYTES = 8 << 20  # of distances: small blocks keep the peak low and cost no time
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,26 +68,35 @@ def evaluate(
     q_camids: Any = None,
     g_camids: Any = None,
     *,
+    q_visibility: Any = None,
+    g_visibility: Any = None,
     max_rank: int = 50,
     metric: str = "cosine",
+    max_memory: int | None = None,
 ) -> EvaluationResult:
     """Rank the gallery for every query and measure mAP, CMC and mINP (Market1501's protocol, single-query).
 
     For each query, gallery images of its own identity *and* camera are dropped, and so are those of pid -1 (junk).
     Distractors (pid 0, or any identity without a query) stay and count as wrong. Queries without a match are skipped.
-    Distances are computed in float32 (float64 where a set is float64), a block of rows at a time. Ties: images at equal
-    distances, those with equal features among them, rank by gallery index.
+    Distances are computed in float32 (float64 where a set is float64), those of parts in float64, a block of rows at a
+    time. Ties: images at equal distances, those with equal features and visibility among them, rank by gallery index.
 
     Args:
-        qf: (Q, D) query features, floating numpy array or torch tensor.
-        gf: (G, D) gallery features, on the same device.
+        qf: (Q, D) query features, or (Q, P, D) of parts, which are ranked as by `part_distances`; floating numpy array
+            (memory-mapped too) or torch tensor.
+        gf: (G, D) or (G, P, D) gallery features, on the same device.
         q_pids: (Q,) integer identities.
         g_pids: (G,) integer identities.
         q_camids: (Q,) integer cameras; give both or neither. Without them nothing is dropped by camera.
         g_camids: (G,) integer cameras.
+        q_visibility: (Q, P) of the queries' parts, as in `part_distances`: None, booleans, or weights. Gallery images
+            that share no visible part with a query come last, by index.
+        g_visibility: (G, P) of the gallery's parts.
         max_rank: length of the CMC curve.
-        metric: "cosine": Euclidean distance of the L2-normalised features, which orders by cosine similarity;
-            "euclidean": Euclidean distance of the features as they are.
+        metric: "cosine": Euclidean distance of the L2-normalised features, which orders by cosine similarity; each part
+            is normalised by itself. "euclidean": Euclidean distance of the features as they are.
+        max_memory: bytes for working blocks, at least 1 MiB; default 32 MiB. At least 64 queries are compared with the
+            whole gallery at a time, whose distances may take more.
 
     Returns:
         Fractions in an `EvaluationResult`.
@@ -94,22 +105,20 @@ def evaluate(
         TypeError, ValueError: bad input, named; or no query has a match in the gallery.
     """
     checked_choice(metric, "metric", _METRICS)
-    q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine") for x, name in ((qf, "qf"), (gf, "gf")))
+    block_bytes = checked_memory(max_memory)
+    q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine", parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
     checked_pair(q_rows, g_rows, "qf", "gf")
+    q_shown, g_shown = q_rows.visibility(q_visibility, "q_visibility"), g_rows.visibility(g_visibility, "g_visibility")
     if metric == "euclidean":
         Rows.share_scale(q_rows, g_rows)
     labels = RankingProtocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
 
-    dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
-    to_gallery = tying_distances(g_rows)
-
-    def distances() -> Iterator[NDArray[Any]]:
-        for part in blocks(q_rows.n, max(64, _BLOCK_BYTES // (4 * g_rows.n))):
-            with full_precision(q_rows.device):
-                block = to_gallery(q_rows.read(part, dtype))
-            yield from block.cpu().numpy()
-
-    return _measure(distances(), labels, max_rank)
+    found: Iterator[Tensor]
+    if q_rows.in_parts:
+        found = (block for _, block, _ in mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes))
+    else:
+        found = _squared_distances(q_rows, g_rows, block_bytes)
+    return _measure((row for block in found for row in block.cpu().numpy()), labels, max_rank)
 
 
 def evaluate_rank(
@@ -150,6 +159,21 @@ def evaluate_rank(
             yield row.copy()
 
     return _measure(distances(), labels, max_rank)
+
+
+def _squared_distances(q_rows: Rows, g_rows: Rows, block_bytes: int) -> Iterator[Tensor]:
+    """Blocks of queries' (B, G) squared Euclidean distances.
+
+    A product may round equal columns differently, and NFC makes many: equal gallery rows are multiplied once.
+    """
+    dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
+    kept, twin = distinct(g_rows, 1, block_bytes // 4)
+    columns = list(blocks(len(kept), block_bytes // (32 * g_rows.dim)))
+    for block in query_blocks(q_rows, g_rows, block_bytes):
+        with full_precision(q_rows.device):
+            x = q_rows.read(block, dtype)
+            found = squared_distances(x, columns, lambda column: g_rows.read(kept[column], dtype))
+        yield found if twin is None else found[:, twin]
 
 
 class RankingProtocol:
