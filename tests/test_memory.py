@@ -78,3 +78,20 @@ def test_neighbors_of_a_file_that_does_not_fit(files):
     assert growth(f"pose2id.nearest_neighbors(x, 2, {options})", files) < ALLOWED
     # What it guards against: all rows in memory.
     assert growth("pose2id.nearest_neighbors(x, 2, normalize=True, backend='torch')", files) > 62 * MIB
+
+
+def test_nfc_from_file_to_file(files, tmp_path):
+    call = f"pose2id.nfc(x, max_memory={ALLOWED}, backend='torch', out={str(tmp_path)!r} + f'/{{len(x)}}.npy')"
+    assert growth(call, files) < ALLOWED
+    written = np.load(tmp_path / "8000.npy", mmap_mode="r")
+    np.testing.assert_allclose(np.linalg.norm(written[::100], axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["(-1, x.shape[1])", "(-1, 4, x.shape[1] // 4)"])
+def test_evaluation_of_a_file(shape, files):
+    call = f"""
+            q, x = q.reshape{shape}, x.reshape{shape}
+            labels = np.arange(len(q)) % 7, np.arange(len(x)) % 7
+            pose2id.evaluate(q, x, *labels, max_memory={ALLOWED // 2})
+    """
+    assert growth(call.strip(), files) < ALLOWED // 2 + 2 * MIB

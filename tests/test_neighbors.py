@@ -179,22 +179,22 @@ def test_the_result_does_not_depend_on_the_number_of_threads(backend, rng):
 def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
     """Certain at once, told apart in float64, searched again in float32 and in float64: each must have rows."""
     walked = {"ranked": [], "told apart": 0, "float64": 0}
-    rank, best, in_float64 = Space.rank, Space._best, Space.rank_in_float64
+    rank, best, in_float64 = Space.rank, _space.best_of_groups, Space.rank_in_float64
 
     def counting_rank(space, found, rows, k):
         walked["ranked"].append(len(rows))
         return rank(space, found, rows, k)
 
-    def counting_best(space, first, second, k):
+    def counting_best(first, *arguments):
         walked["told apart"] += len(torch.unique(first))
-        return best(space, first, second, k)
+        return best(first, *arguments)
 
     def counting_float64(space, rows, k):
         walked["float64"] += len(rows)
         return in_float64(space, rows, k)
 
     monkeypatch.setattr(Space, "rank", counting_rank)
-    monkeypatch.setattr(Space, "_best", counting_best)
+    monkeypatch.setattr(_space, "best_of_groups", counting_best)
     monkeypatch.setattr(Space, "rank_in_float64", counting_float64)
     monkeypatch.setattr(neighbors, "half_dtype", lambda _: torch.bfloat16)
     nearest_neighbors(big_with_copies(rng), 4, normalize=True, backend="torch")

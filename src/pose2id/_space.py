@@ -142,7 +142,8 @@ class Space:
             tied = (distances[:, : k + 1].diff(dim=1) <= 3 * wrong[:, None]).any(1) & certain[part]
             for again in _chunks(tied, self.block_bytes // (64 * width)):
                 row, column = torch.nonzero(distances[again].isfinite(), as_tuple=True)
-                positions[again, :k] = self._best(own[again[row]], positions[again[row], column], k)
+                first, second = own[again[row]], positions[again[row], column]
+                positions[again, :k] = best_of_groups(first, second, self._exact(first, second), k)
             result[part] = positions[:, :k]
         return result, certain
 
@@ -151,11 +152,12 @@ class Space:
         result = torch.empty((len(rows), k), dtype=torch.int64, device=self.device)
         # Every chunk reads all rows once: not too few at a time.
         for part in blocks(len(rows), self.block_bytes // (40 * max(self.dim, self._parts[0].stop))):
-            result[part] = self._best(*self._near(rows[part], k), k)
+            first, second = self._near(rows[part], k)
+            result[part] = best_of_groups(first, second, self._exact(first, second), k)
         return result
 
     def _near(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Pairs of positions, grouped by the first: all that float64 products leave among the k nearest of `rows`."""
+        """Pairs of positions: all that float64 products leave among the k nearest of each of `rows`."""
         x = self._centred64(rows)
         squares = x.square().sum(1)
         # Twice: these distances are rounded, and so are the exact ones of which they must miss none.
@@ -170,19 +172,8 @@ class Space:
             row, column = torch.nonzero(values <= nearest[:, -1:] + 2 * bound[:, None], as_tuple=True)
             found.append((row, column + part.start, values[row, column]))
         row, other, value = (torch.cat(pieces) for pieces in zip(*found, strict=True))
-        near = torch.nonzero(value <= nearest[row, -1] + 2 * bound[row]).flatten()
-        near = near[torch.argsort(row[near], stable=True)]
+        near = value <= nearest[row, -1] + 2 * bound[row]
         return rows[row[near]], other[near]
-
-    def _best(self, first: Tensor, second: Tensor, k: int) -> Tensor:
-        """For pairs grouped by `first`, each group's k best of `second`: by exact distance, then by position."""
-        distance = self._exact(first, second)
-        group, sizes = torch.unique_consecutive(first, return_inverse=True, return_counts=True)[1:]
-        order = torch.argsort(second, stable=True)
-        for key in (distance, group):
-            order = order[torch.argsort(key[order], stable=True)]
-        start = sizes.cumsum(0) - sizes
-        return second[order[start[:, None] + torch.arange(k, device=first.device)]]
 
     def _scored(self, first: Tensor, second: Tensor) -> Tensor:
         """Float64 distances of pairs of positions, from the differences of float32 rows."""
@@ -284,6 +275,16 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     columns = torch.cat([(groups[:, None] + members).flatten(1), rest], 1)
     values, at = scores.gather(1, columns).float().topk(count, dim=1)
     return values, columns.gather(1, at)
+
+
+def best_of_groups(first: Tensor, second: Tensor, distances: Tensor, k: int) -> Tensor:
+    """(groups, k): of the pairs with each value of `first`, ascending, the k best of `second`: nearest, then lowest."""
+    order = torch.argsort(second, stable=True)
+    for key in (distances, first):
+        order = order[torch.argsort(key[order], stable=True)]
+    sizes = torch.unique_consecutive(first[order], return_counts=True)[1]
+    start = sizes.cumsum(0) - sizes
+    return second[order[start[:, None] + torch.arange(k, device=first.device)]]
 
 
 def without(rows: Tensor, block: Tensor, part: slice, value: float) -> None:

@@ -5,7 +5,7 @@ Names at this boundary are the field's: qf, gf are query and gallery features, p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pose2id._inputs import (
     Rows,
-    blocks,
     checked_choice,
     checked_count,
     checked_distances,
@@ -24,9 +23,9 @@ from pose2id._inputs import (
     checked_memory,
     checked_pair,
 )
-from pose2id.distance import full_precision, squared_distances
-from pose2id.neighbors import distinct
-from pose2id.parts import mean_distances, query_blocks
+from pose2id.distance import full_precision
+from pose2id.neighbors import tying_distances
+from pose2id.parts import LEAST_QUERIES, mean_distances, query_blocks
 
 _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
@@ -95,8 +94,8 @@ def evaluate(
         max_rank: length of the CMC curve.
         metric: "cosine": Euclidean distance of the L2-normalised features, which orders by cosine similarity; each part
             is normalised by itself. "euclidean": Euclidean distance of the features as they are.
-        max_memory: bytes for working blocks, at least 1 MiB; default 32 MiB. At least 64 queries are compared with the
-            whole gallery at a time, whose distances may take more.
+        max_memory: bytes for working blocks, at least 1 MiB, but for the distances of one query to the whole gallery
+            and about 100 bytes a gallery image. None: 32 MiB, but for those of 64 queries.
 
     Returns:
         Fractions in an `EvaluationResult`.
@@ -105,7 +104,9 @@ def evaluate(
         TypeError, ValueError: bad input, named; or no query has a match in the gallery.
     """
     checked_choice(metric, "metric", _METRICS)
-    block_bytes = checked_memory(max_memory)
+    # A part: distances, products and what is read are alive together. By default at least as many queries are compared
+    # at a time as pay for reading the gallery.
+    block_bytes, least = checked_memory(max_memory) // 3, LEAST_QUERIES if max_memory is None else 1
     q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine", parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
     checked_pair(q_rows, g_rows, "qf", "gf")
     q_shown, g_shown = q_rows.visibility(q_visibility, "q_visibility"), g_rows.visibility(g_visibility, "g_visibility")
@@ -115,9 +116,11 @@ def evaluate(
 
     found: Iterator[Tensor]
     if q_rows.in_parts:
-        found = (block for _, block, _ in mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes))
+        found = (block for _, block, _ in mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes, least))
     else:
-        found = _squared_distances(q_rows, g_rows, block_bytes)
+        dtype, to_gallery = torch.promote_types(q_rows.dtype, g_rows.dtype), tying_distances(g_rows, block_bytes)
+        queries = query_blocks(q_rows, g_rows, block_bytes, least)
+        found = (_in_full_precision(to_gallery, q_rows.read(block, dtype)) for block in queries)
     return _measure((row for block in found for row in block.cpu().numpy()), labels, max_rank)
 
 
@@ -161,19 +164,9 @@ def evaluate_rank(
     return _measure(distances(), labels, max_rank)
 
 
-def _squared_distances(q_rows: Rows, g_rows: Rows, block_bytes: int) -> Iterator[Tensor]:
-    """Blocks of queries' (B, G) squared Euclidean distances.
-
-    A product may round equal columns differently, and NFC makes many: equal gallery rows are multiplied once.
-    """
-    dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
-    kept, twin = distinct(g_rows, 1, block_bytes // 4)
-    columns = list(blocks(len(kept), block_bytes // (32 * g_rows.dim)))
-    for block in query_blocks(q_rows, g_rows, block_bytes):
-        with full_precision(q_rows.device):
-            x = q_rows.read(block, dtype)
-            found = squared_distances(x, columns, lambda column: g_rows.read(kept[column], dtype))
-        yield found if twin is None else found[:, twin]
+def _in_full_precision(distances: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with full_precision(x.device):
+        return distances(x)
 
 
 class RankingProtocol:

@@ -161,14 +161,13 @@ def distinct(rows: RowSource, copies: int, block_bytes: int) -> tuple[Tensor, Te
     return kept, twin
 
 
-def tying_distances(rows: RowSource) -> Callable[[Tensor], Tensor]:
+def tying_distances(rows: RowSource, block_bytes: int = BLOCK_BYTES) -> Callable[[Tensor], Tensor]:
     """A function from x (B, D) to its (B, n) squared distances to all rows, in which equal rows are equally far.
 
     A product may round equal columns differently. NFC makes many of them, so equal rows are multiplied once.
     """
-    block_bytes = BLOCK_BYTES // 4  # finding equal rows should not set the peak
-    kept, twin = distinct(rows, 1, block_bytes)
-    parts = list(blocks(len(kept), BLOCK_BYTES // (32 * rows.dim)))
+    kept, twin = distinct(rows, 1, block_bytes // 4)  # finding equal rows should not set the peak
+    parts = list(blocks(len(kept), block_bytes // (32 * rows.dim)))
     if twin is None:
         return lambda x: squared_distances(x, parts, lambda part: rows.read(part, x.dtype))
     return lambda x: squared_distances(x, parts, lambda part: rows.read(kept[part], x.dtype))[:, twin]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pose2id._inputs import BLOCK_BYTES, MIN_BLOCK_BYTES, Rows, blocks, checked_memory, row_norms
+from pose2id._space import best_of_groups
 from pose2id.distance import full_precision
 from pose2id.neighbors import distinct
 from pose2id.parts import Shown
 
 _WIDEST = 512  # columns in a block of distances; more gain nothing
-_LEAST_ROWS = 128  # to multiply in float64 at a time, as each time reads all rows
 
 
 def search(rows: Rows, visibility: Tensor, k: int, max_memory: int | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def search(rows: Rows, visibility: Tensor, k: int, max_memory: int | None = None
         k: number of neighbours, at least 1.
         max_memory: bytes for lists, about n (256 + 40 P + 128 k), for working blocks, and for a float32 copy of all
             rows; where that does not fit in, rows are read again and again. None: as many bytes as lists and copy take,
-            and 32 MiB. Where float32 cannot tell rows apart, at least 128 n distances come on top.
+            and 32 MiB.
 
     Raises:
         ValueError: max_memory has no room for the lists.
@@ -118,35 +118,46 @@ class _Space:
         neighbors = candidates.gather(1, order)[:, :k].masked_fill_(distances[:, :k].isinf(), -1)
 
         unsure = torch.nonzero((distances[:, k - 1] >= left_out) & left_out.isfinite()).flatten()
-        for chunk in blocks(len(unsure), max(_LEAST_ROWS, self._block_bytes // (32 * self.n))):
+        for chunk in blocks(len(unsure), self._chunk_size(torch.float64)):
             neighbors[unsure[chunk]] = self._nearest_of(unsure[chunk], k)
         return neighbors
 
     def _candidates(self, count: int) -> tuple[Tensor, Tensor]:
         """Each row's `count` others with the lowest bounds: (n, count) bounds, ascending, and positions."""
-        device = self._kept.device
-        bounds = torch.full((self.n, count), torch.inf, dtype=torch.float64, device=device)
-        positions = torch.zeros((self.n, count), dtype=torch.int64, device=device)
-        of_a_row = 4 * (self._rows.dim + 2 * self._rows.parts) + 32 * self._columns[0].stop
-        for chunk in blocks(self.n, self._block_bytes // (2 * of_a_row)):
-            rows = torch.arange(chunk.start, chunk.stop, device=device)
+        bounds = torch.empty((self.n, count), dtype=torch.float64, device=self._kept.device)
+        positions = torch.empty((self.n, count), dtype=torch.int64, device=self._kept.device)
+        for chunk in blocks(self.n, self._chunk_size(torch.float32)):
+            rows = torch.arange(chunk.start, chunk.stop, device=positions.device)
             left = self._factors(rows, torch.float32, left=True)
-            for column in self._columns:
-                found, at = _lowest(self._bounds(left, rows, column), count)
-                bounds[chunk], chosen = _lowest(torch.cat([bounds[chunk], found], 1), count)
-                positions[chunk] = torch.cat([positions[chunk], at + column.start], 1).gather(1, chosen)
+            bounds[chunk], positions[chunk] = self._lowest_bounds(left, rows, count)
         return bounds, positions
 
     def _nearest_of(self, rows: Tensor, k: int) -> Tensor:
         """(B, k) positions for rows with at least k neighbours, from bounds in float64."""
         left = self._factors(rows, torch.float64, left=True)
-        bounds = torch.cat([self._bounds(left, rows, column) for column in self._columns], 1)
-        nearby = _lowest(bounds, k)[1]
+        nearby = self._lowest_bounds(left, rows, k)[1]
         limit = self._distances(rows.repeat_interleave(k), nearby.flatten()).view(-1, k).amax(1, keepdim=True)
-        row, other = torch.nonzero(bounds <= limit, as_tuple=True)
-        distances = bounds.fill_(torch.inf)
-        distances[row, other] = self._distances(rows[row], other)
-        return distances.sort(dim=1, stable=True).indices[:, :k]
+        found = []
+        for column in self._columns:
+            row, other = torch.nonzero(self._bounds(left, rows, column) <= limit, as_tuple=True)
+            found.append((row, other + column.start))
+        row, other = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        return best_of_groups(row, other, self._distances(rows[row], other), k)
+
+    def _lowest_bounds(self, left: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` others of each of `rows` with the lowest bounds: (B, count) bounds, ascending, and positions."""
+        bounds = torch.full((len(rows), count), torch.inf, dtype=torch.float64, device=rows.device)
+        positions = torch.zeros((len(rows), count), dtype=torch.int64, device=rows.device)
+        for column in self._columns:
+            found, at = _lowest(self._bounds(left, rows, column), count)
+            bounds, chosen = _lowest(torch.cat([bounds, found], 1), count)
+            positions = torch.cat([positions, at + column.start], 1).gather(1, chosen)
+        return bounds, positions
+
+    def _chunk_size(self, dtype: torch.dtype) -> int:
+        """How many rows are compared with all others at a time: each time reads all rows."""
+        of_a_row: int = torch.finfo(dtype).bits // 8 * (self._rows.dim + 2 * self._rows.parts) + 32 * self._columns[0].stop
+        return max(1, self._block_bytes // (2 * of_a_row))
 
     def _bounds(self, left: Tensor, rows: Tensor, column: slice) -> Tensor:
         """(B, C) float64 lower bounds of distances, infinite for rows that share no part and of a row to itself."""

@@ -20,7 +20,7 @@ from pose2id._inputs import BLOCK_BYTES, FeatureArray, Rows, as_container, block
 from pose2id.distance import full_precision, squared_euclidean
 from pose2id.neighbors import distinct
 
-_LEAST_QUERIES = 64  # at a time: every block of them reads the whole gallery
+LEAST_QUERIES = 64  # at a time, unless memory is short: every block of them reads the whole gallery
 
 
 def part_distances(
@@ -67,7 +67,8 @@ def part_distances(
     dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
     result = torch.empty((q_rows.n, g_rows.n), dtype=dtype, device=q_rows.device)
     largest = 0.0
-    for block, distances, of_one_part in mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes):
+    found = mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes, LEAST_QUERIES)
+    for block, distances, of_one_part in found:
         result[block] = distances * scale
         largest = max(largest, of_one_part * scale)
     if largest + 1 > torch.finfo(dtype).max:
@@ -79,13 +80,13 @@ def part_distances(
     return as_container(result, qf)  # type: ignore[return-value]
 
 
-def query_blocks(q_rows: Rows, g_rows: Rows, block_bytes: int) -> Iterator[slice]:
+def query_blocks(q_rows: Rows, g_rows: Rows, block_bytes: int, least: int) -> Iterator[slice]:
     """Slices of queries which, and whose float64 distances to the whole gallery, take half of `block_bytes`."""
-    return blocks(q_rows.n, max(_LEAST_QUERIES, block_bytes // (16 * max(g_rows.n, 2 * q_rows.dim))))
+    return blocks(q_rows.n, max(least, block_bytes // (16 * max(g_rows.n, 2 * q_rows.dim))))
 
 
 def mean_distances(
-    q_rows: Rows, g_rows: Rows, q_shown: Tensor, g_shown: Tensor, block_bytes: int
+    q_rows: Rows, g_rows: Rows, q_shown: Tensor, g_shown: Tensor, block_bytes: int, least: int
 ) -> Iterator[tuple[slice, Tensor, float]]:
     """Blocks of queries: (B, G) float64 distances, infinite for pairs that share no part, and the largest of one part.
 
@@ -93,7 +94,7 @@ def mean_distances(
     """
     kept, twin = distinct(Shown(g_rows, g_shown), 1, block_bytes // 4)
     columns = list(blocks(len(kept), block_bytes // (64 * g_rows.dim)))
-    for block in query_blocks(q_rows, g_rows, block_bytes):
+    for block in query_blocks(q_rows, g_rows, block_bytes, least):
         with full_precision(q_rows.device):
             x = q_rows.by_part(q_rows.read(block, torch.float64))
             distances, largest = x.new_empty((len(x), len(kept))), x.new_zeros(())
