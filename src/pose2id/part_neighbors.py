@@ -156,7 +156,9 @@ class _Space:
 
     def _chunk_size(self, dtype: torch.dtype) -> int:
         """How many rows are compared with all others at a time: each time reads all rows."""
-        of_a_row: int = torch.finfo(dtype).bits // 8 * (self._rows.dim + 2 * self._rows.parts) + 32 * self._columns[0].stop
+        of_a_row: int = (
+            torch.finfo(dtype).bits // 8 * (self._rows.dim + 2 * self._rows.parts) + 32 * self._columns[0].stop
+        )
         return max(1, self._block_bytes // (2 * of_a_row))
 
     def _bounds(self, left: Tensor, rows: Tensor, column: slice) -> Tensor:
