@@ -274,6 +274,17 @@ class TestParts:
         assert found.mAP == pytest.approx(evaluate(qf, gf, *labels, q_visibility=v, g_visibility=u).mAP, abs=1e-6)
 
 
+def test_nothing_visible_is_a_mistake(rng):
+    x, shown = rng.standard_normal((4, 2, 3)), np.ones((4, 2))
+    with pytest.raises(ValueError, match="q_visibility must show at least one part"):
+        evaluate(x, x, range(4), range(4), q_visibility=0 * shown, g_visibility=shown)
+
+
+def test_lists_of_the_nearest_are_no_matrix():
+    with pytest.raises(TypeError, match="without topk"):
+        evaluate_rank((np.ones((2, 3)), np.ones((2, 3), int)), [0, 1], [0, 1, 2])
+
+
 @pytest.mark.gpu
 def test_cuda_equals_cpu(rng):
     qf, gf = (torch.from_numpy(rng.standard_normal((n, 32))).float() for n in (50, 300))

@@ -145,10 +145,10 @@ BAD_VISIBILITY = [
     (np.ones((3, 3)), ValueError, r"must have shape \(3, 2\), one value a part, got \(3, 3\)"),
     (np.ones(3), ValueError, r"must have shape \(3, 2\)"),
     (np.ones((3, 2, 1)), ValueError, r"must have shape \(3, 2\)"),
-    (np.full((3, 2), -0.1), ValueError, r"must be in \[0, 1e\+06\].*got values in \[-0.1, -0.1\]"),
-    (np.full((3, 2), np.nan), ValueError, r"must be in \[0, 1e\+06\]"),
-    (np.full((3, 2), np.inf), ValueError, r"must be in \[0, 1e\+06\]"),
-    (np.full((3, 2), 1e7), ValueError, r"must be in \[0, 1e\+06\]"),
+    (np.full((3, 2), -0.1), ValueError, r"must be in \[0, 1\].*got values in \[-0.1, -0.1\]"),
+    (np.full((3, 2), np.nan), ValueError, r"must be in \[0, 1\]"),
+    (np.full((3, 2), np.inf), ValueError, r"must be in \[0, 1\]"),
+    (np.full((3, 2), 1e7), ValueError, r"must be in \[0, 1\]"),
 ]
 
 

@@ -24,7 +24,7 @@ _PARTS_NDIM = 3
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
 MIN_BLOCK_BYTES = 1 << 20
 MAX_NORM = 1e300  # differences and means of larger float64 rows overflow
-_MAX_VISIBILITY = 1e6
+_MAX_VISIBILITY = 1 + 1e-6  # rounding
 _LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
 
 
@@ -135,9 +135,10 @@ class Rows:
         if bad.any():
             shown = [f"{row} part {part}" if self.parts > 1 else f"{row}" for row, part in bad.nonzero()[:5].tolist()]
             more = ", ..." if int(bad.sum()) > len(shown) else ""
+            repair = "Set parts that are hidden to 0" if self.parts > 1 else "Drop these rows and their labels"
             raise ValueError(
                 f"{name} must be finite; {int(bad.any(1).sum())} of {self.n} rows hold NaN or infinity "
-                f"(row {', '.join(shown)}{more}). Drop these rows, or find out why the model produced them."
+                f"(row {', '.join(shown)}{more}). {repair}, or find out why the model produced them."
             )
         return norms
 
@@ -194,7 +195,8 @@ def checked_pair(first: Rows, second: Rows, first_name: str, second_name: str) -
         )
     if first.dim != second.dim:
         raise ValueError(
-            f"{first_name} and {second_name} must have the same number of columns, got {first.dim} and {second.dim}. "
+            f"{first_name} and {second_name} must have the same number of columns, got {first.dim // first.parts} and "
+            f"{second.dim // second.parts}. "
             "Extract both with the same model."
         )
     if first.device != second.device:
@@ -254,6 +256,8 @@ def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
 
 def checked_memory(max_memory: Any) -> int:
     """Bytes for one block of temporaries, at least 1 MiB; None: the default."""
+    if isinstance(max_memory, float) and max_memory.is_integer():
+        max_memory = int(max_memory)  # 1e9
     size = BLOCK_BYTES if max_memory is None else checked_count(max_memory, "max_memory")
     if size < MIN_BLOCK_BYTES:
         raise ValueError(f"max_memory must be at least {MIN_BLOCK_BYTES} bytes (1 MiB), got {max_memory}.")
@@ -284,7 +288,7 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
         numeric = isinstance(visibility, np.ndarray) and visibility.dtype.kind in "biuf"
     if not numeric:
         given = visibility.dtype if hasattr(visibility, "dtype") else type(visibility).__name__
-        raise TypeError(f"{name} must be a numeric numpy array or torch tensor, got {given}.")
+        raise TypeError(f"{name} must be a numeric numpy array or torch tensor, got {given}. Try numpy.asarray.")
     if shape is None:
         raise ValueError(f"{name} must be None for whole features, got shape {tuple(visibility.shape)}.")
     if tuple(visibility.shape) != shape:
@@ -293,8 +297,8 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
     weights = weights.detach().cpu().double()
     if not ((weights >= 0) & (weights <= _MAX_VISIBILITY)).all():  # NaN compares false
         raise ValueError(
-            f"{name} must be in [0, {_MAX_VISIBILITY:g}], 0 for hidden and 1 for visible, got values in "
-            f"[{weights.min():g}, {weights.max():g}]."
+            f"{name} must be in [0, 1], 0 for hidden and 1 for visible, got values in [{weights.min():g}, "
+            f"{weights.max():g}]. Divide scores by their largest value, or compare them with a threshold."
         )
     return torch.where(weights >= _LEAST_VISIBILITY, weights, 0.0)
 
@@ -317,7 +321,10 @@ def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
         )
     if features.ndim != _FEATURE_NDIM and not (parts and features.ndim == _PARTS_NDIM):
         wanted = "(N, D), one feature a row" + (", or (N, P, D) for features in parts" if parts else "")
-        raise ValueError(f"{name} must have shape {wanted}, got shape {tuple(features.shape)}.")
+        hint = ""
+        if features.ndim == _PARTS_NDIM:
+            hint = " Features in parts can be compared as one vector, reshape(N, -1), or by pose2id.part_distances."
+        raise ValueError(f"{name} must have shape {wanted}, got shape {tuple(features.shape)}.{hint}")
     if 0 in features.shape[1:]:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(features.shape)}.")
     return features

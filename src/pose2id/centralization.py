@@ -69,7 +69,7 @@ def nfc(
         k1: how many neighbours a feature proposes, at least 1; 2 to 4 is a good range.
         k2: how many neighbours the other side looks at, at least 1. k2 > k1 matters here, as in Algorithm 1; the
             published code never looks past column k1, so it behaves as k2 = k1.
-        visibility: (N, P) of the parts, as in `part_distances`: booleans, or weights at least 0, of which 1 lets a
+        visibility: (N, P) of the parts, as in `part_distances`: booleans, or weights in [0, 1], of which 1 lets a
             neighbour's part count like the own. None: every part is fully visible.
         part_distance: "visible": distances of parts are those of `part_distances`. "flattened": what the published code
             computes of (N, P, D), the Euclidean distance of all parts in one vector, and sums over all neighbours;
@@ -108,7 +108,10 @@ def nfc(
     if weights is None:
         neighbors = search(rows, k, backend, max_memory)
     elif checked_choice(backend, "backend", BACKENDS) == "faiss":
-        raise ValueError("backend must be 'auto' or 'torch' for the distance over visible parts, which faiss lacks.")
+        raise ValueError(
+            "backend must be 'auto' or 'torch' for the distance over visible parts, which faiss lacks. "
+            "part_distance='flattened' works with faiss."
+        )
     else:
         neighbors = part_neighbors.search(rows, weights, k, max_memory)
     sums = _sums(rows, weights, neighbors, _mutual(neighbors, k1, k2), max_memory)
@@ -163,14 +166,14 @@ def _checked_out(out: Any, features: Any) -> Path:
     if not isinstance(out, (str, os.PathLike)):
         raise TypeError(f"out must be the name of a file, got {type(out).__name__}.")
     if isinstance(features, Tensor):
-        raise TypeError("out must be None for tensors, which are in memory; it is for numpy arrays.")
+        raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
     path = Path(out)
     if path.suffix.lower() != ".npy":
-        raise ValueError(f"out must end in .npy, got {path}.")
+        raise ValueError(f"out must end in .npy, got {os.fspath(out)!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out must be in a folder that exists, got {path}.")
     if path.exists() or path.is_symlink():
-        raise FileExistsError(f"out must not exist, got {path}. Choose another name, or remove that file first.")
+        raise FileExistsError(f"out must not exist, got {path}. Choose another name.")
     return path
 
 
@@ -204,7 +207,7 @@ def fuse(
             any normalisation.
         generated: (N, M, D) or (N, M, P, D) raw features of the generated images, M at least 1.
         eta: weight of the generated mean, at least 0. Published values: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
-        visibility: (N, M, P) of the generated parts: booleans, or weights of any numeric dtype in [0, 1e6].
+        visibility: (N, M, P) of the generated parts: booleans, or weights of any numeric dtype in [0, 1].
 
     Returns:
         Features, each, or each part, L2-normalised, in the shape, container, dtype and device of `features`.

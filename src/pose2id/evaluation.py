@@ -110,6 +110,11 @@ def evaluate(
     q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine", parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
     checked_pair(q_rows, g_rows, "qf", "gf")
     q_shown, g_shown = q_rows.visibility(q_visibility, "q_visibility"), g_rows.visibility(g_visibility, "g_visibility")
+    for shown, name in ((q_shown, "q_visibility"), (g_shown, "g_visibility")):
+        if not shown.any():
+            raise ValueError(
+                f"{name} must show at least one part, got all 0. Is it inverted, or its threshold too high?"
+            )
     if metric == "euclidean":
         Rows.share_scale(q_rows, g_rows)
     labels = RankingProtocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
@@ -150,6 +155,10 @@ def evaluate_rank(
     Raises:
         TypeError, ValueError: bad input, named; or no query has a match in the gallery.
     """
+    if isinstance(distmat, tuple):
+        raise TypeError(
+            "distmat must be a whole matrix, got a tuple. Call k_reciprocal without topk: mAP needs all ranks."
+        )
     matrix = checked_distances(distmat, "distmat")
     if 0 in matrix.shape:
         raise ValueError(f"distmat must hold at least one query and one gallery image, got shape {matrix.shape}.")

@@ -43,7 +43,7 @@ def part_distances(
         qf: (Q, P, D) float16, bfloat16, float32 or float64 features of P parts each, Q at least 1; numpy array
             (memory-mapped too) or torch tensor. Whole features (Q, D) count as one part. Not modified.
         gf: (G, P, D) gallery features, G at least 1, on the same device.
-        q_visibility: (Q, P) of the queries' parts, booleans or numbers in [0, 1e6], where 0 is hidden; smaller than
+        q_visibility: (Q, P) of the queries' parts, booleans or numbers in [0, 1], where 0 is hidden; smaller than
             1e-100 counts as 0. Booleans count as 0 and 1. None: every part is fully visible.
         g_visibility: (G, P), likewise; of another dtype if need be.
         normalize: L2-normalise each part first; a zero part stays the zero vector.
@@ -53,8 +53,8 @@ def part_distances(
     Returns:
         (Q, G) float32 distances, float64 where a set is float64, computed in float64, in the container and on the
         device of `qf`. All are finite: pairs that share no visible part get the largest distance of a single jointly
-        visible part plus 1 (1 if there is none), as in BPBReID. Gallery images with equal visibility whose visible
-        parts are equal are equally far.
+        visible part plus 1 (1 if there is none), as in BPBReID for booleans. Gallery images with equal visibility whose
+        visible parts are equal are equally far.
 
     Raises:
         TypeError, ValueError: bad input, named; or distances beyond the range of float32.

@@ -313,6 +313,8 @@ def _finite(distances: Any, name: str) -> NDArray[Any]:
     for row in range(len(matrix)):
         if not np.isfinite(matrix[row]).all():
             raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity.")
+    if matrix.size and matrix.min() < -1e-3 * abs(matrix.max()):
+        raise ValueError(f"{name} must hold distances, got values down to {matrix.min():g}. Are they similarities?")
     return matrix
 
 
