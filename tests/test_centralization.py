@@ -339,6 +339,30 @@ class TestOut:
         assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_stays(links, tmp_path, monkeypatch, rng):
+    out = tmp_path / "out.npy"
+    write = centralization.write_npy
+
+    def late(path, *arguments):
+        path.write_bytes(b"mine")
+        write(path, *arguments)
+
+    monkeypatch.setattr(centralization, "write_npy", late)
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    with pytest.raises(FileExistsError, match=r"out\.npy was written by somebody else"):
+        nfc(rng.standard_normal((5, 3)), out=out)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch, rng):
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    x = rng.standard_normal((5, 3))
+    np.testing.assert_array_equal(nfc(x, out=tmp_path / "out.npy"), nfc(x))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @st.composite
 def untied(draw):
     """Continuous features: a tie has probability zero."""

@@ -50,6 +50,10 @@ def growth(call, folder):
         def run(x, q):
             {call}
 
+        def before_all():
+            global before, peak
+            before = peak = own()
+
         small = np.random.default_rng(0).standard_normal((50, 100)).astype(np.float32)
         run(small, small[:20])
         before = own()
@@ -95,3 +99,15 @@ def test_evaluation_of_a_file(shape, files):
             pose2id.evaluate(q, x, *labels, max_memory={ALLOWED // 2})
     """
     assert growth(call.strip(), files) < ALLOWED // 2 + 2 * MIB
+
+
+@pytest.mark.parametrize("parts", ["", ".reshape(len(x), 4, -1)"])
+@pytest.mark.parametrize("kind", ["x[7] *= 1e8", "x[:] = x[:1] + 3e-7 * x"])
+def test_rows_that_float32_cannot_tell_apart(kind, parts, files):
+    call = f"""
+            x = np.array(x[:1500, :64])
+            {kind}
+            before_all()
+            pose2id.nfc(x{parts}, max_memory={ALLOWED // 4})
+    """
+    assert growth(call.strip(), files) < ALLOWED // 4 + 2 * MIB

@@ -179,22 +179,22 @@ def test_the_result_does_not_depend_on_the_number_of_threads(backend, rng):
 def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
     """Certain at once, told apart in float64, searched again in float32 and in float64: each must have rows."""
     walked = {"ranked": [], "told apart": 0, "float64": 0}
-    rank, best, in_float64 = Space.rank, _space.best_of_groups, Space.rank_in_float64
+    rank, add, in_float64 = Space.rank, _space.ExactBest.add, Space.rank_in_float64
 
     def counting_rank(space, found, rows, k):
         walked["ranked"].append(len(rows))
         return rank(space, found, rows, k)
 
-    def counting_best(first, *arguments):
-        walked["told apart"] += len(torch.unique(first))
-        return best(first, *arguments)
+    def counting_add(best, row, *arguments):
+        walked["told apart"] += len(torch.unique(row))
+        return add(best, row, *arguments)
 
     def counting_float64(space, rows, k):
         walked["float64"] += len(rows)
         return in_float64(space, rows, k)
 
     monkeypatch.setattr(Space, "rank", counting_rank)
-    monkeypatch.setattr(_space, "best_of_groups", counting_best)
+    monkeypatch.setattr(_space.ExactBest, "add", counting_add)
     monkeypatch.setattr(Space, "rank_in_float64", counting_float64)
     monkeypatch.setattr(neighbors, "half_dtype", lambda _: torch.bfloat16)
     nearest_neighbors(big_with_copies(rng), 4, normalize=True, backend="torch")
@@ -238,6 +238,66 @@ def test_products_in_half_precision_bound_all_distances(kind, dtype, d, rng):
         assert (true[:, column] <= most).all()
     # ... and say something: they lie a percent of the largest norm around it.
     assert (most - least).max() < 0.02 + 4 * float(halves._lost.max().sqrt())
+
+
+SIX = np.array([[0.49, 0], [20.51, 6.25], [-20.49, 0]])  # around m: the third is nearer to the first, all but as near
+
+
+def six_rows(unit, m):
+    """Rows that rounding to multiples of `unit` moves so that another one becomes the nearest."""
+    half = (SIX + np.array([m, 0])) * unit
+    return np.concatenate([half, -half])
+
+
+@pytest.mark.parametrize(("dtype", "unit", "m"), [("bfloat16", 2.0**-8, 200), ("float16", 2.0**-11, 1600)])
+def test_a_row_may_be_moved_as_far_as_its_limit_says(dtype, unit, m):
+    x = six_rows(unit, m)
+    with searching(dtype) as backend:
+        np.testing.assert_array_equal(nearest_neighbors(x, 1, backend=backend), reference.nearest(x, 1))
+
+
+def test_rounding_to_float32_is_not_taken_for_an_order():
+    x = six_rows(2.0**-24, int(0.8 * 2**24))
+    with searching("float32") as backend:
+        np.testing.assert_array_equal(nearest_neighbors(x, 2, backend=backend), reference.nearest(x, 2))
+
+
+def test_a_list_is_certain_only_beyond_what_rounding_can_hide(rng):
+    x = rng.standard_normal((9, 30))
+    space = Space(Rows(x, "x"), torch.arange(9), 1 << 20)
+    rows, positions = torch.tensor([0, 0, 0]), torch.arange(1, 9).expand(3, -1)
+    far = space.exact(rows[:1].expand(8), positions[0]).sort().values[2]
+    wrong = 2.0**-24 * float(1.1 * (space.norms[0] + space.norms.max()) + 4 * far)
+    floor = far + wrong * torch.tensor([0.9, -1.0, 1.2], dtype=torch.float64)
+    found = _space.Candidates(positions, torch.ones(3, 8, dtype=torch.bool), floor)
+    nearest, certain = space.rank(found, rows, 3)
+    assert certain.tolist() == [False, False, True]
+    assert nearest[2].tolist() == reference.nearest(x, 3)[0]
+
+
+def test_halves_know_what_they_lose(rng):
+    x = rng.standard_normal((40, 24))
+    space = Space(Rows(x, "x"), torch.arange(40), 1 << 20)
+    for dtype in HALVES.values():
+        halves = _half._Halves(space, dtype)
+        rows = halves.left(slice(0, 40)).double()
+        h = rows[:, -6:-3].sum(1)
+        residual = (rows[:, :-6].square().sum(1) / 2 - h).abs().max()
+        moved = torch.linalg.vector_norm(space.copy - rows[:, :-6], dim=1) + 2.0**-24 * space.norms
+        assert (halves._moved >= moved + moved.max()).all()
+        assert (halves._lost >= 2.0**-23 * 24 * (space.norms + space.norms.max()) ** 2 + 4 * residual).all()
+
+
+def test_the_callers_default_device_does_not_matter(backend, rng):
+    x = rng.standard_normal((30, 4)).astype(np.float32)
+    expected = reference.nearest(x, 2)
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        found = nearest_neighbors(x, 2, backend=backend)
+    finally:
+        torch.set_default_device(before)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (40, 64), (33, 700), (16, 4099)])
@@ -412,6 +472,16 @@ def test_products_run_in_full_precision_without_gradients(reduced):
         assert not torch.is_grad_enabled()
     assert product_precisions() == reduced
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_half_precision_is_added_up_in_float32():
+    settings = torch.backends.cuda.matmul
+    names = ["allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"]
+    before = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    assert before["allow_fp16_reduced_precision_reduction"]
+    with full_precision(torch.device("cpu")):
+        assert not any(getattr(settings, name) for name in before)
+    assert {name: getattr(settings, name) for name in before} == before
 
 
 def test_threads_do_not_undo_each_others_precision(reduced):

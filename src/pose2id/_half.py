@@ -28,7 +28,7 @@ def half_dtype(device: torch.device) -> torch.dtype | None:
     """What to multiply in on a device: float16 on CUDA, bfloat16 on CPUs where a small trial shows that it is fast."""
     if device.type == "cuda":
         return torch.float16
-    x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
     for _ in range(5):
         for dtype in seconds:
@@ -36,6 +36,8 @@ def half_dtype(device: torch.device) -> torch.dtype | None:
             start = time.perf_counter()
             torch.mm(y, y.T)
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+        if seconds[torch.bfloat16] > 2 * seconds[torch.float32]:
+            return None  # where it is emulated, it takes long
     return torch.bfloat16 if seconds[torch.float32] > _FASTER * seconds[torch.bfloat16] else None
 
 
@@ -49,7 +51,8 @@ def search_half(space: Space, count: int, k: int, dtype: torch.dtype) -> tuple[C
     side = max(1, min(math.isqrt(space.block_bytes // 8), space.block_bytes // (8 * (space.dim + _EXTRA))))
     parts = even_blocks(space.n, side)
 
-    sample = torch.arange(0, space.n, math.ceil(space.n / _SAMPLE), device=space.device)
+    size = max(1, min(_SAMPLE, space.block_bytes // (16 * (space.dim + _EXTRA))))
+    sample = torch.arange(0, space.n, math.ceil(space.n / size), device=space.device)
     best = Best(len(sample), count, space.device)
     scores = halves.scores(sample)
     for part in parts:
@@ -103,16 +106,18 @@ class _Halves:
         right = self.right(positions).T
         return lambda part: torch.mm(self.left(part), right)
 
-    def left(self, part: slice) -> Tensor:
+    def left(self, positions: slice | Tensor) -> Tensor:
         """Rows on the left of a product."""
         if self._rows is not None:
-            return self._rows[part]
-        pieces = blocks(part.stop - part.start, self._space.block_bytes // (24 * (self._space.dim + _EXTRA)))
-        return torch.cat([self._rounded(slice(part.start + p.start, part.start + p.stop))[0] for p in pieces])
+            return self._rows[positions]
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=self._space.device)
+        pieces = blocks(len(positions), self._space.block_bytes // (24 * (self._space.dim + _EXTRA)))
+        return torch.cat([self._rounded(positions[piece])[0] for piece in pieces])
 
     def right(self, positions: slice | Tensor) -> Tensor:
         """Rows on its right."""
-        rows = self.left(positions) if isinstance(positions, slice) else self._rounded(positions)[0]
+        rows = self.left(positions)
         return torch.cat([rows[:, :-_EXTRA], rows[:, -3:], rows[:, -_EXTRA:-3]], 1)
 
     def hold(self, squared: Tensor, positions: Tensor, rows: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,20 +14,37 @@ from numpy.typing import NDArray
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A hidden name beside `path`, to write to: it becomes `path` when all has gone well, and is removed if not.
 
     Raises:
-        OSError: the file cannot be written; named.
+        OSError: the file cannot be written; named. FileExistsError: without `replace`, it appeared in the meantime.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield unfinished
-        unfinished.replace(path)
+        if replace:
+            unfinished.replace(path)
+        else:
+            _link(unfinished, path)
+    except FileExistsError as error:
+        raise FileExistsError(f"{path} was written by somebody else in the meantime. Choose another name.") from error
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _link(source: Path, path: Path) -> None:
+    """Give a file a name that no other file has."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError from error
+        source.replace(path)
 
 
 def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterable[NDArray[Any]]) -> None:
@@ -37,7 +55,7 @@ def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: 
     """
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     # Not a memory map: written pages would fill memory, and a full disk would end the process.
-    with whole_file(path) as unfinished, unfinished.open("xb") as file:
+    with whole_file(path, replace=False) as unfinished, unfinished.open("xb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
             file.write(np.ascontiguousarray(block, dtype).data)

@@ -142,8 +142,10 @@ class Space:
             tied = (distances[:, : k + 1].diff(dim=1) <= 3 * wrong[:, None]).any(1) & certain[part]
             for again in _chunks(tied, self.block_bytes // (64 * width)):
                 row, column = torch.nonzero(distances[again].isfinite(), as_tuple=True)
-                first, second = own[again[row]], positions[again[row], column]
-                positions[again, :k] = best_of_groups(first, second, self._exact(first, second), k)
+                best = ExactBest(len(again), k, self.device)
+                others = positions[again[row], column]
+                best.add(row, others, self._exact(own[again[row]], others))
+                positions[again, :k] = best.positions
             result[part] = positions[:, :k]
         return result, certain
 
@@ -152,28 +154,26 @@ class Space:
         result = torch.empty((len(rows), k), dtype=torch.int64, device=self.device)
         # Every chunk reads all rows once: not too few at a time.
         for part in blocks(len(rows), self.block_bytes // (40 * max(self.dim, self._parts[0].stop))):
-            first, second = self._near(rows[part], k)
-            result[part] = best_of_groups(first, second, self._exact(first, second), k)
+            result[part] = self._nearest_of(rows[part], k)
         return result
 
-    def _near(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Pairs of positions: all that float64 products leave among the k nearest of each of `rows`."""
+    def _nearest_of(self, rows: Tensor, k: int) -> Tensor:
         x = self._centred64(rows)
         squares = x.square().sum(1)
         # Twice: these distances are rounded, and so are the exact ones of which they must miss none.
         bound = 2 * _FLOAT64_ROUNDING * self._roundings[rows]
         nearest = torch.full((len(rows), k), torch.inf, dtype=torch.float64, device=self.device)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        best = ExactBest(len(rows), k, self.device)
         for part in self._parts:
             y = self._centred64(part)
             values = squared_euclidean(x, y, squares, y.square().sum(1))
             without(rows, values, part, torch.inf)
             nearest = torch.cat([nearest, values], 1).topk(k, dim=1, largest=False).values
-            row, column = torch.nonzero(values <= nearest[:, -1:] + 2 * bound[:, None], as_tuple=True)
-            found.append((row, column + part.start, values[row, column]))
-        row, other, value = (torch.cat(pieces) for pieces in zip(*found, strict=True))
-        near = value <= nearest[row, -1] + 2 * bound[row]
-        return rows[row[near]], other[near]
+            near = (values <= nearest[:, -1:] + 2 * bound[:, None]) & values.isfinite()
+            row, column = torch.nonzero(near, as_tuple=True)
+            other = column + part.start
+            best.add(row, other, self._exact(rows[row], other))
+        return best.positions
 
     def _scored(self, first: Tensor, second: Tensor) -> Tensor:
         """Float64 distances of pairs of positions, from the differences of float32 rows."""
@@ -277,14 +277,26 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, at)
 
 
-def best_of_groups(first: Tensor, second: Tensor, distances: Tensor, k: int) -> Tensor:
-    """(groups, k): of the pairs with each value of `first`, ascending, the k best of `second`: nearest, then lowest."""
-    order = torch.argsort(second, stable=True)
-    for key in (distances, first):
-        order = order[torch.argsort(key[order], stable=True)]
-    sizes = torch.unique_consecutive(first[order], return_counts=True)[1]
-    start = sizes.cumsum(0) - sizes
-    return second[order[start[:, None] + torch.arange(k, device=first.device)]]
+class ExactBest:
+    """The k nearest of each of some rows, pairs by pairs: (B, k) positions by exact distance, then by position."""
+
+    def __init__(self, rows: int, k: int, device: torch.device) -> None:
+        self.positions = torch.full((rows, k), 2**62, dtype=torch.int64, device=device)
+        self._distances = torch.full((rows, k), torch.inf, dtype=torch.float64, device=device)
+
+    def add(self, row: Tensor, positions: Tensor, distances: Tensor) -> None:
+        """Take in pairs (C,) of row numbers and positions, with their float64 distances."""
+        rows, k = self.positions.shape
+        own = torch.arange(rows, device=row.device).repeat_interleave(k)
+        row = torch.cat([own, row])
+        positions = torch.cat([self.positions.flatten(), positions])
+        distances = torch.cat([self._distances.flatten(), distances])
+        order = torch.argsort(positions, stable=True)
+        for key in (distances, row):
+            order = order[torch.argsort(key[order], stable=True)]
+        sizes = torch.bincount(row, minlength=rows)
+        chosen = order[(sizes.cumsum(0) - sizes)[:, None] + torch.arange(k, device=row.device)]
+        self.positions, self._distances = positions[chosen], distances[chosen]
 
 
 def without(rows: Tensor, block: Tensor, part: slice, value: float) -> None:

@@ -149,7 +149,7 @@ def _sums(
     rows: Rows, weights: Tensor | None, neighbors: Tensor, is_mutual: Tensor, max_memory: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows and their sums with their mutual neighbours."""
-    for block in rows.blocks(min(checked_memory(max_memory), BLOCK_BYTES)):
+    for block in rows.blocks(min(checked_memory(max_memory), BLOCK_BYTES) // 4):  # sums, neighbours and what is written
         total = rows.read(block)
         # Neighbour by neighbour: a fixed order of sums on every device, and no (rows, k1, D) temporary.
         for rank in range(is_mutual.shape[1]):

@@ -213,8 +213,8 @@ class Centralizer:
             query_feats: (Q, D) raw or normalised features, or (Q, P, D) of their parts, floating numpy array or torch
                 tensor. Not modified.
             gallery_feats: (G, D) or (G, P, D) features of the same model.
-            joint: search neighbours in the union of both sets instead; figures are then not comparable with published
-                ones.
+            joint: search neighbours in the union of both sets instead, of which a copy is made; figures are then not
+                comparable with published ones.
             query_visibility: (Q, P) of the parts, booleans or weights, as in `nfc`; what `__call__` and `extract` give
                 with `return_visibility`. None: every part is fully visible.
             gallery_visibility: (G, P), likewise.

@@ -18,9 +18,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Run without gradients and with true float32 products, one thread at a time.
 
     Callers may sit under autocast, or have allowed TF32 or bfloat16 products for their model, which would reorder
-    neighbours. Their settings are restored on the way out; they are the process's, hence the lock.
+    neighbours, and half-precision products that are added up in half precision. Their settings are restored on the
+    way out; they are the process's, hence the lock.
     """
-    with _LOCK, torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _LOCK, torch.no_grad(), torch.autocast(device.type, enabled=False), _float32_sums():
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
             settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
             changed = [(setting, setting.fp32_precision) for setting in settings if setting.fp32_precision != "ieee"]
@@ -38,6 +39,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 yield
             finally:
                 torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _float32_sums() -> Iterator[None]:
+    settings: Any = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")  # the second from torch 2.7 on
+    before = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    try:
+        for name in before:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 def squared_euclidean(x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor) -> Tensor:

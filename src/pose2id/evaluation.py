@@ -20,12 +20,11 @@ from pose2id._inputs import (
     checked_count,
     checked_distances,
     checked_labels,
-    checked_memory,
     checked_pair,
 )
 from pose2id.distance import full_precision
 from pose2id.neighbors import tying_distances
-from pose2id.parts import LEAST_QUERIES, mean_distances, query_blocks
+from pose2id.parts import mean_distances, query_blocks, query_memory
 
 _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
@@ -104,9 +103,7 @@ def evaluate(
         TypeError, ValueError: bad input, named; or no query has a match in the gallery.
     """
     checked_choice(metric, "metric", _METRICS)
-    # A part: distances, products and what is read are alive together. By default at least as many queries are compared
-    # at a time as pay for reading the gallery.
-    block_bytes, least = checked_memory(max_memory) // 3, LEAST_QUERIES if max_memory is None else 1
+    block_bytes, least = query_memory(max_memory)
     q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine", parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
     checked_pair(q_rows, g_rows, "qf", "gf")
     q_shown, g_shown = q_rows.visibility(q_visibility, "q_visibility"), g_rows.visibility(g_visibility, "g_visibility")

@@ -137,7 +137,10 @@ def distinct(rows: RowSource, copies: int, block_bytes: int) -> tuple[Tensor, Te
     """
     everything = torch.arange(rows.n, device=rows.device)
     keys = torch.empty(rows.n, dtype=torch.int64, device=rows.device)
-    weights = torch.randint(2**62, (rows.dim,), generator=torch.Generator().manual_seed(0)).to(rows.device) * 2 + 1
+    weights = (
+        torch.randint(2**62, (rows.dim,), generator=torch.Generator().manual_seed(0), device="cpu").to(rows.device) * 2
+        + 1
+    )
     for block in rows.blocks(block_bytes):
         # Adding zero makes -0.0 and 0.0 one. Integer sums wrap around and do not depend on their order.
         bits = (rows.read(block, torch.float64) + 0.0).view(torch.int64)
@@ -218,10 +221,10 @@ def _takes_torch(space: Space, k: int) -> bool:
     if sys.platform != "linux" or space.copy is None or space.device.type == "cuda":
         return True
     return (
-        half_dtype(space.device) is not None
-        and space.n >= _TORCH_MIN_ROWS
+        space.n >= _TORCH_MIN_ROWS
         and space.dim >= _TORCH_MIN_COLUMNS
         and k <= _TORCH_MAX_K
+        and half_dtype(space.device) is not None
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pose2id._inputs import BLOCK_BYTES, MIN_BLOCK_BYTES, Rows, blocks, checked_memory, row_norms
-from pose2id._space import best_of_groups
+from pose2id._space import ExactBest
 from pose2id.distance import full_precision
 from pose2id.neighbors import distinct
 from pose2id.parts import Shown
@@ -137,12 +137,12 @@ class _Space:
         left = self._factors(rows, torch.float64, left=True)
         nearby = self._lowest_bounds(left, rows, k)[1]
         limit = self._distances(rows.repeat_interleave(k), nearby.flatten()).view(-1, k).amax(1, keepdim=True)
-        found = []
+        best = ExactBest(len(rows), k, rows.device)
         for column in self._columns:
             row, other = torch.nonzero(self._bounds(left, rows, column) <= limit, as_tuple=True)
-            found.append((row, other + column.start))
-        row, other = (torch.cat(pieces) for pieces in zip(*found, strict=True))
-        return best_of_groups(row, other, self._distances(rows[row], other), k)
+            other += column.start
+            best.add(row, other, self._distances(rows[row], other))
+        return best.positions
 
     def _lowest_bounds(self, left: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` others of each of `rows` with the lowest bounds: (B, count) bounds, ascending, and positions."""

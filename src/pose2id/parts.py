@@ -20,7 +20,7 @@ from pose2id._inputs import BLOCK_BYTES, FeatureArray, Rows, as_container, block
 from pose2id.distance import full_precision, squared_euclidean
 from pose2id.neighbors import distinct
 
-LEAST_QUERIES = 64  # at a time, unless memory is short: every block of them reads the whole gallery
+_LEAST_QUERIES = 64  # unless memory is short: every block of them reads the whole gallery
 
 
 def part_distances(
@@ -47,8 +47,7 @@ def part_distances(
             1e-100 counts as 0. Booleans count as 0 and 1. None: every part is fully visible.
         g_visibility: (G, P), likewise; of another dtype if need be.
         normalize: L2-normalise each part first; a zero part stays the zero vector.
-        max_memory: bytes for working blocks, at least 1 MiB; default 32 MiB. On top comes the result, and at least 64
-            queries are compared with the whole gallery at a time.
+        max_memory: as in `evaluate`; on top comes the result.
 
     Returns:
         (Q, G) float32 distances, float64 where a set is float64, computed in float64, in the container and on the
@@ -59,7 +58,7 @@ def part_distances(
     Raises:
         TypeError, ValueError: bad input, named; or distances beyond the range of float32.
     """
-    block_bytes = checked_memory(max_memory)
+    block_bytes, least = query_memory(max_memory)
     q_rows, g_rows = (Rows(x, name, normalize=normalize, parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
     checked_pair(q_rows, g_rows, "qf", "gf")
     q_shown, g_shown = q_rows.visibility(q_visibility, "q_visibility"), g_rows.visibility(g_visibility, "g_visibility")
@@ -67,7 +66,7 @@ def part_distances(
     dtype = torch.promote_types(q_rows.dtype, g_rows.dtype)
     result = torch.empty((q_rows.n, g_rows.n), dtype=dtype, device=q_rows.device)
     largest = 0.0
-    found = mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes, LEAST_QUERIES)
+    found = mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes, least)
     for block, distances, of_one_part in found:
         result[block] = distances * scale
         largest = max(largest, of_one_part * scale)
@@ -78,6 +77,11 @@ def part_distances(
         )
     result.masked_fill_(result.isinf(), largest + 1)
     return as_container(result, qf)  # type: ignore[return-value]
+
+
+def query_memory(max_memory: int | None) -> tuple[int, int]:
+    """Bytes for one block, a part of all, and how many queries at least to compare with the whole gallery at a time."""
+    return checked_memory(max_memory) // 3, _LEAST_QUERIES if max_memory is None else 1
 
 
 def query_blocks(q_rows: Rows, g_rows: Rows, block_bytes: int, least: int) -> Iterator[slice]:
