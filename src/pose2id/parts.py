@@ -80,8 +80,10 @@ def part_distances(
 
 
 def query_memory(max_memory: int | None) -> tuple[int, int]:
-    """Bytes for one block, a part of all, and how many queries at least to compare with the whole gallery at a time."""
-    return checked_memory(max_memory) // 3, _LEAST_QUERIES if max_memory is None else 1
+    """Bytes for one block, and how many queries at least to compare with the whole gallery at a time."""
+    given = checked_memory(max_memory)
+    # Of what is given a part: several blocks are alive at a time.
+    return (BLOCK_BYTES, _LEAST_QUERIES) if max_memory is None else (given // 3, 1)
 
 
 def query_blocks(q_rows: Rows, g_rows: Rows, block_bytes: int, least: int) -> Iterator[slice]:
