@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import parts as literal
-from test_parts import BAD_VISIBILITY, VISIBILITY, visibility
+from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 
 from pose2id import centralization, fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
 

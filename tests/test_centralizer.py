@@ -10,7 +10,7 @@ import tiny
 import torch
 from PIL import Image
 from reference import parts as literal
-from test_parts import BAD_VISIBILITY, VISIBILITY, visibility
+from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 from torch import nn
 from tqdm import tqdm
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import parts as literal
-from test_parts import BAD_VISIBILITY, VISIBILITY, visibility
+from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 
 from pose2id import _inputs, distance, evaluate, evaluate_rank, evaluation, part_distances, parts
 from pose2id._inputs import Rows

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import parts as literal
 from test_neighbors import KINDS as ALL_KINDS
 from test_neighbors import make
-from test_parts import VISIBILITY, visibility
+from test_part_distances import VISIBILITY, visibility
 
 from pose2id import nearest_neighbors, part_neighbors
 from pose2id._inputs import Rows

@@ -39,7 +39,7 @@ _logged: set[str] = set()
 BACKENDS = ("auto", "faiss", "torch")
 # Where "auto" takes torch on CPUs that multiply bfloat16 fast, as measured with benchmarks/neighbors.py: elsewhere the
 # products are too small a part of the work, or too many lists stay open.
-_TORCH_MIN_ROWS, _TORCH_MIN_COLUMNS, _TORCH_MAX_K = 3000, 64, 32
+_TORCH_MIN_ROWS, _TORCH_MIN_COLUMNS, _TORCH_MAX_K = 3000, 256, 32
 # What lists take of memory for every row: keys of equal rows, norms and bounds; and for every neighbour asked for.
 _ROW_BYTES, _NEIGHBOR_BYTES = 256, 64
 _SAMPLE = 64  # rows by which faiss's arithmetic is checked
@@ -68,7 +68,7 @@ def nearest_neighbors(
         k: number of neighbours, at least 1.
         normalize: compare L2-normalised rows; a zero row stays the zero vector, at distance 1 from every other.
         backend: "faiss" or "torch" forces one; "auto" takes the one that was measured to be faster: torch on CUDA, on
-            macOS and Windows, and on CPUs that multiply bfloat16 fast for at least 3,000 rows of at least 64 columns
+            macOS and Windows, and on CPUs that multiply bfloat16 fast for at least 3,000 rows of at least 256 columns
             and k up to 32; faiss elsewhere.
         max_memory: bytes that the search may take, at least 1 MiB and half of that above what lists of neighbours
             need, N (256 + 64 k). Where it has no room for copies of all rows (6 N D bytes), rows are read again and
