@@ -67,9 +67,8 @@ def nearest_neighbors(
         features: (N, D) float16, bfloat16, float32 or float64; numpy array (memory-mapped too) or torch tensor.
         k: number of neighbours, at least 1.
         normalize: compare L2-normalised rows; a zero row stays the zero vector, at distance 1 from every other.
-        backend: "faiss" or "torch" forces one; "auto" takes the one that was measured to be faster: torch on CUDA, on
-            macOS and Windows, and on CPUs that multiply bfloat16 fast for at least 3,000 rows of at least 256 columns
-            and k up to 32; faiss elsewhere.
+        backend: "faiss" or "torch" forces one; "auto" takes torch on CUDA, on macOS and Windows, and on CPUs
+            that multiply bfloat16 fast for at least 3,000 rows of at least 256 columns and k up to 32; faiss elsewhere.
         max_memory: bytes that the search may take, at least 1 MiB and half of that above what lists of neighbours
             need, N (256 + 64 k). Where it has no room for copies of all rows (6 N D bytes), rows are read again and
             again, so that memory-mapped features may be larger than memory. faiss's own memory is not in it. None:
@@ -177,22 +176,25 @@ def tying_distances(rows: RowSource, block_bytes: int = BLOCK_BYTES) -> Callable
 
 
 def _budget(rows: RowSource, k: int, max_memory: int | None) -> tuple[int, bool]:
-    """Bytes for one block of temporaries, and whether copies of all rows fit into memory besides."""
+    """`plan_memory` of a search with copies in float32 and half precision."""
+    lists = rows.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k)
+    return plan_memory(rows, k, max_memory, lists=lists, copies=6 * rows.n * (rows.dim + 6))
+
+
+def plan_memory(rows: RowSource, k: int, max_memory: int | None, *, lists: int, copies: int) -> tuple[int, bool]:
+    """Bytes for one block of temporaries, and whether there is memory for copies of all rows besides the lists."""
     if max_memory is None:
         # A GPU wants large blocks: it takes longer to start small ones than to compute them.
         return (16 if rows.device.type == "cuda" else 1) * BLOCK_BYTES, True
-    lists = rows.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k)
-    room = checked_memory(max_memory) - lists
-    least = MIN_BLOCK_BYTES // 2
+    room, least = checked_memory(max_memory) - lists, MIN_BLOCK_BYTES // 2
     if room < least:
         raise ValueError(
             f"max_memory must be at least {lists + least} bytes for lists of {k} neighbours of {rows.n} rows, got "
             f"{max_memory}."
         )
-    left = room - 6 * rows.n * (rows.dim + 6)  # float32 and half precision
     # A part, because several blocks may be alive, and the allocator keeps some.
-    if left >= least:
-        return min(left // 4, BLOCK_BYTES), True
+    if room - copies >= least:
+        return min((room - copies) // 4, BLOCK_BYTES), True
     return min(room // 3, 8 * BLOCK_BYTES), False
 
 

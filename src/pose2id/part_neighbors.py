@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pose2id._inputs import BLOCK_BYTES, MIN_BLOCK_BYTES, Rows, blocks, checked_memory, row_norms
+from pose2id._inputs import Rows, blocks, row_norms
 from pose2id._space import ExactBest
 from pose2id.distance import full_precision
-from pose2id.neighbors import distinct
+from pose2id.neighbors import distinct, plan_memory
 from pose2id.parts import Shown
 
 _WIDEST = 512  # columns in a block of distances; more gain nothing
@@ -43,30 +43,13 @@ def search(rows: Rows, visibility: Tensor, k: int, max_memory: int | None = None
     k = min(k, rows.n - 1)
     if k < 1:
         return torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
-    block_bytes, keep_copy = _budget(rows, k, max_memory)
+    lists, copy = rows.n * (256 + 40 * rows.parts + 128 * k), 4 * rows.n * (rows.dim + 2 * rows.parts)
+    block_bytes, keep_copy = plan_memory(rows, k, max_memory, lists=lists, copies=copy)
     with full_precision(rows.device):
         kept, twin = distinct(Shown(rows, visibility), k + 1, block_bytes // 4)
         found = _Space(rows, visibility, kept, block_bytes, keep_copy=keep_copy).nearest(k)
         neighbors = torch.where(found < 0, -1, kept[found])
         return neighbors if twin is None else neighbors[twin]
-
-
-def _budget(rows: Rows, k: int, max_memory: int | None) -> tuple[int, bool]:
-    """Bytes for one block of temporaries, and whether a copy of all rows fits into memory besides."""
-    if max_memory is None:
-        # A GPU wants large blocks: it takes longer to start small ones than to compute them.
-        return (16 if rows.device.type == "cuda" else 1) * BLOCK_BYTES, True
-    lists, least = rows.n * (256 + 40 * rows.parts + 128 * k), MIN_BLOCK_BYTES // 2
-    room = checked_memory(max_memory) - lists
-    if room < least:
-        raise ValueError(
-            f"max_memory must be at least {lists + least} bytes for lists of {k} neighbours of {rows.n} rows, got "
-            f"{max_memory}."
-        )
-    left = room - 4 * rows.n * (rows.dim + 2 * rows.parts)
-    if left >= least:
-        return min(left, BLOCK_BYTES), True
-    return min(room, 8 * BLOCK_BYTES), False
 
 
 class _Space:
