@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from pose2id._outputs import whole_file
 from pose2id.extractor import content_key, load_image
 from pose2id.generated import NOTE, image_files, read_note
-from pose2id.ipg.generator import IdentityGenerator
+from pose2id.ipg.generator import PARTS, IdentityGenerator
 from pose2id.ipg.pictures import load_poses, load_reference
 
 SHEETS = "sheets"
@@ -198,10 +198,21 @@ def contact_sheet(
     return sheet
 
 
-def fingerprint(generator: IdentityGenerator) -> str:
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Contact sheets of one width, one below the other."""
+    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height + _GAP for sheet in sheets) - _GAP), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height + _GAP
+    return whole
+
+
+def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS) -> str:
     """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size."""
     digest = hashlib.sha256()
-    for name, part in generator.parts.items():
+    for name in names:
+        part = generator.parts[name]
         for key, tensor in part.state_dict().items():
             flat = tensor.detach().flatten()
             values = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu().numpy()

@@ -185,11 +185,12 @@ class IdentityGenerator:
             loaded.compile()
         return loaded
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, notes: str = "") -> None:
         """Write one safetensors file per part, one JSON of configurations and a model card with the licence note.
 
         Args:
             directory: new, or empty. Nothing is left in it when writing fails.
+            notes: Markdown that ends the model card.
 
         Raises:
             FileExistsError: the directory holds something.
@@ -202,6 +203,7 @@ class IdentityGenerator:
             scheduler_config=weights.scheduler_config(self.scheduler),
             settings={"image_size": list(self.image_size), "round_bank": self.round_bank},
             sources=self.sources,
+            notes=notes,
         )
 
     def push_to_hub(

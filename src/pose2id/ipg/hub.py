@@ -126,7 +126,7 @@ class Place:
             raise MissingFilesError("no such file in the repository")
         path = self._download(name)
         # The first file decides the commit: a push in between must not mix parts of two.
-        self.commit = path.parent.name
+        self.commit = path.parents[name.count("/")].name
         return path
 
     def _download(self, name: str) -> Path:

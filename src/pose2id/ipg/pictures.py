@@ -52,8 +52,12 @@ def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
 
 def pixels(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     """(3, height, width) float32 RGB in [0, 1], resized as the published code does: Lanczos, aspect not kept."""
-    resized = picture.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(resized(picture, size))).permute(2, 0, 1).float() / 255
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An RGB picture of this (height, width)."""
+    return picture.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
 
 
 def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "generated pictures") -> list[Image.Image]:

@@ -23,9 +23,9 @@ class Condition:
     """What the denoising UNet sees of R references, projected once for all steps.
 
     Attributes:
-        bank: per self-attention, keys and values (R, heads, L, d) of the references.
+        bank: per self-attention, keys and values (R, heads, L, d) of the references; empty for no references.
         tokens: per cross-attention, keys and values (rows, heads, N, d) of the identity tokens, one entry per row of
-            the UNet's batch: with guidance first the R * P unconditional rows, then P rows for each reference.
+            the UNet's batch: first the unconditional rows, if any, then P rows for each reference.
         poses: P, the rows of one reference.
     """
 
@@ -72,7 +72,13 @@ def write(unet: UNet2DConditionModel, latents: Tensor, tokens: Tensor, *, round_
 
 
 def project(
-    unet: UNet2DConditionModel, bank: Bank, tokens: Tensor, *, poses: int, unconditional: Tensor | None = None
+    unet: UNet2DConditionModel,
+    bank: Bank,
+    tokens: Tensor,
+    *,
+    poses: int,
+    unconditional: Tensor | None = None,
+    unconditional_rows: int | None = None,
 ) -> Condition:
     """Keys and values that the denoising UNet reads, from its own projections.
 
@@ -82,16 +88,21 @@ def project(
         tokens: (R, N, D) identity tokens of the references.
         poses: rows of each reference in the UNet's batch.
         unconditional: (1, N, D) tokens of the unconditional rows; None: there are none.
+        unconditional_rows: how many; None: R * P, the sampler's. They come first in the UNet's batch.
     """
+    alone = len(tokens) * poses if unconditional_rows is None else unconditional_rows
     read_bank: dict[str, KeysValues] = {}
     read_tokens: dict[str, KeysValues] = {}
-    groups = tokens if unconditional is None else torch.cat([unconditional, tokens])
+    if unconditional is None:
+        groups, alone = tokens, 0
+    else:
+        groups = torch.cat([unconditional[:alone], tokens])  # of one row, or of none
     for name in _attentions(unet):
         attention = unet.get_submodule(name)
         if name in bank:
             read_bank[name] = _keys_values(attention, bank[name])
-        else:
-            keys, values = (_per_row(projected, len(tokens), poses) for projected in _keys_values(attention, groups))
+        elif not _is_self_attention(name):
+            keys, values = (_per_row(projected, alone, poses) for projected in _keys_values(attention, groups))
             read_tokens[name] = keys, values
     return Condition(read_bank, read_tokens, poses)
 
@@ -144,6 +155,8 @@ class _BankReader(_Processor):
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, condition: Condition, **__: Any) -> Tensor:
         query, (keys, values) = _query(attn, hidden_states), _keys_values(attn, hidden_states)
+        if not condition.bank:
+            return _attend(attn, query, keys, values)
         banks = condition.bank[self.name]
         unconditional = len(hidden_states) - len(banks[0]) * condition.poses
         keys_seen, values_seen = (
@@ -187,11 +200,11 @@ def _with_bank(own: Tensor, bank: Tensor, poses: int) -> Tensor:
     return torch.cat([own.unflatten(0, (len(bank), poses)), shared], dim=3).flatten(0, 1)
 
 
-def _per_row(projected: Tensor, references: int, poses: int) -> Tensor:
-    conditional = projected[-references:].repeat_interleave(poses, dim=0)
-    if len(projected) == references:
-        return conditional
-    return torch.cat([projected[:1].expand(references * poses, -1, -1, -1), conditional])
+def _per_row(projected: Tensor, unconditional_rows: int, poses: int) -> Tensor:
+    if not unconditional_rows:
+        return projected.repeat_interleave(poses, dim=0)
+    unconditional = projected[:1].expand(unconditional_rows, -1, -1, -1)
+    return torch.cat([unconditional, projected[1:].repeat_interleave(poses, dim=0)])
 
 
 def _query(attn: Any, hidden_states: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from pose2id.ipg.reference import install_writer
 logger = logging.getLogger(__name__)
 
 VAE_REPO = "stabilityai/sd-vae-ft-mse"
+TINY = "tiny"
 CONFIG_FILE = "pose2id.json"
 _FORMAT = 1
 _SHOWN = 10  # keys of one kind that an error lists
@@ -217,6 +218,8 @@ def open_weights(
     The files of the parts that are named in `without` are neither needed nor read.
     """
     options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    if repo_or_dir == TINY:
+        repo_or_dir = Path(__file__).with_name(TINY)
     place = Place(repo_or_dir, "repo_or_dir", revision=revision, **options)
     place.settle([CONFIG_FILE, *(part.published_file for part in PARTS.values())])
     try:
@@ -226,9 +229,34 @@ def open_weights(
     else:
         weights = _own_layout(place, config_file, without)
     if "vae" not in weights.files or vae != VAE_REPO:
-        weights = _with_vae(weights, _vae_place(vae, options))
+        weights = _with_vae(weights, _pinned_place(vae, "vae", options))
     weights.check()
     return weights
+
+
+def open_unet(
+    repo_or_dir: str | os.PathLike[str], **options: Any
+) -> tuple[diffusers.UNet2DConditionModel, dict[str, str]]:
+    """Stable Diffusion's UNet in float32, from its folder `unet`, and the commit of its repository.
+
+    Args:
+        repo_or_dir: a directory or repository; "user/name@commit" pins it.
+        **options: `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: as `IdentityGenerator.from_pretrained`.
+    """
+    place = _pinned_place(repo_or_dir, "unet", {k: v for k, v in options.items() if k not in ("revision", "vae")})
+    config_file, file = place.files(["unet/config.json", "unet/diffusion_pytorch_model.safetensors"])
+    source = Weights({"denoising_unet": file}, {"denoising_unet": _public(_json(config_file))})
+    source.check()
+    unet = cast("diffusers.UNet2DConditionModel", source.load("denoising_unet", dtype=torch.float32, device="cpu"))
+    return unet, place.source()
+
+
+def published_scheduler() -> Any:
+    """The published sampler: DDIM, v-prediction, zero terminal SNR."""
+    return Weights({}, {}).scheduler()
 
 
 def save(
@@ -239,6 +267,7 @@ def save(
     scheduler_config: Mapping[str, Any],
     settings: Mapping[str, Any],
     sources: Mapping[str, str],
+    notes: str = "",
 ) -> None:
     """Write weights in our layout, whole or not at all, into a directory that is new or empty.
 
@@ -249,6 +278,7 @@ def save(
         scheduler_config: with its class under `_class_name`.
         settings: further arguments of `IdentityGenerator`.
         sources: repository to commit.
+        notes: Markdown that ends the model card.
     """
     target = checked_target(directory)
     content = {
@@ -266,7 +296,7 @@ def save(
     try:
         unfinished.mkdir()
         (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
-        (unfinished / "README.md").write_text(_model_card(sources), encoding="utf-8")
+        (unfinished / "README.md").write_text(_model_card(sources, notes), encoding="utf-8")
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -410,11 +440,11 @@ def _published_layout(place: Place, without: Collection[str]) -> Weights:
     return Weights(dict(zip(published, files, strict=True)), configs, sources=place.source())
 
 
-def _vae_place(vae: str | os.PathLike[str], options: Mapping[str, Any]) -> Place:
-    name, at, commit = str(vae).rpartition("@")
-    if at and not Path(vae).expanduser().is_dir():
-        return Place(name, "vae", revision=commit, **options)
-    return Place(vae, "vae", **options)
+def _pinned_place(repo_or_dir: str | os.PathLike[str], argument: str, options: Mapping[str, Any]) -> Place:
+    name, at, commit = str(repo_or_dir).rpartition("@")
+    if at and not Path(repo_or_dir).expanduser().is_dir():
+        return Place(name, argument, revision=commit, **options)
+    return Place(repo_or_dir, argument, **options)
 
 
 def _with_vae(weights: Weights, place: Place) -> Weights:
@@ -505,9 +535,9 @@ def _mismatch(module: nn.Module, tensors: Mapping[str, Tensor], unused: str) -> 
     )
 
 
-def _model_card(sources: Mapping[str, str]) -> str:
+def _model_card(sources: Mapping[str, str], notes: str) -> str:
     origin = "".join(f"* {repository} at commit {commit}\n" for repository, commit in sources.items())
-    return _MODEL_CARD + (f"\n## Made from\n\n{origin}" if origin else "")
+    return _MODEL_CARD + (f"\n## Made from\n\n{origin}" if origin else "") + (f"\n{notes}" if notes else "")
 
 
 _MODEL_CARD = """\
@@ -528,8 +558,9 @@ Centralization" (CVPR 2025, arXiv 2503.00938).
 ## Licence and use
 
 The published UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers them and
-whatever was trained from them: its use-based restrictions must be passed on with every copy. The other parts (identity
-encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.
+whatever was trained from them: its use-based restrictions must be passed on with every copy. UNets that were trained
+from random weights are not under it. The other parts (identity encoder, identity tokens, pose encoder, VAE) are under
+the terms of their authors.
 
 The weights make pictures of people from pictures of people. Matching persons across cameras is biometric processing,
 which the law of many places restricts: use them only where you have a lawful basis.

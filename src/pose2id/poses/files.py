@@ -20,6 +20,10 @@ from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_num
 _OF_BODY_25 = [*range(8), *range(9, 19)]  # the 18: all but the middle of the hips, and the feet
 
 
+class NobodyError(ValueError):
+    """A file is fine, and has nobody in it."""
+
+
 @cache
 def standard() -> tuple[Pose, ...]:
     """The 8 standard poses of the method's authors, named "1" to "8"."""
@@ -49,18 +53,21 @@ def read(
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no JSON, none of these formats, bad keypoints, pixels without a size, or nobody: with the file and
-            the place in it.
+        ValueError: no JSON, none of these formats, bad keypoints, pixels without a size: with the file and the place in
+            it; or nobody (`NobodyError`).
     """
     size = None if size is None else checked_size(size)
     threshold = checked_number(threshold, "threshold", 0, 1)
     content = Path(path).read_bytes()
     try:
         poses = _parsed(json.loads(content), size, threshold)
-        if not poses:
-            raise ValueError("there must be at least one person with a visible keypoint, got none.")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as poses: {error}") from error
+    if not poses:
+        raise NobodyError(
+            f"{os.fspath(path)} cannot be read as poses: there must be at least one person with a visible keypoint, "
+            "got none."
+        )
     return poses
 
 

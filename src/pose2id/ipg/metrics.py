@@ -1,0 +1,74 @@
+"""What a training run measures: a line of JSON a step, and the same for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pose2id._outputs import whole_file
+
+FILE, BOARD = "metrics.jsonl", "tensorboard"
+_RECENT = 100  # steps whose mean is the loss of a run
+
+
+class Metrics:
+    """The record of a run, from the step on that it starts at; what a killed run recorded after it is dropped.
+
+    Args:
+        directory: of the run.
+        step: steps that have been done.
+        write: False on all processes but the main one: nothing is written.
+    """
+
+    def __init__(self, directory: Path, step: int, *, write: bool) -> None:
+        self._losses: list[float] = []
+        self._file: Any = None
+        if not write:
+            return
+        path = directory / FILE
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        self._losses = [content["loss"] for content in map(json.loads, kept) if "loss" in content]
+        with whole_file(path) as unfinished:
+            unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
+
+        self._board: Any = SummaryWriter(str(directory / BOARD), purge_step=step + 1)
+
+    def add(self, step: int, **values: float) -> None:
+        """Record values of a step."""
+        if "loss" in values:
+            self._losses.append(values["loss"])
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def add_picture(self, step: int, picture: Image.Image) -> None:
+        """Record a picture, RGB."""
+        if self._file is not None:
+            self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+
+    def recent_loss(self) -> float:
+        """Mean over the last 100 steps."""
+        recent = self._losses[-_RECENT:]
+        return sum(recent) / len(recent) if recent else float("nan")
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file; a killed run may have left part of one."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return lines

@@ -1,0 +1,145 @@
+"""What is trained, and on what: one step of the sampler, on a target that is known.
+
+The trained parts of a generator stand here as one module, whose forward is the sampler's own path: the reference UNet
+writes, `project` makes keys and values, the denoising UNet reads. A sample without identity goes where the sampler's
+unconditional rows go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from pose2id.ipg import reference
+from pose2id.ipg.generator import IdentityGenerator
+
+TRAINED = ("reference_unet", "denoising_unet", "identity_tokens", "pose_encoder")
+PREDICTIONS = ("v_prediction", "epsilon")
+
+
+class TrainedParts(nn.Module):
+    """Both UNets, the identity tokens (IFR) and the pose encoder of a generator, which stay the generator's own.
+
+    Parameters that nothing depends on are frozen: the reference UNet behind its last self-attention's input.
+
+    Args:
+        generator: whose parts; its identity encoder says what nobody's feature is.
+    """
+
+    nobody: Tensor
+
+    def __init__(self, generator: IdentityGenerator) -> None:
+        super().__init__()
+        self.reference_unet = generator.reference_unet
+        self.denoising_unet = generator.denoising_unet
+        self.identity_tokens = generator.identity_tokens
+        self.pose_encoder = generator.pose_encoder
+        grey = torch.zeros(1, 3, *generator.identity_encoder.image_size, device=generator.device)
+        with torch.no_grad():
+            self.register_buffer("nobody", generator.identity_encoder(grey), persistent=False)
+        self.requires_grad_(True)
+        self._freeze_unread(torch.zeros(1, *generator.latent_shape, device=generator.device))
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        poses: Tensor,
+        reference_latents: Tensor,
+        features: Tensor,
+        unconditional: Tensor,
+    ) -> Tensor:
+        """The denoising UNet's prediction (B, C, h, w).
+
+        Args:
+            noisy: (B, C, h, w) latents of the targets with noise.
+            timesteps: (B,) int64.
+            poses: (B, 3, H, W) drawn poses in [0, 1].
+            reference_latents: (B, C, h, w) scaled latents of the references, without noise.
+            features: (B, F) of the references, from the identity encoder.
+            unconditional: (B,) bool, on the CPU: samples that see neither reference nor identity, but their pose.
+        """
+        order = torch.argsort(~unconditional, stable=True)  # unconditional rows come first, as in the sampler
+        alone = int(unconditional.sum())
+        paired = order[alone:]
+        tokens = self.identity_tokens(features[paired])
+        bank = reference.write(self.reference_unet, reference_latents[paired], tokens) if len(paired) else {}
+        condition = reference.project(
+            self.denoising_unet,
+            bank,
+            tokens,
+            poses=1,
+            unconditional=self.identity_tokens(self.nobody) if alone else None,
+            unconditional_rows=alone,
+        )
+        prediction: Tensor = self.denoising_unet(
+            torch.cat([noisy[order], self.pose_encoder(poses[order])], dim=1),
+            timesteps[order],
+            encoder_hidden_states=None,
+            cross_attention_kwargs={"condition": condition},
+            return_dict=False,
+        )[0]
+        return prediction[torch.argsort(order)]
+
+    def _freeze_unread(self, latents: Tensor) -> None:
+        bank = reference.write(self.reference_unet, latents, self.identity_tokens(self.nobody))
+        parameters = list(self.reference_unet.parameters())
+        total = torch.stack([states.float().sum() for states in bank.values()]).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+
+class Objective:
+    """Mean squared error between prediction and target at a drawn noise level.
+
+    Args:
+        scheduler: the generator's; it says how much noise a timestep has, and what is predicted.
+        snr_gamma: weight samples by "Efficient Diffusion Training via Min-SNR Weighting Strategy" (ICCV 2023) with this
+            gamma; None: all alike. For v-prediction the weight is min(SNR + 1, gamma) / (SNR + 1), not that paper's
+            min(SNR, gamma) / (SNR + 1): at zero terminal SNR that is 0 for the noise which the sampler begins with, and
+            nobody would learn to begin.
+
+    Raises:
+        ValueError: a scheduler whose prediction is neither "v_prediction" nor "epsilon".
+    """
+
+    def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
+        self.prediction = scheduler.config.prediction_type
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(
+                f"scheduler.config.prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}."
+            )
+        # Whatever the generator samples with: this class has the formulas of training.
+        self._scheduler: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
+        self._gamma = snr_gamma
+
+    def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(a) latents + sqrt(1 - a) noise, (B, C, h, w)."""
+        result: Tensor = self._scheduler.add_noise(latents, noise, timesteps)
+        return result
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What is to be predicted: v = sqrt(a) noise - sqrt(1 - a) latents, or the noise."""
+        if self.prediction == "epsilon":
+            return noise
+        result: Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
+        return result
+
+    def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+        """The mean over samples, each weighted, of mean squared errors."""
+        errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        return (errors * self.weights(timesteps).to(errors)).mean()
+
+    def weights(self, timesteps: Tensor) -> Tensor:
+        """(B,) float32."""
+        if self._gamma is None:
+            return torch.ones(len(timesteps), device=timesteps.device)
+        signal = self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+        ratio = signal / (1 - signal)
+        whole = ratio + 1 if self.prediction == "v_prediction" else ratio
+        result: Tensor = whole.clamp(max=self._gamma) / whole
+        return result

@@ -1,0 +1,566 @@
+"""Training IPG: from a table of images with poses to weights that `IdentityGenerator.from_pretrained` loads.
+
+A run is a directory. Started again with the same settings, it goes on from its newest checkpoint, and ends with the
+weights of a run that was never interrupted. Needs the extra: pip install "pose2id[train]".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from pose2id._inputs import checked_choice, checked_count, checked_number
+from pose2id._outputs import whole_file
+from pose2id.centralization import GenerationDiagnostics, generation_diagnostics
+from pose2id.datasets import PersonImage
+from pose2id.extractor import checked_device, checked_flag
+from pose2id.ipg import checkpoints
+from pose2id.ipg.files import contact_sheet, fingerprint, stacked
+from pose2id.ipg.generator import IdentityGenerator
+from pose2id.ipg.latents import Latents, build, identity_features
+from pose2id.ipg.metrics import Metrics
+from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
+from pose2id.ipg.pairs import Pairs, PairSettings, Selection, select
+from pose2id.ipg.pictures import load_poses, load_reference, pixels
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS = ("adam", "adamw", "adam8bit", "adamw8bit")
+SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("no", "fp16", "bf16")
+RUN_FILE, SAMPLES, LATENTS = "run.json", "samples", "latents"
+_EMA_START = 10  # the average forgets its first steps: its decay grows as (1 + n) / (10 + n)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that a run depends on but images and starting weights; defaults are the published values.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch_size: samples of an optimizer step, those of all processes and accumulated parts together.
+        gradient_accumulation: parts that a process computes its share of a batch in, to save memory.
+        learning_rate: of the optimizer, at its highest.
+        warmup_steps: steps in which the learning rate rises linearly from 0.
+        schedule: of the learning rate afterwards: "constant", or "cosine" down to 0 at the last step.
+        optimizer: "adam" (the paper's; weight decay is part of the gradient), "adamw" (decoupled weight decay), or
+            either with 8-bit states ("adam8bit", "adamw8bit"; needs bitsandbytes).
+        weight_decay: of the optimizer.
+        max_grad_norm: gradients are scaled down to this norm; 0: never.
+        unconditional_ratio: probability of a sample that sees neither reference nor identity.
+        snr_gamma: Min-SNR weighting (`objective.Objective`), published value 5; None: all noise levels alike.
+        noise_offset: standard deviation of a shift of each channel's noise, published value 0.05.
+        flip: probability of a mirrored reference.
+        erase: probability of a reference with a randomly erased rectangle.
+        reference_variants: how many augmentations an image has as a reference; None: a new one each time.
+        cache: keep VAE latents and identity features on disk, in the run's directory; needs `reference_variants`.
+        ema: decay of an exponential moving average, which the written weights then are; None: none.
+        mixed_precision: "no", "fp16" or "bf16"; weights stay in float32.
+        gradient_checkpointing: compute activations again on the way back, to save memory.
+        seed: of samples; not of the starting weights.
+        checkpoint_every: steps between checkpoints; the last step has one too.
+        keep_checkpoints: how many of the newest stay.
+        validate_every: steps between validations; 0: only at the end.
+        validation_images: people that a validation generates, 0 or at least 2.
+        validation_steps: of its sampler.
+        workers: processes that load images, for each training process.
+
+    Raises:
+        TypeError, ValueError: a value that makes no sense, named.
+    """
+
+    steps: int = 80_000
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    optimizer: str = "adam"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    unconditional_ratio: float = 0.1
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    flip: float = 0.5
+    erase: float = 0.5
+    reference_variants: int | None = None
+    cache: bool = False
+    ema: float | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 42
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    validate_every: int = 1000
+    validation_images: int = 4
+    validation_steps: int = 20
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "keep_checkpoints"):
+            checked_count(getattr(self, name), name)
+        for name in ("warmup_steps", "seed", "validate_every", "validation_images", "workers"):
+            checked_count(getattr(self, name), name, least=0)
+        checked_count(self.validation_steps, "validation_steps", most=1000)
+        for name in ("weight_decay", "unconditional_ratio", "noise_offset", "flip", "erase"):
+            checked_number(getattr(self, name), name, 0, 1)
+        checked_number(self.learning_rate, "learning_rate", 1e-12, 1)
+        checked_number(self.max_grad_norm, "max_grad_norm", 0, 1e6)
+        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("mixed_precision", PRECISIONS)):
+            checked_choice(getattr(self, name), name, choices)
+        for name in ("cache", "gradient_checkpointing"):
+            checked_flag(getattr(self, name), name)
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """What may be None, and what goes together."""
+        if self.snr_gamma is not None:
+            checked_number(self.snr_gamma, "snr_gamma", 1e-3, 1e6)
+        if self.ema is not None:
+            checked_number(self.ema, "ema", 0, 1 - 1e-9)
+        if self.reference_variants is not None:
+            checked_count(self.reference_variants, "reference_variants")
+        elif self.cache:
+            raise ValueError(
+                "reference_variants must be a number with cache=True, got None: endless augmentations can't be kept. "
+                "4 is a good number."
+            )
+        if self.validation_images == 1:
+            raise ValueError("validation_images must be 0 or at least 2, to compare people with others, got 1.")
+
+
+# What a run may be continued with another value of: the weights do not depend on it.
+_FREE = ("checkpoint_every", "keep_checkpoints", "validate_every", "validation_images", "validation_steps", "workers")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    Attributes:
+        weights: directory for `IdentityGenerator.from_pretrained`.
+        step: how many steps were done, in all starts of the run.
+        loss: mean over the last 100 steps.
+        diagnostics: of the last validation, by the identity encoder; None without validation.
+    """
+
+    weights: Path
+    step: int
+    loss: float
+    diagnostics: GenerationDiagnostics | None
+
+
+def train(
+    generator: IdentityGenerator,
+    images: Sequence[PersonImage],
+    directory: str | os.PathLike[str],
+    *,
+    validation: Sequence[Any] | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> TrainingResult:
+    """Train a generator's UNets, identity tokens and pose encoder; VAE and identity encoder stay as they are (eq. 6).
+
+    With several processes (`accelerate launch`), each calls this. What the run writes into its directory: `run.json`
+    (settings), `metrics.jsonl` (loss of every step, validations), `tensorboard`, `samples` (contact sheets),
+    checkpoints `step-*` with weights and what it takes to go on, at the end `weights`; `latents` with `cache`.
+
+    Args:
+        generator: where to start: `starting.start`, `starting.fresh`, or any `IdentityGenerator`. Its parts are trained
+            in place, in float32 on the device of training. Its `round_bank` has no part in training.
+        images: of people with two images or more. An image with a valid pose (`pairs.has_valid_pose`) is a target, any
+            other of the same person its reference. Unreadable images and people without a pair are left out, with a
+            report in the log.
+        directory: new or empty, or that of a run to go on with; settings and images must be the same then.
+        validation: images, as `IdentityGenerator.generate` takes them, of people to be generated in validations; None:
+            the first image of people that are trained on.
+        device: "cpu" to train there even if there is a GPU; None: what accelerate finds.
+        progress: show bars on a terminal.
+        **settings: of `TrainingSettings`, by name.
+
+    Returns:
+        Where the weights are, and how well they do.
+
+    Raises:
+        FileExistsError: a directory with something else in it.
+        FloatingPointError: the loss is not finite any more; the last checkpoint is kept.
+        ImportError: the extra is not installed.
+        OSError: a checkpoint that can't be written; older ones are kept.
+        TypeError, ValueError: bad input, named; images or settings other than those that the run began with.
+    """
+    given = _checked(settings)
+    accelerator = _accelerator(given, device)
+    return _Run(accelerator, generator, images, Path(directory), given, validation, progress).whole()
+
+
+class _Run:
+    """One start of a run: sets everything up, then steps."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        generator: IdentityGenerator,
+        images: Sequence[PersonImage],
+        directory: Path,
+        settings: TrainingSettings,
+        validation: Sequence[Any] | None,
+        progress: bool,
+    ) -> None:
+        self.accelerator, self.directory, self.settings = accelerator, directory, settings
+        self.main: bool = accelerator.is_main_process
+        self.progress = progress and self.main
+        share = settings.batch_size / accelerator.num_processes / settings.gradient_accumulation
+        if share != int(share):
+            raise ValueError(
+                f"batch_size must be a multiple of processes x gradient_accumulation, got {settings.batch_size} with "
+                f"{accelerator.num_processes} x {settings.gradient_accumulation}."
+            )
+        self.share = int(share)
+        selection = select(images)
+        if self.main:
+            logger.info("%s", selection)
+            self._claim(selection)
+        accelerator.wait_for_everyone()
+        self.generator = generator.to(accelerator.device, torch.float32)
+        self.pairs = self._pairs(selection)
+        self.validation = self._validation_images(selection, validation)
+        self.objective = Objective(generator.scheduler, settings.snr_gamma)
+        parts = TrainedParts(generator).train()
+        if settings.gradient_checkpointing:
+            parts.reference_unet.enable_gradient_checkpointing()
+            parts.denoising_unet.enable_gradient_checkpointing()
+        self.average = None if settings.ema is None else _average(parts, settings.ema)
+        optimizer = _optimizer(settings, [p for p in parts.parameters() if p.requires_grad])
+        self.parts, self.optimizer = accelerator.prepare(parts, optimizer)
+        self.step = 0
+        self.losses: list[float] = []
+        self.diagnostics: GenerationDiagnostics | None = None
+        self._resume()
+
+    def whole(self) -> TrainingResult:
+        """All steps that are left."""
+        given = self.settings
+        batches = iter(self._loader())
+        with tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True) as bar:
+            while self.step < given.steps:
+                loss = self._optimize(batches)
+                self.step += 1
+                self.metrics.add(self.step, loss=loss)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}")
+                last = self.step == given.steps
+                if last or (given.validate_every and self.step % given.validate_every == 0):
+                    self._validate()
+                if last or self.step % given.checkpoint_every == 0:
+                    self._checkpoint()
+        self.metrics.close()
+        if self.main:
+            checkpoints.publish(self.directory)
+        self.accelerator.wait_for_everyone()
+        final = self.directory / checkpoints.WEIGHTS
+        return TrainingResult(final, self.step, self.metrics.recent_loss(), self.diagnostics)
+
+    def _optimize(self, batches: Iterator[dict[str, Tensor]]) -> float:
+        """One step; the mean loss of its samples."""
+        given, accelerator = self.settings, self.accelerator
+        rate = given.learning_rate * _rate(self.step, given)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses = []
+        for _ in range(given.gradient_accumulation):
+            with accelerator.accumulate(self.parts):
+                loss = self._loss(next(batches))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and given.max_grad_norm:
+                    accelerator.clip_grad_norm_(self.parts.parameters(), given.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        if self.average is not None:
+            self.average.update_parameters(accelerator.unwrap_model(self.parts))
+        mean = float(accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss of step {self.step + 1} is {mean}. The newest checkpoint is kept; try a lower "
+                "learning_rate, or mixed_precision='bf16' in place of 'fp16'."
+            )
+        return mean
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        unconditional = batch.pop("unconditional")  # stays on the CPU, where it decides shapes
+        sample = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        if "target" in sample:
+            sample["target_latents"] = self.generator.encode_images(sample["target"])
+            sample["reference_latents"] = self.generator.encode_images(sample["reference"])
+            sample["features"] = identity_features(self.generator, sample["identity"])
+        latents, noise, timesteps = sample["target_latents"], sample["noise"], sample["timestep"]
+        prediction = self.parts(
+            self.objective.noisy(latents, noise, timesteps),
+            timesteps,
+            sample["pose"],
+            sample["reference_latents"],
+            sample["features"],
+            unconditional,
+        )
+        return self.objective.loss(prediction, self.objective.target(latents, noise, timesteps), timesteps)
+
+    def _loader(self) -> DataLoader[dict[str, Tensor]]:
+        """Batches of this process from the next step on."""
+        given, processes, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
+        parts = range(self.step * given.gradient_accumulation, given.steps * given.gradient_accumulation)
+        order = [
+            list(range(first, first + self.share))
+            for first in ((part * processes + rank) * self.share for part in parts)
+        ]
+        return DataLoader(self.pairs, batch_sampler=order, num_workers=given.workers)
+
+    def _pairs(self, selection: Selection) -> Pairs:
+        given, generator = self.settings, self.generator
+        pairs = Pairs(
+            selection,
+            PairSettings(
+                seed=given.seed,
+                image_size=generator.image_size,
+                identity_size=tuple(generator.identity_encoder.image_size),
+                latent_shape=generator.latent_shape,
+                num_train_timesteps=generator.scheduler.config.num_train_timesteps,
+                unconditional_ratio=given.unconditional_ratio,
+                noise_offset=given.noise_offset,
+                flip=given.flip,
+                erase=given.erase,
+                variants=given.reference_variants,
+            ),
+        )
+        if given.cache:
+            directory = self.directory / LATENTS
+            if self.main:
+                key = hashlib.sha256(
+                    json.dumps(
+                        [
+                            _digest(selection),
+                            asdict(pairs.settings),
+                            fingerprint(generator, ("vae", "identity_encoder")),
+                        ]
+                    ).encode()
+                ).hexdigest()
+                build(directory, pairs, generator, key=key, workers=given.workers, progress=self.progress)
+            self.accelerator.wait_for_everyone()
+            pairs.latents = Latents(directory, pairs)
+        return pairs
+
+    def _claim(self, selection: Selection) -> None:
+        """Make the directory this run's, or see that it is."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise FileExistsError(f"directory must be one to train in, and {self.directory} is a file.")
+        path = self.directory / RUN_FILE
+        fixed = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
+        content = {"settings": fixed, "images": _digest(selection)}
+        if not path.exists():
+            if self.directory.exists() and any(self.directory.iterdir()):
+                raise FileExistsError(
+                    f"{self.directory} must be new, empty, or the directory of a run, and holds something else. Choose "
+                    "another."
+                )
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as unfinished:
+                unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            return
+        began = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in fixed if began["settings"].get(name) != fixed[name]]
+        if differing:
+            shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
+            raise ValueError(f"settings must be those that the run in {self.directory} began with: {shown}.")
+        if began["images"] != content["images"]:
+            raise ValueError(
+                f"images must be those that the run in {self.directory} began with, got others, or in another order, "
+                "or with other poses, or some of them can't be read any more. Train in another directory."
+            )
+        checkpoints.remove_unfinished(self.directory)
+
+    def _resume(self) -> None:
+        known = checkpoints.found(self.directory)
+        if known:
+            state = checkpoints.read(known[-1])
+            self.step = checkpoints.step_of(known[-1])
+            self.accelerator.unwrap_model(self.parts).load_state_dict(state["parts"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            logger.info("going on from step %d", self.step)
+        self.metrics = Metrics(self.directory, self.step, write=self.main)
+
+    def _checkpoint(self) -> None:
+        if self.main:
+            scaler = self.accelerator.scaler
+            state = {
+                "parts": self.accelerator.unwrap_model(self.parts).state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            with self._averaged() as generator:
+                checkpoints.write(
+                    self.directory,
+                    self.step,
+                    state,
+                    partial(generator.save_pretrained, notes=self._notes()),
+                    keep=self.settings.keep_checkpoints,
+                )
+        self.accelerator.wait_for_everyone()
+
+    def _notes(self) -> str:
+        """Of the model card: how these weights were trained."""
+        settings = "".join(f"* {name}: {value}\n" for name, value in asdict(self.settings).items() if name not in _FREE)
+        return (
+            f"## Training\n\nTrained with pose2id for {self.step} steps; mean loss of the last 100 steps "
+            f"{self.metrics.recent_loss():.4f}.\n\n{settings}"
+        )
+
+    def _validate(self) -> None:
+        if self.main and self.validation:
+            with self._averaged() as generator:
+                self.diagnostics = self._generated(generator)
+            self.metrics.add(
+                self.step,
+                retention=self.diagnostics.retention,
+                own_cosine=self.diagnostics.own_cosine,
+                other_cosine=self.diagnostics.other_cosine,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _generated(self, generator: IdentityGenerator) -> GenerationDiagnostics:
+        """Contact sheets of the validation's people, and how well the identity encoder knows them again."""
+        references = [load_reference(image, "validation image") for image in self.validation]
+        drawings = [drawing for _, drawing in load_poses("standard")]
+        pictures = generator.generate(
+            references, num_inference_steps=self.settings.validation_steps, size=None, progress=False
+        )
+        folder = self.directory / SAMPLES
+        folder.mkdir(exist_ok=True)
+        sheets = [
+            contact_sheet(*shown) for shown in zip(references, [drawings] * len(references), pictures, strict=True)
+        ]
+        sheet = stacked(sheets)
+        with whole_file(folder / f"step-{self.step:08d}.png") as unfinished:
+            sheet.save(unfinished, "png")
+        self.metrics.add_picture(self.step, sheet)
+        size = tuple(generator.identity_encoder.image_size)
+
+        def features(some: Sequence[Image.Image]) -> Tensor:
+            seen = torch.stack([pixels(picture, size) for picture in some]).to(generator.device)
+            return identity_features(generator, seen)
+
+        return generation_diagnostics(features(references), torch.stack([features(poses) for poses in pictures]))
+
+    def _validation_images(self, selection: Selection, given: Sequence[Any] | None) -> list[Any]:
+        count = self.settings.validation_images
+        if given is None:
+            first = {image.identity: image.path for image in reversed(selection.images)}
+            given = list(first.values())[::-1]
+        chosen = list(given)[:count]
+        if count and len(chosen) < 2:
+            raise ValueError(
+                f"validation must hold at least 2 images, to compare people with others, got {len(chosen)}. Pass more, "
+                "or validation_images=0."
+            )
+        return chosen
+
+    @contextmanager
+    def _averaged(self) -> Iterator[IdentityGenerator]:
+        """A generator of the weights that are written: the average, if there is one."""
+        parts = self.accelerator.unwrap_model(self.parts) if self.average is None else self.average.module
+        own = self.generator
+        generator = IdentityGenerator(
+            **{**own.parts, **{name: getattr(parts, name) for name in TRAINED}},
+            scheduler=own.scheduler,
+            image_size=own.image_size,
+            round_bank=own.round_bank,
+            sources=own.sources,
+        )
+        try:
+            yield generator
+        finally:
+            parts.train()
+
+
+def _checked(settings: Mapping[str, Any]) -> TrainingSettings:
+    known = TrainingSettings.__dataclass_fields__
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"settings must be among {', '.join(known)}, got {', '.join(unknown)}.")
+    return TrainingSettings(**settings)
+
+
+def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
+    try:
+        import tensorboard  # noqa: F401, PLC0415
+        from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
+    # Where a process's samples all happen to be unconditional, its reference UNet takes no part.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(
+        cpu=checked_device(device).type == "cpu" if device is not None else False,
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        kwargs_handlers=[unused],
+    )
+
+
+def _optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if settings.optimizer not in kinds:
+        try:
+            import bitsandbytes  # noqa: PLC0415
+        except ImportError as error:
+            raise ImportError(
+                f"optimizer={settings.optimizer!r} needs bitsandbytes: pip install bitsandbytes ({error})."
+            ) from error
+        kinds = {"adam8bit": bitsandbytes.optim.Adam8bit, "adamw8bit": bitsandbytes.optim.AdamW8bit}
+    optimizer: torch.optim.Optimizer = kinds[settings.optimizer](
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    return optimizer
+
+
+def _average(parts: TrainedParts, decay: float) -> Any:
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        n = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (_EMA_START + n)))
+
+    return torch.optim.swa_utils.AveragedModel(parts, multi_avg_fn=update)
+
+
+def _rate(step: int, settings: TrainingSettings) -> float:
+    """The learning rate of a step, as a share of the highest."""
+    rising = (step + 1) / settings.warmup_steps if step < settings.warmup_steps else 1.0
+    if settings.schedule == "constant":
+        return rising
+    return rising * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def _digest(selection: Selection) -> str:
+    """Which images a run is trained on; not where they lie, so that they may move."""
+    rows = [
+        [image.identity, image.path.name, image.path.stat().st_size, "" if image.pose is None else image.pose.key]
+        for image in selection.images
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,0 +1,139 @@
+"""`pose2id train`: a table of images in, weights out. Settings come from flags, or from one YAML file, or from both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+EPILOG = """TABLE is CSV: path, identity, camera, keypoints (`pose2id table`, `pose2id draw-people`).
+--config FILE.yaml holds any of these options by name, with underscores (batch_size: 8); flags go before it.
+Run again after an interruption: training goes on from the newest checkpoint in DIR, to the same weights.
+Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
+"""
+
+# Name, type, and what it is; defaults are those of `TrainingSettings`, which explains them in full.
+SETTINGS: tuple[tuple[str, Any, str], ...] = (
+    ("steps", int, "optimizer steps of the whole run (80000)"),
+    ("batch_size", int, "samples of a step, of all processes together (4)"),
+    ("gradient_accumulation", int, "parts that a process computes its share in (1)"),
+    ("learning_rate", float, "(1e-5)"),
+    ("warmup_steps", int, "steps in which it rises (0)"),
+    ("schedule", str, "constant or cosine (constant)"),
+    ("optimizer", str, "adam, adamw, adam8bit or adamw8bit (adam)"),
+    ("weight_decay", float, "(0.01)"),
+    ("max_grad_norm", float, "0: no limit (1)"),
+    ("unconditional_ratio", float, "samples without reference and identity (0.1)"),
+    ("snr_gamma", float, "Min-SNR weighting, published 5 (off)"),
+    ("noise_offset", float, "published 0.05 (0)"),
+    ("flip", float, "probability of a mirrored reference (0.5)"),
+    ("erase", float, "probability of an erased rectangle of the reference (0.5)"),
+    ("reference_variants", int, "augmentations of a reference (endless)"),
+    ("cache", bool, "keep VAE latents and identity features on disk (off)"),
+    ("ema", float, "decay of averaged weights, such as 0.9999 (off)"),
+    ("mixed_precision", str, "no, fp16 or bf16 (no)"),
+    ("gradient_checkpointing", bool, "saves memory, costs time (off)"),
+    ("seed", int, "of samples (42)"),
+    ("checkpoint_every", int, "steps (1000)"),
+    ("keep_checkpoints", int, "the newest (2)"),
+    ("validate_every", int, "steps, 0: only at the end (1000)"),
+    ("validation_images", int, "people that a validation generates (4)"),
+    ("validation_steps", int, "of its sampler (20)"),
+    ("workers", int, "processes that load images (0)"),
+)
+STARTING: tuple[tuple[str, Any, str], ...] = (
+    ("weights", str, "IPG weights to start from: directory, repository or tiny (yuanc3/Pose2ID)"),
+    (
+        "unet",
+        str,
+        "start both UNets from Stable Diffusion's (repository, directory) or from random weights of FILE.json",
+    ),
+    ("num_tokens", int, "of the identity, with --unet (20)"),
+    ("image_size", str, "HEIGHTxWIDTH that is trained at (the weights' own)"),
+    ("vae", str, "directory or repository of the VAE, for weights without one (stabilityai/sd-vae-ft-mse)"),
+    ("revision", str, "of the weights (main)"),
+    ("cache_dir", str, "where downloads are kept (the Hub client's)"),
+    ("local_files_only", bool, "download nothing (off)"),
+    ("device", str, "cpu, to train there even if there is a GPU"),
+    ("validation", str, "TABLE of images to validate with (people that are trained on)"),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All flags; those that are not given leave no trace, so that the YAML file can decide."""
+    parser.add_argument("table", metavar="TABLE", help="images to train on")
+    parser.add_argument("--out", metavar="DIR", required=True, help="directory of the run: new, or one to go on with")
+    parser.add_argument("--config", metavar="FILE.yaml", help="any of the following options")
+    for name, kind, text in (*STARTING, *SETTINGS):
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            metavar = {int: "N", float: "X"}.get(kind, name.upper())
+            parser.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and say where the weights are."""
+    options = {**_from_file(args.config), **vars(args)}
+    given = {name: options[name] for name, _, _ in (*STARTING, *SETTINGS) if name in options}
+    settings = {name: given.pop(name) for name, _, _ in SETTINGS if name in given}
+    from pose2id.datasets import read_table  # noqa: PLC0415 - all of these take seconds to import
+    from pose2id.ipg import starting, training  # noqa: PLC0415
+
+    logging.getLogger(training.__name__).setLevel(logging.INFO)  # what is trained on, and what was left out
+    training.TrainingSettings(**settings)  # before anything is downloaded
+    images = read_table(args.table)
+    validation = given.pop("validation", None)
+    shown = None if validation is None else [image.path for image in read_table(validation)]
+    device = given.pop("device", None)
+    unet = given.get("unet")
+    if isinstance(unet, str) and unet.endswith(".json"):
+        given["unet"] = json.loads(Path(unet).read_text(encoding="utf-8"))
+    if isinstance(given.get("image_size"), str):
+        given["image_size"] = size(given["image_size"], "--image-size")
+    generator = starting.start(given.pop("weights", "yuanc3/Pose2ID"), device="cpu", **given)
+    result = training.train(generator, images, args.out, validation=shown, device=device, **settings)
+    print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last 100)")
+    if result.diagnostics is not None:
+        print(result.diagnostics)
+    print(f"weights: {result.weights}")
+
+
+def size(text: str, name: str) -> tuple[int, int]:
+    """(height, width) of `HEIGHTxWIDTH`.
+
+    Raises:
+        ValueError: another text; named.
+    """
+    height, by, width = text.partition("x")
+    if not by or not height.isdecimal() or not width.isdecimal():
+        raise ValueError(f"{name} must be HEIGHTxWIDTH in pixels, such as 256x128, got {text!r}.")
+    return int(height), int(width)
+
+
+def _from_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        import yaml  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(f'--config needs the extra "train": pip install "pose2id[train]" ({error}).') from error
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML ({error}).") from error
+    known = [name for name, _, _ in (*STARTING, *SETTINGS)]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must map names to values (batch_size: 8), got {type(content).__name__}.")
+    unknown = [str(name) for name in content if name not in known]
+    if unknown:
+        raise ValueError(f"{path} must only hold {', '.join(known)}, got {', '.join(unknown)}.")
+    # YAML takes 1e-5, without a point, for text.
+    kinds = {name: kind for name, kind, _ in SETTINGS}
+    return {
+        name: float(value) if kinds.get(name) is float and isinstance(value, str) else value
+        for name, value in content.items()
+    }
