@@ -32,8 +32,12 @@ _SHOWN = 3
 class Generator(Protocol):
     """What makes pictures of a person in other poses; `pose2id.IdentityGenerator` is one."""
 
-    def generate_iter(self, images: Any, poses: Any, *, progress: bool, **options: Any) -> Iterator[Any]:
-        """For each image, in order and only when asked for it: a sequence of pictures, one for each pose."""
+    @property
+    def generate_iter(self) -> Callable[..., Iterator[Any]]:
+        """A method `(images, poses, *, progress, **options)`; the options are those of `generate_options`.
+
+        For each image, in order and only when asked for it: a sequence of pictures, one for each pose.
+        """
 
 
 def find(directory: str | os.PathLike[str], images: Sequence[Any], count: int) -> list[list[Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     device = given.pop("device", None)
     unet = given.get("unet")
     if isinstance(unet, str) and unet.endswith(".json"):
-        given["unet"] = json.loads(Path(unet).read_text(encoding="utf-8"))
+        given["unet"] = _unet(Path(unet))
     if isinstance(given.get("image_size"), str):
         given["image_size"] = size(given["image_size"], "--image-size")
     generator = starting.start(given.pop("weights", "yuanc3/Pose2ID"), device="cpu", **given)
@@ -123,17 +124,34 @@ def _from_file(path: str | None) -> dict[str, Any]:
         raise ImportError(f'--config needs the extra "train": pip install "pose2id[train]" ({error}).') from error
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML ({error}).") from error
-    known = [name for name, _, _ in (*STARTING, *SETTINGS)]
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} must be YAML in UTF-8 ({error}).") from error
+    kinds = {name: kind for name, kind, _ in (*STARTING, *SETTINGS)}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must map names to values (batch_size: 8), got {type(content).__name__}.")
-    unknown = [str(name) for name in content if name not in known]
+    unknown = [str(name) for name in content if name not in kinds]
     if unknown:
-        raise ValueError(f"{path} must only hold {', '.join(known)}, got {', '.join(unknown)}.")
-    # YAML takes 1e-5, without a point, for text.
-    kinds = {name: kind for name, kind, _ in SETTINGS}
-    return {
-        name: float(value) if kinds.get(name) is float and isinstance(value, str) else value
-        for name, value in content.items()
-    }
+        raise ValueError(f"{path} must only hold {', '.join(kinds)}, got {', '.join(unknown)}.")
+    return {name: _value(name, value, kinds[name], path) for name, value in content.items() if value is not None}
+
+
+def _value(name: str, value: Any, kind: Any, path: str) -> Any:
+    """A value of a YAML file in its option's kind."""
+    if kind is float and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)  # YAML takes 1e-5, which has no point, for text
+    elif type(value) is kind or (name == "unet" and isinstance(value, dict)):
+        return value
+    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
+    raise ValueError(f"{name} in {path} must be {wanted}, got {value!r}.")
+
+
+def _unet(path: Path) -> dict[str, Any]:
+    """A UNet's configuration."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--unet {path} must be JSON, a diffusers configuration ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--unet {path} must hold a diffusers configuration, got {type(content).__name__}.")
+    return content

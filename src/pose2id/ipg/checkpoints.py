@@ -80,17 +80,16 @@ def read(checkpoint: Path) -> dict[str, Any]:
     """The state that was written, on the CPU.
 
     Raises:
-        ValueError: a damaged file; with what to do.
+        ValueError: a damaged or missing file; with what to do.
     """
     path = checkpoint / _STATE
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}). Remove {checkpoint} to go on from the checkpoint before it."
-        ) from error
+        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({type(error).__name__})"
+        raise ValueError(f"{path} is {what}. Remove {checkpoint} to go on from the checkpoint before it.") from error
     return state
 
 
@@ -108,9 +107,11 @@ def publish(directory: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written: directories, and files of `whole_file`."""
     for path in directory.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(".*.json*.*"):
+        path.unlink()
 
 
 def _to_disk(path: Path) -> None:

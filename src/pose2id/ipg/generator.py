@@ -131,7 +131,8 @@ class IdentityGenerator:
         no code in them is ever run. Parts are read one after the other, straight to `dtype` on `device`.
 
         Args:
-            repo_or_dir: a directory, or a repository such as "yuanc3/Pose2ID".
+            repo_or_dir: a directory, or a repository such as "yuanc3/Pose2ID", or "tiny": small weights that come with
+                the package, for tests and demos on drawn people ("./tiny" is a directory of that name).
             revision: branch, tag or commit of that repository. `sources` of the result has the commit.
             vae: directory or repository of the VAE, for weights that bring none (the published ones);
                 "user/name@commit" pins it. Any other than the default replaces the one that weights bring.

@@ -30,10 +30,10 @@ class Metrics:
         if not write:
             return
         path = directory / FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        self._losses = [content["loss"] for content in map(json.loads, kept) if "loss" in content]
+        kept = [values for values in _recorded(path) if values["step"] <= step]
+        self._losses = [values["loss"] for values in kept if "loss" in values]
         with whole_file(path) as unfinished:
-            unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            unfinished.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
 
@@ -66,9 +66,15 @@ class Metrics:
             self._board.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a file; a killed run may have left part of one."""
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    """What a file's whole lines hold; a killed run may have left part of one."""
     if not path.exists():
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return lines
+    try:
+        values: list[dict[str, Any]] = [dict(json.loads(line)) for line in lines]
+        if all("step" in of_line for of_line in values):
+            return values
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{path} is damaged: each line must be JSON with a step. Remove it; only the record is lost.")

@@ -37,11 +37,12 @@ class TrainedParts(nn.Module):
         self.denoising_unet = generator.denoising_unet
         self.identity_tokens = generator.identity_tokens
         self.pose_encoder = generator.pose_encoder
-        grey = torch.zeros(1, 3, *generator.identity_encoder.image_size, device=generator.device)
+        like: dict[str, Any] = {"device": generator.device, "dtype": generator.dtype}
+        grey = torch.zeros(1, 3, *generator.identity_encoder.image_size, **like)
         with torch.no_grad():
             self.register_buffer("nobody", generator.identity_encoder(grey), persistent=False)
         self.requires_grad_(True)
-        self._freeze_unread(torch.zeros(1, *generator.latent_shape, device=generator.device))
+        self._freeze_unread(torch.zeros(1, *generator.latent_shape, **like))
 
     def forward(
         self,
@@ -141,5 +142,6 @@ class Objective:
         signal = self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
         ratio = signal / (1 - signal)
         whole = ratio + 1 if self.prediction == "v_prediction" else ratio
-        result: Tensor = whole.clamp(max=self._gamma) / whole
+        # 1 in the limit, where there is nothing but noise.
+        result: Tensor = torch.where(whole > 0, whole.clamp(max=self._gamma) / whole, 1.0)
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -11,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from pose2id._inputs import checked_size
+from pose2id._inputs import checked_count, checked_size
 from pose2id.ipg import weights
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.identity import IdentityTokens
@@ -20,10 +21,10 @@ from pose2id.ipg.pose_encoder import PoseEncoder
 
 
 def start(
-    pretrained: str | os.PathLike[str] = "yuanc3/Pose2ID",
+    repo_or_dir: str | os.PathLike[str] = "yuanc3/Pose2ID",
     *,
     unet: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    num_tokens: int = 20,
+    num_tokens: int | None = None,
     image_size: tuple[int, int] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -32,14 +33,14 @@ def start(
     """A generator to train, in float32.
 
     Args:
-        pretrained: IPG weights, as for `IdentityGenerator.from_pretrained`. Identity encoder and VAE are always theirs,
+        repo_or_dir: IPG weights, as for `IdentityGenerator.from_pretrained`. Identity encoder and VAE are always theirs,
             and without `unet` everything else too: fine-tuning.
         unet: what both UNets begin as, in place of the weights' own, which are then neither needed nor downloaded: a
             directory or repository of Stable Diffusion ("stable-diffusion-v1-5/stable-diffusion-v1-5";
             "user/name@commit" pins it), or a configuration of `diffusers.UNet2DConditionModel`, for random weights.
             Tokens and pose encoder are then new.
-        num_tokens: of new identity tokens.
-        image_size: (height, width) in place of the weights'.
+        num_tokens: of new identity tokens; None: 20, as published. Only with `unet`.
+        image_size: (height, width) in place of the weights', in multiples of the VAE's downscaling.
         seed: of new weights.
         device: as in `IdentityGenerator.from_pretrained`.
         **options: `revision`, `vae`, `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
@@ -49,10 +50,20 @@ def start(
     """
     size = {} if image_size is None else {"image_size": checked_size(image_size, "image_size")}
     if unet is None:
-        generator = IdentityGenerator.from_pretrained(pretrained, dtype=torch.float32, device=device, **options)
-        generator.image_size = size.get("image_size", generator.image_size)
-        return generator
-    source = weights.open_weights(pretrained, without=TRAINED, **options)
+        if num_tokens is not None:
+            raise ValueError(
+                f"num_tokens must not be given without unet, got {num_tokens}: the weights' own tokens are trained on."
+            )
+        generator = IdentityGenerator.from_pretrained(repo_or_dir, dtype=torch.float32, device=device, **options)
+        parts: dict[str, Any] = generator.parts
+        return IdentityGenerator(
+            **parts,
+            scheduler=generator.scheduler,
+            image_size=size.get("image_size", generator.image_size),
+            round_bank=generator.round_bank,
+            sources=generator.sources,
+        )
+    source = weights.open_weights(repo_or_dir, without=TRAINED, **options)
     sources: dict[str, str] = {}
     if not isinstance(unet, Mapping):
         unet, sources = weights.open_unet(unet, **options)
@@ -61,7 +72,7 @@ def start(
         identity_encoder=encoder,
         vae=cast("AutoencoderKL", vae),
         unet=unet,
-        num_tokens=num_tokens,
+        num_tokens=20 if num_tokens is None else num_tokens,
         scheduler=source.scheduler(),
         seed=seed,
         **{**source.settings, "sources": {**source.sources, **sources}, **size},
@@ -97,10 +108,11 @@ def fresh(
     Raises:
         TypeError, ValueError: parts that do not fit.
     """
+    checked_count(num_tokens, "num_tokens")
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(checked_count(seed, "seed", least=0))
         if isinstance(unet, Mapping):
-            unet = UNet2DConditionModel.from_config(dict(unet))
+            unet = _new_unet(unet)
         levels = range(len(vae.config.block_out_channels))
         pose_encoder = PoseEncoder(unet.config.block_out_channels[0], pose_channels or [16 * 2**i for i in levels])
         tokens = IdentityTokens(identity_encoder.feature_dim, num_tokens, unet.config.cross_attention_dim)
@@ -116,3 +128,17 @@ def fresh(
         scheduler=scheduler or weights.published_scheduler(),
         **options,
     )
+
+
+def _new_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """A UNet of random weights. diffusers would ignore what it does not know, and build another one."""
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    unknown = [str(name) for name in config if name not in known and not str(name).startswith("_")]
+    if unknown:
+        raise ValueError(
+            f"unet must be a configuration of diffusers.UNet2DConditionModel, which knows no {', '.join(unknown)}."
+        )
+    try:
+        return UNet2DConditionModel.from_config(dict(config))
+    except weights.CONFIG_ERRORS as error:
+        raise ValueError(f"unet must be a configuration of diffusers.UNet2DConditionModel: {error}") from error

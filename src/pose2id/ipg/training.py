@@ -28,7 +28,7 @@ from pose2id._inputs import checked_choice, checked_count, checked_number
 from pose2id._outputs import whole_file
 from pose2id.centralization import GenerationDiagnostics, generation_diagnostics
 from pose2id.datasets import PersonImage
-from pose2id.extractor import checked_device, checked_flag
+from pose2id.extractor import checked_flag
 from pose2id.ipg import checkpoints
 from pose2id.ipg.files import contact_sheet, fingerprint, stacked
 from pose2id.ipg.generator import IdentityGenerator
@@ -205,6 +205,14 @@ def train(
         TypeError, ValueError: bad input, named; images or settings other than those that the run began with.
     """
     given = _checked(settings)
+    if not isinstance(generator, IdentityGenerator):
+        raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
+    for i, image in enumerate(images):
+        if not isinstance(image, PersonImage):
+            raise TypeError(
+                f"images[{i}] must be a PersonImage, as pose2id.datasets.read_table gives them, got "
+                f"{type(image).__name__}."
+            )
     accelerator = _accelerator(given, device)
     return _Run(accelerator, generator, images, Path(directory), given, validation, progress).whole()
 
@@ -233,11 +241,11 @@ class _Run:
             )
         self.share = int(share)
         selection = select(images)
+        self.generator = generator.to(accelerator.device, torch.float32)
         if self.main:
             logger.info("%s", selection)
             self._claim(selection)
         accelerator.wait_for_everyone()
-        self.generator = generator.to(accelerator.device, torch.float32)
         self.pairs = self._pairs(selection)
         self.validation = self._validation_images(selection, validation)
         self.objective = Objective(generator.scheduler, settings.snr_gamma)
@@ -287,20 +295,25 @@ class _Run:
             with accelerator.accumulate(self.parts):
                 loss = self._loss(next(batches))
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and given.max_grad_norm:
-                    accelerator.clip_grad_norm_(self.parts.parameters(), given.max_grad_norm)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parts.parameters(), given.max_grad_norm or math.inf)
+                    if accelerator.scaler is None:  # which leaves out steps without finite gradients
+                        self._check_finite(float(norm), "norm of the gradient")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses.append(loss.detach())
         if self.average is not None:
             self.average.update_parameters(accelerator.unwrap_model(self.parts))
         mean = float(accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
-        if not math.isfinite(mean):
+        self._check_finite(mean, "loss")
+        return mean
+
+    def _check_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss of step {self.step + 1} is {mean}. The newest checkpoint is kept; try a lower "
+                f"the {what} of step {self.step + 1} is {value}. The newest checkpoint is kept; try a lower "
                 "learning_rate, or mixed_precision='bf16' in place of 'fp16'."
             )
-        return mean
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         unconditional = batch.pop("unconditional")  # stays on the CPU, where it decides shapes
@@ -370,7 +383,8 @@ class _Run:
             raise FileExistsError(f"directory must be one to train in, and {self.directory} is a file.")
         path = self.directory / RUN_FILE
         fixed = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
-        content = {"settings": fixed, "images": _digest(selection)}
+        content = {"settings": fixed, "images": _digest(selection), "generator": _architecture(self.generator)}
+        checkpoints.remove_unfinished(self.directory)
         if not path.exists():
             if self.directory.exists() and any(self.directory.iterdir()):
                 raise FileExistsError(
@@ -381,7 +395,7 @@ class _Run:
             with whole_file(path) as unfinished:
                 unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             return
-        began = json.loads(path.read_text(encoding="utf-8"))
+        began = _run_file(path)
         differing = [name for name in fixed if began["settings"].get(name) != fixed[name]]
         if differing:
             shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
@@ -391,7 +405,11 @@ class _Run:
                 f"images must be those that the run in {self.directory} began with, got others, or in another order, "
                 "or with other poses, or some of them can't be read any more. Train in another directory."
             )
-        checkpoints.remove_unfinished(self.directory)
+        if began["generator"] != content["generator"]:
+            raise ValueError(
+                f"generator must be the one that the run in {self.directory} began with, got one of another identity "
+                "encoder, VAE, scheduler, image_size or architecture. Train in another directory."
+            )
 
     def _resume(self) -> None:
         known = checkpoints.found(self.directory)
@@ -476,6 +494,8 @@ class _Run:
             first = {image.identity: image.path for image in reversed(selection.images)}
             given = list(first.values())[::-1]
         chosen = list(given)[:count]
+        for i, image in enumerate(chosen):  # now, not when the first validation is due
+            load_reference(image, f"validation[{i}]")
         if count and len(chosen) < 2:
             raise ValueError(
                 f"validation must hold at least 2 images, to compare people with others, got {len(chosen)}. Pass more, "
@@ -515,14 +535,25 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"device must be 'cpu' or None, which takes a GPU where there is one, got {device!r}. CUDA_VISIBLE_DEVICES "
+            "chooses among GPUs."
+        )
     # Where a process's samples all happen to be unconditional, its reference UNet takes no part.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        cpu=checked_device(device).type == "cpu" if device is not None else False,
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        kwargs_handlers=[unused],
-    )
+    try:
+        return Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=settings.mixed_precision,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            kwargs_handlers=[unused],
+        )
+    except ValueError as error:
+        raise ValueError(
+            "mixed_precision and device must be those of the first run in this process, which accelerate keeps, and "
+            f"ones that this machine has. Start Python anew ({error})."
+        ) from error
 
 
 def _optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -555,6 +586,27 @@ def _rate(step: int, settings: TrainingSettings) -> float:
     if settings.schedule == "constant":
         return rising
     return rising * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content["settings"], dict) and {"images", "generator"} <= content.keys():
+            return content
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{path} is damaged, and says no more what the run is. Train in another directory.")
+
+
+def _architecture(generator: IdentityGenerator) -> str:
+    """What a generator computes with that training does not change."""
+    shapes = [
+        [f"{name}.{key}", *tensor.shape]
+        for name in TRAINED
+        for key, tensor in generator.parts[name].state_dict().items()
+    ]
+    frozen = fingerprint(generator, ("vae", "identity_encoder"))
+    return hashlib.sha256(json.dumps([frozen, shapes]).encode()).hexdigest()
 
 
 def _digest(selection: Selection) -> str:

@@ -116,7 +116,7 @@ PARTS: Mapping[str, Part] = {
     ),
 }
 # What constructors raise for arguments that are none of theirs, or make no sense.
-_CONFIG_ERRORS = (
+CONFIG_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -182,7 +182,7 @@ class Weights:
             )
         try:
             return cast("Any", kind).from_config(dict(self.scheduler_config))
-        except _CONFIG_ERRORS as error:
+        except CONFIG_ERRORS as error:
             raise ValueError(f"the configuration of the scheduler builds no {name}: {error}") from error
 
     def build(self, name: str) -> nn.Module:
@@ -190,7 +190,7 @@ class Weights:
         try:
             with torch.device("meta"):
                 return PARTS[name].build(self.configs[name])
-        except _CONFIG_ERRORS as error:
+        except CONFIG_ERRORS as error:
             raise ValueError(f"the configuration of {name} builds no {PARTS[name].kind.__name__}: {error}") from error
 
     def _filled(
