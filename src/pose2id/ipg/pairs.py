@@ -213,7 +213,7 @@ def _problem(image: PersonImage) -> str:
     try:
         load_reference(image.path, "training image")
     except ValueError as error:
-        return str(error)
+        return str(error) if str(image.path) in str(error) else f"{image.path}: {error}"
     return ""
 
 

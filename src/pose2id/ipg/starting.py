@@ -33,8 +33,8 @@ def start(
     """A generator to train, in float32.
 
     Args:
-        repo_or_dir: IPG weights, as for `IdentityGenerator.from_pretrained`. Identity encoder and VAE are always theirs,
-            and without `unet` everything else too: fine-tuning.
+        repo_or_dir: IPG weights, as for `IdentityGenerator.from_pretrained`. Identity encoder and VAE are always
+            theirs, and without `unet` everything else too: fine-tuning.
         unet: what both UNets begin as, in place of the weights' own, which are then neither needed nor downloaded: a
             directory or repository of Stable Diffusion ("stable-diffusion-v1-5/stable-diffusion-v1-5";
             "user/name@commit" pins it), or a configuration of `diffusers.UNet2DConditionModel`, for random weights.

@@ -384,9 +384,9 @@ class _Run:
         path = self.directory / RUN_FILE
         fixed = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
         content = {"settings": fixed, "images": _digest(selection), "generator": _architecture(self.generator)}
-        checkpoints.remove_unfinished(self.directory)
         if not path.exists():
-            if self.directory.exists() and any(self.directory.iterdir()):
+            # A first start that was killed may have left the run's file unfinished, and nothing else.
+            if self.directory.exists() and any(not other.match(f".{RUN_FILE}.*") for other in self.directory.iterdir()):
                 raise FileExistsError(
                     f"{self.directory} must be new, empty, or the directory of a run, and holds something else. Choose "
                     "another."
@@ -410,6 +410,7 @@ class _Run:
                 f"generator must be the one that the run in {self.directory} began with, got one of another identity "
                 "encoder, VAE, scheduler, image_size or architecture. Train in another directory."
             )
+        checkpoints.remove_unfinished(self.directory)
 
     def _resume(self) -> None:
         known = checkpoints.found(self.directory)
