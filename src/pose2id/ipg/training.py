@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -265,7 +265,8 @@ class _Run:
         """All steps that are left."""
         given = self.settings
         batches = iter(self._loader())
-        with tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True) as bar:
+        bar = tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True)
+        with bar, closing(self.metrics):
             while self.step < given.steps:
                 loss = self._optimize(batches)
                 self.step += 1
@@ -277,7 +278,6 @@ class _Run:
                     self._validate()
                 if last or self.step % given.checkpoint_every == 0:
                     self._checkpoint()
-        self.metrics.close()
         if self.main:
             checkpoints.publish(self.directory)
         self.accelerator.wait_for_everyone()
