@@ -15,7 +15,7 @@ Run again after an interruption: training goes on from the newest checkpoint in 
 Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
 
-# Name, type, and what it is; defaults are those of `TrainingSettings`, which explains them in full.
+# Name, type, and what it is; defaults are those of `pose2id.ipg.settings.TrainingSettings`, which explains them in full.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("steps", int, "optimizer steps of the whole run (80000)"),
     ("batch_size", int, "samples of a step, of all processes together (4)"),
@@ -83,9 +83,10 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: given.pop(name) for name, _, _ in SETTINGS if name in given}
     from pose2id.datasets import read_table  # noqa: PLC0415 - all of these take seconds to import
     from pose2id.ipg import starting, training  # noqa: PLC0415
+    from pose2id.ipg.settings import checked_settings  # noqa: PLC0415
 
     logging.getLogger(training.__name__).setLevel(logging.INFO)  # what is trained on, and what was left out
-    training.TrainingSettings(**settings)  # before anything is downloaded
+    checked_settings(settings)  # before anything is downloaded
     images = read_table(args.table)
     validation = given.pop("validation", None)
     shown = None if validation is None else [image.path for image in read_table(validation)]

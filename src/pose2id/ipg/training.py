@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,132 +20,27 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pose2id._inputs import checked_choice, checked_count, checked_number
 from pose2id._outputs import whole_file
 from pose2id.centralization import GenerationDiagnostics, generation_diagnostics
 from pose2id.datasets import PersonImage
-from pose2id.extractor import checked_flag
 from pose2id.ipg import checkpoints
 from pose2id.ipg.files import contact_sheet, fingerprint, stacked
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.latents import Latents, build, identity_features
 from pose2id.ipg.metrics import Metrics
 from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
+from pose2id.ipg.optimization import moving_average, new_optimizer, rate
 from pose2id.ipg.pairs import Pairs, PairSettings, Selection, select
 from pose2id.ipg.pictures import load_poses, load_reference, pixels
+from pose2id.ipg.settings import FREE, TrainingSettings, checked_settings
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = ("adam", "adamw", "adam8bit", "adamw8bit")
-SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("no", "fp16", "bf16")
 RUN_FILE, SAMPLES, LATENTS = "run.json", "samples", "latents"
-_EMA_START = 10  # the average forgets its first steps: its decay grows as (1 + n) / (10 + n)
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Everything that a run depends on but images and starting weights; defaults are the published values.
-
-    Attributes:
-        steps: optimizer steps of the whole run.
-        batch_size: samples of an optimizer step, those of all processes and accumulated parts together.
-        gradient_accumulation: parts that a process computes its share of a batch in, to save memory.
-        learning_rate: of the optimizer, at its highest.
-        warmup_steps: steps in which the learning rate rises linearly from 0.
-        schedule: of the learning rate afterwards: "constant", or "cosine" down to 0 at the last step.
-        optimizer: "adam" (the paper's; weight decay is part of the gradient), "adamw" (decoupled weight decay), or
-            either with 8-bit states ("adam8bit", "adamw8bit"; needs bitsandbytes).
-        weight_decay: of the optimizer.
-        max_grad_norm: gradients are scaled down to this norm; 0: never.
-        unconditional_ratio: probability of a sample that sees neither reference nor identity.
-        snr_gamma: Min-SNR weighting (`objective.Objective`), published value 5; None: all noise levels alike.
-        noise_offset: standard deviation of a shift of each channel's noise, published value 0.05.
-        flip: probability of a mirrored reference.
-        erase: probability of a reference with a randomly erased rectangle.
-        reference_variants: how many augmentations an image has as a reference; None: a new one each time.
-        cache: keep VAE latents and identity features on disk, in the run's directory; needs `reference_variants`.
-        ema: decay of an exponential moving average, which the written weights then are; None: none.
-        mixed_precision: "no", "fp16" or "bf16"; weights stay in float32.
-        gradient_checkpointing: compute activations again on the way back, to save memory.
-        seed: of samples; not of the starting weights.
-        checkpoint_every: steps between checkpoints; the last step has one too.
-        keep_checkpoints: how many of the newest stay.
-        validate_every: steps between validations; 0: only at the end.
-        validation_images: people that a validation generates, 0 or at least 2.
-        validation_steps: of its sampler.
-        workers: processes that load images, for each training process.
-
-    Raises:
-        TypeError, ValueError: a value that makes no sense, named.
-    """
-
-    steps: int = 80_000
-    batch_size: int = 4
-    gradient_accumulation: int = 1
-    learning_rate: float = 1e-5
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    optimizer: str = "adam"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    unconditional_ratio: float = 0.1
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    flip: float = 0.5
-    erase: float = 0.5
-    reference_variants: int | None = None
-    cache: bool = False
-    ema: float | None = None
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    seed: int = 42
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    validate_every: int = 1000
-    validation_images: int = 4
-    validation_steps: int = 20
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "keep_checkpoints"):
-            checked_count(getattr(self, name), name)
-        for name in ("warmup_steps", "seed", "validate_every", "validation_images", "workers"):
-            checked_count(getattr(self, name), name, least=0)
-        checked_count(self.validation_steps, "validation_steps", most=1000)
-        for name in ("weight_decay", "unconditional_ratio", "noise_offset", "flip", "erase"):
-            checked_number(getattr(self, name), name, 0, 1)
-        checked_number(self.learning_rate, "learning_rate", 1e-12, 1)
-        checked_number(self.max_grad_norm, "max_grad_norm", 0, 1e6)
-        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("mixed_precision", PRECISIONS)):
-            checked_choice(getattr(self, name), name, choices)
-        for name in ("cache", "gradient_checkpointing"):
-            checked_flag(getattr(self, name), name)
-        self._check_options()
-
-    def _check_options(self) -> None:
-        """What may be None, and what goes together."""
-        if self.snr_gamma is not None:
-            checked_number(self.snr_gamma, "snr_gamma", 1e-3, 1e6)
-        if self.ema is not None:
-            checked_number(self.ema, "ema", 0, 1 - 1e-9)
-        if self.reference_variants is not None:
-            checked_count(self.reference_variants, "reference_variants")
-        elif self.cache:
-            raise ValueError(
-                "reference_variants must be a number with cache=True, got None: endless augmentations can't be kept. "
-                "4 is a good number."
-            )
-        if self.validation_images == 1:
-            raise ValueError("validation_images must be 0 or at least 2, to compare people with others, got 1.")
-
-
-# What a run may be continued with another value of: the weights do not depend on it.
-_FREE = ("checkpoint_every", "keep_checkpoints", "validate_every", "validation_images", "validation_steps", "workers")
 
 
 @dataclass(frozen=True)
@@ -192,7 +87,7 @@ def train(
             the first image of people that are trained on.
         device: "cpu" to train there even if there is a GPU; None: what accelerate finds.
         progress: show bars on a terminal.
-        **settings: of `TrainingSettings`, by name.
+        **settings: of `settings.TrainingSettings`, by name.
 
     Returns:
         Where the weights are, and how well they do.
@@ -204,7 +99,7 @@ def train(
         OSError: a checkpoint that can't be written; older ones are kept.
         TypeError, ValueError: bad input, named; images or settings other than those that the run began with.
     """
-    given = _checked(settings)
+    given = checked_settings(settings)
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
     for i, image in enumerate(images):
@@ -253,8 +148,8 @@ class _Run:
         if settings.gradient_checkpointing:
             parts.reference_unet.enable_gradient_checkpointing()
             parts.denoising_unet.enable_gradient_checkpointing()
-        self.average = None if settings.ema is None else _average(parts, settings.ema)
-        optimizer = _optimizer(settings, [p for p in parts.parameters() if p.requires_grad])
+        self.average = None if settings.ema is None else moving_average(parts, settings.ema)
+        optimizer = new_optimizer(settings, [p for p in parts.parameters() if p.requires_grad])
         self.parts, self.optimizer = accelerator.prepare(parts, optimizer)
         self.step = 0
         self.losses: list[float] = []
@@ -287,9 +182,9 @@ class _Run:
     def _optimize(self, batches: Iterator[dict[str, Tensor]]) -> float:
         """One step; the mean loss of its samples."""
         given, accelerator = self.settings, self.accelerator
-        rate = given.learning_rate * _rate(self.step, given)
+        learning_rate = given.learning_rate * rate(self.step, given)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         losses = []
         for _ in range(given.gradient_accumulation):
             with accelerator.accumulate(self.parts):
@@ -382,7 +277,7 @@ class _Run:
         if self.directory.exists() and not self.directory.is_dir():
             raise FileExistsError(f"directory must be one to train in, and {self.directory} is a file.")
         path = self.directory / RUN_FILE
-        fixed = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
+        fixed = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
         content = {"settings": fixed, "images": _digest(selection), "generator": _architecture(self.generator)}
         if not path.exists():
             # A first start that was killed may have left the run's file unfinished, and nothing else.
@@ -447,7 +342,7 @@ class _Run:
 
     def _notes(self) -> str:
         """Of the model card: how these weights were trained."""
-        settings = "".join(f"* {name}: {value}\n" for name, value in asdict(self.settings).items() if name not in _FREE)
+        settings = "".join(f"* {name}: {value}\n" for name, value in asdict(self.settings).items() if name not in FREE)
         return (
             f"## Training\n\nTrained with pose2id for {self.step} steps; mean loss of the last 100 steps "
             f"{self.metrics.recent_loss():.4f}.\n\n{settings}"
@@ -522,14 +417,6 @@ class _Run:
             parts.train()
 
 
-def _checked(settings: Mapping[str, Any]) -> TrainingSettings:
-    known = TrainingSettings.__dataclass_fields__
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise TypeError(f"settings must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    return TrainingSettings(**settings)
-
-
 def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
     try:
         import tensorboard  # noqa: F401, PLC0415
@@ -555,38 +442,6 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
             "mixed_precision and device must be those of the first run in this process, which accelerate keeps, and "
             f"ones that this machine has. Start Python anew ({error})."
         ) from error
-
-
-def _optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if settings.optimizer not in kinds:
-        try:
-            import bitsandbytes  # noqa: PLC0415
-        except ImportError as error:
-            raise ImportError(
-                f"optimizer={settings.optimizer!r} needs bitsandbytes: pip install bitsandbytes ({error})."
-            ) from error
-        kinds = {"adam8bit": bitsandbytes.optim.Adam8bit, "adamw8bit": bitsandbytes.optim.AdamW8bit}
-    optimizer: torch.optim.Optimizer = kinds[settings.optimizer](
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    return optimizer
-
-
-def _average(parts: TrainedParts, decay: float) -> Any:
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (_EMA_START + n)))
-
-    return torch.optim.swa_utils.AveragedModel(parts, multi_avg_fn=update)
-
-
-def _rate(step: int, settings: TrainingSettings) -> float:
-    """The learning rate of a step, as a share of the highest."""
-    rising = (step + 1) / settings.warmup_steps if step < settings.warmup_steps else 1.0
-    if settings.schedule == "constant":
-        return rising
-    return rising * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 def _run_file(path: Path) -> dict[str, Any]:

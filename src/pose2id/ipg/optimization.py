@@ -1,0 +1,48 @@
+"""How weights follow gradients: the optimizer, its learning rate, and the average of weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pose2id.ipg.settings import TrainingSettings
+
+_EMA_START = 10  # the average forgets its first steps: its decay grows as (1 + n) / (10 + n)
+
+
+def new_optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Of the parameters that are trained."""
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if settings.optimizer not in kinds:
+        try:
+            import bitsandbytes  # noqa: PLC0415
+        except ImportError as error:
+            raise ImportError(
+                f"optimizer={settings.optimizer!r} needs bitsandbytes: pip install bitsandbytes ({error})."
+            ) from error
+        kinds = {"adam8bit": bitsandbytes.optim.Adam8bit, "adamw8bit": bitsandbytes.optim.AdamW8bit}
+    optimizer: torch.optim.Optimizer = kinds[settings.optimizer](
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    return optimizer
+
+
+def moving_average(parts: nn.Module, decay: float) -> Any:
+    """A copy of the parts, to be updated after each step (`torch.optim.swa_utils.AveragedModel`)."""
+
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        n = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (_EMA_START + n)))
+
+    return torch.optim.swa_utils.AveragedModel(parts, multi_avg_fn=update)
+
+
+def rate(step: int, settings: TrainingSettings) -> float:
+    """The learning rate of a step, as a share of the highest."""
+    rising = (step + 1) / settings.warmup_steps if step < settings.warmup_steps else 1.0
+    if settings.schedule == "constant":
+        return rising
+    return rising * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
