@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=1000, help="drawn, by 12 cameras once each (%(default)s)")
     parser.add_argument("--encoder-steps", type=int, default=4500, help="of the identity encoder (%(default)s)")
     parser.add_argument("--vae-steps", type=int, default=2200, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=8500, help="of IPG (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6500, help="of IPG (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="of IPG (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     args = parser.parse_args()
@@ -89,12 +89,12 @@ def main() -> None:
         out / "run",
         steps=args.steps,
         batch_size=args.batch_size,
-        learning_rate=4e-4,
+        learning_rate=5e-4,
         warmup_steps=200,
         schedule="cosine",
         optimizer="adamw",
         snr_gamma=5.0,
-        ema=0.999,
+        ema=0.998,
         cache=True,
         reference_variants=2,
         checkpoint_every=500,

@@ -15,7 +15,7 @@ Run again after an interruption: training goes on from the newest checkpoint in 
 Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
 
-# Name, type, and what it is; defaults are those of `pose2id.ipg.settings.TrainingSettings`, which explains them in full.
+# Name, type, and what it is; defaults are those of `ipg.settings.TrainingSettings`, which explains them in full.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("steps", int, "optimizer steps of the whole run (80000)"),
     ("batch_size", int, "samples of a step, of all processes together (4)"),

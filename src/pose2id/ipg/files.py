@@ -219,7 +219,8 @@ def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS) -> s
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(values.astype("<f8").tobytes())
     scheduler = {key: value for key, value in generator.scheduler.config.items() if not key.startswith("_")}
-    rest = [type(generator.scheduler).__name__, scheduler, list(generator.image_size), generator.round_bank]
+    scaling = generator.vae.config.scaling_factor
+    rest = [type(generator.scheduler).__name__, scheduler, list(generator.image_size), generator.round_bank, scaling]
     digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

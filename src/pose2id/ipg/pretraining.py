@@ -141,7 +141,8 @@ def train_vae(
     batch_size, seed = checked_count(batch_size, "batch_size"), checked_count(seed, "seed", least=0)
     target = checked_device(device)
     with _seeded(seed):
-        vae = AutoencoderKL(**(config or {})).to(target)
+        # Named, because diffusers takes a value that was left at its default for the default whenever it loads it.
+        vae = AutoencoderKL(**{"scaling_factor": 1.0, **(config or {})}).to(target)
     loaded = _loaded(checked_images(images, "images"), size)
     draws, noise = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
 

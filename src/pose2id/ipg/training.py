@@ -431,7 +431,7 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
     # Where a process's samples all happen to be unconditional, its reference UNet takes no part.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=settings.mixed_precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
@@ -442,6 +442,9 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
             "mixed_precision and device must be those of the first run in this process, which accelerate keeps, and "
             f"ones that this machine has. Start Python anew ({error})."
         ) from error
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate leaves it out
+        raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'.")
+    return accelerator
 
 
 def _run_file(path: Path) -> dict[str, Any]:
