@@ -69,7 +69,7 @@ def _reference_unet(config: Mapping[str, Any]) -> nn.Module:
 
 
 # Stable Diffusion v1.5's UNet; whatever is not named here is diffusers' default.
-_SD15_UNET = {
+SD15_UNET = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -102,10 +102,10 @@ PARTS: Mapping[str, Part] = {
     ),
     "identity_tokens": Part(IdentityTokens, lambda config: IdentityTokens(**config), "IFR.pth", {}),
     "reference_unet": Part(
-        diffusers.UNet2DConditionModel, _reference_unet, "reference_unet.pth", _SD15_UNET, unused=r"conv_(norm_)?out\."
+        diffusers.UNet2DConditionModel, _reference_unet, "reference_unet.pth", SD15_UNET, unused=r"conv_(norm_)?out\."
     ),
     "denoising_unet": Part(
-        diffusers.UNet2DConditionModel, diffusers.UNet2DConditionModel.from_config, "denoising_unet.pth", _SD15_UNET
+        diffusers.UNet2DConditionModel, diffusers.UNet2DConditionModel.from_config, "denoising_unet.pth", SD15_UNET
     ),
     "pose_encoder": Part(PoseEncoder, lambda config: PoseEncoder(**config), "pose_guider.pth", {}),
     "vae": Part(

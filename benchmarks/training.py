@@ -1,0 +1,97 @@
+"""Seconds a step, and memory, of training at the published size, on random weights and drawn people.
+
+python benchmarks/training.py                                               # the defaults: 48 GB
+python benchmarks/training.py --optimizer adam8bit --gradient-checkpointing --gradient-accumulation 4   # 24 GB
+python benchmarks/training.py --tiny --device cpu                           # the tiny weights, anywhere
+
+Needs the extra "train". Each step is timed with its loading; the first ones, which warm up, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from pose2id.datasets import SyntheticPedestrians, read_table, write_people
+from pose2id.ipg import IdentityGenerator, TransReID, metrics, starting, training, weights
+
+_VAE = {
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "scaling_factor": 0.18215,
+}
+_WARM_UP = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--gradient-accumulation", type=int, default=1)
+    parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--mixed-precision", default="no")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--cache", action="store_true")
+    parser.add_argument("--ema", type=float)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="the tiny weights in place of the published size")
+    parser.add_argument("--device", help="cpu, to run there even if there is a GPU")
+    args = parser.parse_args()
+    settings = {name: value for name, value in vars(args).items() if name not in ("tiny", "device")}
+    generator = starting.start("tiny", device="cpu") if args.tiny else _full_size()
+    times: list[float] = []
+
+    class Timed(metrics.Metrics):
+        """A record that knows when."""
+
+        def add(self, step: int, **values: float) -> None:
+            times.append(time.perf_counter())
+            super().add(step, **values)
+
+    training.Metrics = Timed  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as scratch:
+        table = write_people(SyntheticPedestrians(8, num_cameras=2, images_per_camera=2), Path(scratch) / "people")
+        began = time.perf_counter()
+        training.train(
+            generator,
+            read_table(table),
+            Path(scratch) / "run",
+            device=args.device,
+            validation_images=0,
+            checkpoint_every=args.steps + 1,
+            reference_variants=2,
+            **settings,
+        )
+        took = time.perf_counter() - began
+    seconds = statistics.median(later - earlier for earlier, later in pairwise(times[_WARM_UP:]))
+    name = torch.cuda.get_device_name() if generator.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}: {json.dumps(settings)}")
+    print(
+        f"{seconds:.3f} s a step, {args.batch_size / seconds:.2f} samples/s; {took:.0f} s in all, checkpoint included"
+    )
+    if generator.device.type == "cuda":
+        print(f"largest memory of tensors: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB (10^9 bytes)")
+
+
+def _full_size() -> IdentityGenerator:
+    return starting.fresh(
+        identity_encoder=TransReID(),
+        vae=AutoencoderKL(**_VAE),
+        unet=weights.SD15_UNET,
+        image_size=(512, 256),
+    )
+
+
+if __name__ == "__main__":
+    main()
