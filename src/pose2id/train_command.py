@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
         given["image_size"] = size(given["image_size"], "--image-size")
     generator = starting.start(given.pop("weights", "yuanc3/Pose2ID"), device="cpu", **given)
     result = training.train(generator, images, args.out, validation=shown, device=device, **settings)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes says it
+        return
     print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last 100)")
     if result.diagnostics is not None:
         print(result.diagnostics)

@@ -20,7 +20,7 @@ import torch
 _PREFIX = "step-"
 _UNFINISHED = ".unfinished-"
 _STATE = "training.pt"
-_HALF_WRITTEN = re.escape(_UNFINISHED) + r"[0-9a-f]{8}|\.(run\.json|metrics\.jsonl)\.[0-9a-f]{16}"
+_HALF_WRITTEN = re.escape(_UNFINISHED) + r"[0-9a-f]{8}|\.(run\.json|metrics\.jsonl|step-\d+\.png)\.[0-9a-f]{16}"
 WEIGHTS = "weights"
 
 
@@ -109,7 +109,7 @@ def publish(directory: Path) -> None:
 
 def remove_unfinished(directory: Path) -> None:
     """Remove what a killed run left half-written: directories, and files of `whole_file`. Nothing else is touched."""
-    for path in directory.glob("*"):
+    for path in (*directory.glob("*"), *directory.glob("*/*")):
         if re.fullmatch(_HALF_WRITTEN, path.name):
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 

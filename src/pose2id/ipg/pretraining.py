@@ -73,6 +73,8 @@ def train_identity_encoder(
     count = checked_count(people_per_batch, "people_per_batch", least=2)
     each = checked_count(images_per_person, "images_per_person", least=2)
     steps, seed = checked_count(steps, "steps"), checked_count(seed, "seed", least=0)
+    learning_rate = checked_number(learning_rate, "learning_rate", 0, 1)
+    weight_decay = checked_number(weight_decay, "weight_decay", 0, 1)
     target = checked_device(device)
     items = checked_images(images, "images")
     labels = checked_labels(pids, "pids", len(items))
@@ -101,7 +103,7 @@ def train_identity_encoder(
         result: Tensor = F.cross_entropy(head(features), who, label_smoothing=_LABEL_SMOOTHING)
         return result + _batch_hard_triplet(features, who)
 
-    _optimize(model, loss, steps, checked_number(learning_rate, "learning_rate", 0, 1), weight_decay, progress)
+    _optimize(model, loss, steps, learning_rate, weight_decay, progress)
     return encoder.eval().requires_grad_(False)
 
 
@@ -139,10 +141,14 @@ def train_vae(
     """
     size, steps = checked_size(image_size, "image_size"), checked_count(steps, "steps")
     batch_size, seed = checked_count(batch_size, "batch_size"), checked_count(seed, "seed", least=0)
+    learning_rate = checked_number(learning_rate, "learning_rate", 0, 1)
     target = checked_device(device)
     with _seeded(seed):
         # Named, because diffusers takes a value that was left at its default for the default whenever it loads it.
         vae = AutoencoderKL(**{"scaling_factor": 1.0, **(config or {})}).to(target)
+    downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+    if size[0] % downscale or size[1] % downscale:
+        raise ValueError(f"image_size must be in multiples of {downscale}, the VAE's downscaling, got {size}.")
     loaded = _loaded(checked_images(images, "images"), size)
     draws, noise = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
 
@@ -155,7 +161,7 @@ def train_vae(
         divergence: Tensor = latents.kl().mean() / latents.mean[0].numel()
         return F.l1_loss(rebuilt, batch) + _KL_WEIGHT * divergence
 
-    _optimize(vae, loss, steps, checked_number(learning_rate, "learning_rate", 0, 1), 0.0, progress)
+    _optimize(vae, loss, steps, learning_rate, 0.0, progress)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
         means = [vae.encode(_centred(loaded[some], target)).latent_dist.mean for some in blocks(len(loaded), _ENCODED)]

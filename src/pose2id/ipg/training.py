@@ -51,7 +51,7 @@ class TrainingResult:
         weights: directory for `IdentityGenerator.from_pretrained`.
         step: how many steps were done, in all starts of the run.
         loss: mean over the last 100 steps.
-        diagnostics: of the last validation, by the identity encoder; None without validation.
+        diagnostics: of the last validation since this start, by the identity encoder; None: there was none.
     """
 
     weights: Path
