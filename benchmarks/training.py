@@ -1,7 +1,7 @@
 """Seconds a step, and memory, of training at the published size, on random weights and drawn people.
 
 python benchmarks/training.py                                               # the defaults: 48 GB
-python benchmarks/training.py --optimizer adam8bit --gradient-checkpointing --gradient-accumulation 4   # 24 GB
+python benchmarks/training.py --optimizer adamw8bit --gradient-checkpointing --gradient-accumulation 4   # 24 GB
 python benchmarks/training.py --tiny --device cpu                           # the tiny weights, anywhere
 
 Needs the extra "train". Each step is timed with its loading; the first ones, which warm up, are left out.

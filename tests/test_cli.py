@@ -107,16 +107,6 @@ def test_demo_of_a_users_file(path, tmp_path, capsys):
     assert "picture" not in capsys.readouterr().out
 
 
-def test_demo_says_that_its_pedestrians_are_drawn(tmp_path, capsys, monkeypatch):
-    whole = demo.synthetic_demo
-    monkeypatch.setattr(demo, "synthetic_demo", lambda: whole(num_identities=6))
-    picture = tmp_path / "demo.png"
-    assert main(["demo", "--picture", str(picture)]) == 0
-    assert "not real people" in capsys.readouterr().out
-    with Image.open(picture) as drawn:
-        assert drawn.size[1] > 1000
-
-
 def test_demo_without_the_extra_names_it_before_any_work(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

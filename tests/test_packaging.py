@@ -37,7 +37,7 @@ def test_a_wheel_works_in_a_clean_environment(tmp_path):
     assert "IdentityGenerator" in run(
         scripts / "python", "-c", "from pose2id import *; print(IdentityGenerator)", cwd=tmp_path
     )
-    assert "baseline" in run(scripts / "pose2id", "demo", "--no-picture", cwd=tmp_path)
+    assert "baseline" in run(scripts / "pose2id", "demo", "--people", "2", "--no-picture", cwd=tmp_path)
 
 
 def test_the_version_is_the_same_everywhere():

@@ -372,18 +372,28 @@ def test_pixels_are_those_of_the_upright_image(tmp_path):
     assert image.pose == standard()[0]
 
 
-def test_bad_keypoint_files(folder, tmp_path):
+def test_bad_keypoint_files(folder, tmp_path, caplog):
     root = folder("1_c1.jpg", "2_c1.jpg")
     with pytest.raises(
         ValueError, match=r"has none for any of 2 images\. Looked for .*none.1_c1\.json, .*2_c1\.json\."
     ):
         table_of_folder(root, keypoints=tmp_path / "none")
     (tmp_path / "2_c1.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"2_c1\.json cannot be read as poses"):
-        table_of_folder(root, keypoints=tmp_path)
-    (root / "2_c1.jpg").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"image 2_c1\.jpg cannot be read"):
-        table_of_folder(root, keypoints=tmp_path)
+    for image in ("whole", "broken"):
+        caplog.clear()
+        if image == "broken":
+            (root / "2_c1.jpg").write_bytes(b"broken")
+        assert [row.pose for row in table_of_folder(root, keypoints=tmp_path)] == [None, None]
+        assert "1 of 2 images have no keypoints in the table" in caplog.text
+        said = {"whole": "2_c1.json cannot be read as poses", "broken": "image 2_c1.jpg cannot be read"}[image]
+        assert said in caplog.text
+
+
+def test_openpose_appends_to_the_name_of_its_files(folder, tmp_path):
+    root = folder("1_c1.jpg", "2_c1.jpg")
+    write([standard()[0]], tmp_path / "1_c1_keypoints.json")
+    write([standard()[1]], tmp_path / "2_c1.json")
+    assert [row.pose for row in table_of_folder(root, keypoints=tmp_path)] == list(standard()[:2])
 
 
 def detector_of(pose):

@@ -1,4 +1,4 @@
-"""The command line: `pose2id generate`, `enhance`, `evaluate`, `demo` and `convert`."""
+"""The command line, `pose2id`: generate, enhance, evaluate, demo, convert, table, draw-people and train."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from pose2id import train_command
 
 _FILES = """Feature files, told apart by their ending:
   .npz  query_feats (Q, D), gallery_feats (G, D); optional q_pids, g_pids, q_camids, g_camids
@@ -19,6 +21,10 @@ _GENERATED = """Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the pat
 Run again after an interruption: pictures that are there are kept, the others come out as they would have, but
 for the last digits that another batch costs (1 or 2 of 255 in single values).
 Private repositories: set HF_TOKEN, or log in with `hf auth login`.
+"""
+_TABLE = """The table has a line for each image: path (from the table's folder), identity, camera, keypoints.
+  --identity name    names are identity, _c and camera: 0002_c1s1_000451_03.jpg; -1 and 0 are left out
+  --identity folder  every person has a folder
 """
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -32,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         args.run(args)
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"pose2id: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -64,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _feature_command(commands, "demo", "table and picture for a sample, or for a feature file", _demo)
     demo.add_argument("features", metavar="FEATS", nargs="?", help="feature file (default: drawn pedestrians)")
+    demo.add_argument("--people", type=int, help="drawn (default: 20; 60 with --no-generation)")
+    demo.add_argument("--no-generation", action="store_true", help="show NFC alone: takes seconds instead of minutes")
     demo.add_argument("--picture", metavar="PATH", default="pose2id-demo.png", help="default: %(default)s")
     demo.add_argument("--no-picture", action="store_true", help="print the table only")
     demo.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
@@ -81,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST", help="directory to write: new or empty")
     convert.add_argument("--dtype", choices=_DTYPES, help="of DST (default: as in SRC)")
     _add_download(convert, "SRC")
+
+    _add_table(commands)
+    train = _command(
+        commands, "train", "train generation weights on a table of images", train_command.run, train_command.EPILOG
+    )
+    train_command.add_options(train)
     return parser
 
 
@@ -109,6 +123,24 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument(
         "--dry-run", action="store_true", help="write nothing: count the pictures, estimate the hours"
     )
+
+
+def _add_table(commands: Any) -> None:
+    table = _command(commands, "table", "list the people of a folder of images, to train with", _table, _TABLE)
+    table.add_argument("folder", metavar="FOLDER", help="directory with images at any depth")
+    table.add_argument("output", metavar="OUT.csv", help="table to write")
+    table.add_argument("--identity", choices=("name", "folder"), default="name", help="who is it? (%(default)s)")
+    poses = table.add_mutually_exclusive_group()
+    poses.add_argument("--keypoints", metavar="DIR", help="NAME.json for each image NAME: OpenPose, COCO, ControlNet")
+    poses.add_argument("--detect", action="store_true", help='find keypoints with rtmlib (extra "pose")')
+    table.add_argument("--overwrite", action="store_true", help="replace OUT.csv if it exists")
+
+    draw = _command(commands, "draw-people", "write drawn pedestrians and their table, to try training", _draw_people)
+    draw.add_argument("folder", metavar="DIR", help="directory to write: new or empty")
+    draw.add_argument("--people", type=int, default=60, help="(%(default)s)")
+    draw.add_argument("--cameras", type=int, default=4, help="(%(default)s)")
+    draw.add_argument("--images", type=int, default=3, help="of each person from each camera (%(default)s)")
+    draw.add_argument("--seed", type=int, default=0, help="chooses people and cameras (%(default)s)")
 
 
 def _add_download(parser: argparse.ArgumentParser, what: str) -> None:
@@ -180,7 +212,7 @@ def _generate(args: argparse.Namespace) -> None:
         "num_inference_steps": checked_count(args.steps, "--steps"),
         "guidance_scale": checked_number(args.guidance, "--guidance", 0, 1000),
         "seed": checked_count(args.seed, "--seed", least=0),
-        "size": _size(args.size),
+        "size": train_command.size(args.size, "--size"),
     }
     batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
     from pose2id import poses  # noqa: PLC0415
@@ -224,13 +256,6 @@ def _duration(seconds: float) -> str:
     return hours if seconds > 5 * 3600 else f"{hours} ({seconds / 60:.2g} minutes)"
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, by, width = text.partition("x")
-    if not by or not height.isdecimal() or not width.isdecimal():
-        raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 256x128, got {text!r}.")
-    return int(height), int(width)
-
-
 def _convert(args: argparse.Namespace) -> None:
     import torch  # noqa: PLC0415
 
@@ -241,8 +266,42 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"wrote {args.target}")
 
 
+def _table(args: argparse.Namespace) -> None:
+    from pose2id.datasets import table  # noqa: PLC0415
+    from pose2id.feature_files import check_target  # noqa: PLC0415
+    from pose2id.poses import detect  # noqa: PLC0415
+
+    check_target(args.output, overwrite=args.overwrite, suffixes=(".csv",))
+    images = table.table_of_folder(args.folder, identity=args.identity, keypoints=args.keypoints)
+    if args.detect:
+        images = table.with_poses(images, detect([image.path for image in images]))
+    table.write_table(images, args.output, overwrite=args.overwrite)
+    print(f"wrote {args.output}: {_counted(images)}")
+
+
+def _draw_people(args: argparse.Namespace) -> None:
+    from pose2id._inputs import checked_count  # noqa: PLC0415
+    from pose2id.datasets import SyntheticPedestrians, read_table, write_people  # noqa: PLC0415
+
+    people = SyntheticPedestrians(
+        checked_count(args.people, "--people"),
+        num_cameras=checked_count(args.cameras, "--cameras"),
+        images_per_camera=checked_count(args.images, "--images"),
+        seed=args.seed,
+    )
+    path = write_people(people, args.folder)
+    print(f"wrote {path}: {_counted(read_table(path))}, drawn by code")
+
+
+def _counted(images: Sequence[Any]) -> str:
+    people = len({image.identity for image in images})
+    with_keypoints = sum(image.pose is not None for image in images)
+    return f"{len(images)} images of {people} people, {with_keypoints} with keypoints"
+
+
 def _demo(args: argparse.Namespace) -> None:
     from pose2id import demo  # noqa: PLC0415
+    from pose2id._inputs import checked_count  # noqa: PLC0415
     from pose2id.centralizer import Centralizer  # noqa: PLC0415
     from pose2id.feature_files import check_target, load_features  # noqa: PLC0415
 
@@ -251,8 +310,16 @@ def _demo(args: argparse.Namespace) -> None:
         from pose2id.plots import require_plots  # noqa: PLC0415
 
         require_plots()
-    centralizer = Centralizer(k1=args.k1, k2=args.k2)
-    shown = demo.Demo(args.features, load_features(args.features)) if args.features else demo.synthetic_demo()
+    people: Any = {} if args.people is None else {"num_identities": checked_count(args.people, "--people")}
+    if args.features and people:
+        raise ValueError("--people must not be given with FEATS: it says how many people to draw. Leave one out.")
+    centralizer = Centralizer(k1=args.k1, k2=args.k2, eta=demo.TINY.eta)
+    if args.features:
+        shown = demo.Demo(args.features, load_features(args.features))
+    elif args.no_generation:
+        shown = demo.synthetic_demo(**people)
+    else:
+        shown = demo.generation_demo(**people)
     print(demo.report(shown, centralizer))
     if not args.no_picture:
         demo.draw(shown, centralizer, args.picture)

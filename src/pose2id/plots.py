@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pose2id._inputs import Rows, checked_count, checked_labels
 
@@ -67,6 +68,69 @@ def ranked_list(
     axes.imshow(canvas, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize=9, loc="left")
+
+
+def pose_sheet(
+    axes: Axes,
+    references: Sequence[Image.Image],
+    drawings: Sequence[Image.Image],
+    pictures: Sequence[Sequence[Image.Image]],
+    *,
+    title: str = "",
+) -> None:
+    """Draw one row a person, the reference and the pictures generated from it, under the poses that these are in.
+
+    Args:
+        axes: where to draw.
+        references: RGB pictures; all others are shown in the size of the first.
+        drawings: M drawn poses, RGB.
+        pictures: for each reference its M RGB pictures.
+        title: text above.
+    """
+    width, height = references[0].size
+    gap = max(2, width // 16)
+    # A wider gap sets what was given apart from what was generated.
+    lefts = [0, *(width + 3 * gap + column * (width + gap) for column in range(len(drawings)))]
+    canvas = Image.new("RGB", (lefts[-1] + width, (height + gap) * (len(references) + 1) - gap), "white")
+    rows: list[list[Image.Image | None]] = [[None, *drawings]]
+    rows += [[reference, *others] for reference, others in zip(references, pictures, strict=True)]
+    for row, contents in enumerate(rows):
+        for left, content in zip(lefts, contents, strict=True):
+            if content is not None:
+                canvas.paste(content.resize((width, height), Image.Resampling.BICUBIC), (left, row * (height + gap)))
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9, loc="left")
+
+
+def number_curves(axes: Axes, curves: Mapping[str, Sequence[float]], *, title: str = "") -> None:
+    """Draw mAP against the number of generated images, one line a name, its first and last value written at it.
+
+    Args:
+        axes: where to draw.
+        curves: name to fractions in [0, 1], for 0, 1, 2, ... generated images: what `pose2id.report.by_number` gives.
+        title: text above.
+    """
+    for name, values in curves.items():
+        percent = [100 * value for value in values]
+        (line,) = axes.plot(range(len(percent)), percent, marker="o", markersize=4, label=name)
+        for number in (0, len(percent) - 1):
+            axes.annotate(
+                f"{percent[number]:.1f}",
+                (number, percent[number]),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=line.get_color(),
+            )
+    axes.set_xlabel("generated images of each query and gallery image", fontsize=8)
+    axes.set_ylabel("mAP in %", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.08, y=0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(title, fontsize=9)
 
 
 def feature_maps(

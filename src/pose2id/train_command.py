@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 EPILOG = """TABLE is CSV: path, identity, camera, keypoints (`pose2id table`, `pose2id draw-people`).
---config FILE.yaml holds any of these options by name, with underscores (batch_size: 8); flags go before it.
+--config FILE.yaml holds any of these options by name, with underscores (batch_size: 8); a flag wins over it.
 Run again after an interruption: training goes on from the newest checkpoint in DIR, to the same weights.
 Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
@@ -24,7 +24,7 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("learning_rate", float, "(1e-5)"),
     ("warmup_steps", int, "steps in which it rises (0)"),
     ("schedule", str, "constant or cosine (constant)"),
-    ("optimizer", str, "adam, adamw, adam8bit or adamw8bit (adam)"),
+    ("optimizer", str, "adam, adamw or adamw8bit (adam)"),
     ("weight_decay", float, "(0.01)"),
     ("max_grad_norm", float, "0: no limit (1)"),
     ("unconditional_ratio", float, "samples without reference and identity (0.1)"),
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     checked_settings(settings)  # before anything is downloaded
     images = read_table(args.table)
     validation = given.pop("validation", None)
-    shown = None if validation is None else [image.path for image in read_table(validation)]
+    shown = None if validation is None else read_table(validation)
     device = given.pop("device", None)
     unet = given.get("unet")
     if isinstance(unet, str) and unet.endswith(".json"):
@@ -141,6 +141,8 @@ def _from_file(path: str | None) -> dict[str, Any]:
 
 def _value(name: str, value: Any, kind: Any, path: str) -> Any:
     """A value of a YAML file in its option's kind."""
+    if name == "mixed_precision" and value is False:
+        return "no"  # which YAML takes for false
     if kind is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # YAML takes 1e-5, which has no point, for text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,8 @@ from pose2id.generated import image_files
 from pose2id.poses import KEYPOINTS, Pose, detect, read
 from pose2id.poses.detection import Detector
 from pose2id.poses.files import NobodyError
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = ("path", "identity", "camera", "keypoints")
 _NEEDED = 2  # of them, the first
@@ -168,8 +171,9 @@ def table_of_folder(
             (`0002_c1s1_000451_03.jpg`); identities -1 (junk) and 0 (distractors) are no people and left out. "folder":
             every person has a folder, whose name is the identity; the camera is the number after `_c` in a file's name,
             or in `c1_...`, if there is one.
-        keypoints: directory with `NAME.json` for the image NAME, which is the path below `folder` without suffix, in
-            any format that `poses.read` reads. An image without such a file, or with nobody in it, has no pose; of
+        keypoints: directory with `NAME.json`, or OpenPose's `NAME_keypoints.json`, for the image NAME, which is the
+            path below `folder` without suffix, in any format that `poses.read` reads. An image without such a file, or
+            with nobody in it, has no pose; nor has one that is broken, or whose file is, which a warning says. Of
             several people the one with most visible keypoints is taken.
         detector: finds the poses of all images; see `poses.detect`.
         progress: show a bar on a terminal, for keypoints or detector.
@@ -177,8 +181,8 @@ def table_of_folder(
     Raises:
         FileNotFoundError: no such folder, or no image files in it.
         TypeError: a detector that cannot be called.
-        ValueError: both keypoints and detector, names that don't fit or are no people's, bad keypoints or none at all,
-            an image that cannot be read; without keypoints and detector none is.
+        ValueError: both keypoints and detector, names that don't fit or are no people's, no keypoints at all; with a
+            detector an image that cannot be read.
     """
     identity = checked_choice(identity, "identity", ("name", "folder"))
     if keypoints is not None and detector is not None:
@@ -351,15 +355,31 @@ def _by_folder(file: Path, folder: Path) -> tuple[str, str] | None:
 
 
 def _stored_poses(images: Sequence[PersonImage], folder: Path, directory: Path, progress: bool) -> list[Pose | None]:
-    files = [directory / image.path.relative_to(folder).with_suffix(".json") for image in images]
+    names = [directory / image.path.relative_to(folder).with_suffix("") for image in images]
+    files = [next((f for f in _keypoint_files(name) if f.is_file()), _keypoint_files(name)[0]) for name in names]
     if not any(file.is_file() for file in files):
         raise ValueError(
             f"keypoints must be a directory with NAME.json for image NAME, got {directory}, which has none for any of "
             f"{len(images)} images. Looked for {_first(files)}."
         )
+    poses: list[Pose | None] = []
+    problems = []
     pairs = zip(images, files, strict=True)
-    bar = tqdm(pairs, total=len(files), unit="img", disable=None if progress else True)
-    return [_stored_pose(image.path, file) if file.is_file() else None for image, file in bar]
+    for image, file in tqdm(pairs, total=len(files), unit="img", disable=None if progress else True):
+        try:
+            poses.append(_stored_pose(image.path, file) if file.is_file() else None)
+        except ValueError as error:
+            poses.append(None)
+            problems.append(str(error))
+    if problems:
+        shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
+        logger.warning("%d of %d images have no keypoints in the table: %s", len(problems), len(images), shown)
+    return poses
+
+
+def _keypoint_files(name: Path) -> tuple[Path, Path]:
+    """Where the keypoints of an image may be; OpenPose appends to its name."""
+    return name.with_name(f"{name.name}.json"), name.with_name(f"{name.name}_keypoints.json")
 
 
 def _stored_pose(path: Path, file: Path) -> Pose | None:

@@ -63,6 +63,8 @@ def write(
             _to_disk(path)
         unfinished.replace(target)
         _to_disk(directory)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError) as error:  # torch raises the latter when a disk is full
         raise OSError(
             f"the checkpoint of step {step} cannot be written to {directory}: {error}. Older checkpoints are as they "
@@ -85,7 +87,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / _STATE
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise
     except Exception as error:  # a damaged file can fail in any way
@@ -116,8 +118,8 @@ def remove_unfinished(directory: Path) -> None:
 
 def _to_disk(path: Path) -> None:
     """Wait until a file or directory has reached the disk: a rename may get there before its content does."""
-    with contextlib.suppress(PermissionError):  # Windows opens no directories
-        handle = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(PermissionError):  # Windows opens no directories, and syncs what may be written
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:

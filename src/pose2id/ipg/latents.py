@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from pose2id._outputs import write_npy
+from pose2id._outputs import whole_file, write_npy
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pairs import Pairs
 
@@ -33,20 +34,26 @@ class Latents:
     """
 
     def __init__(self, directory: Path, pairs: Pairs) -> None:
-        # Mapped, not read: a large set's are larger than memory.
-        self._targets, self._references, self._features = (
-            np.load(directory / name, mmap_mode="r") for name in (_TARGETS, _REFERENCES, _FEATURES)
-        )
+        self._directory = directory
+        self._arrays: tuple[NDArray[np.float32], ...] = ()
         self._place = {image: place for place, image in enumerate(pairs.selection.targets)}
         self._variants = pairs.settings.variants or 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": ()}  # workers map the files anew: a mapped array is pickled whole
+
     def take(self, target: int, reference: int, variant: int) -> dict[str, Tensor]:
         """target_latents and reference_latents (C, h, w) and features (F,) of one sample, float32."""
+        if not self._arrays:
+            # Mapped, not read: a large set's are larger than memory.
+            names = (_TARGETS, _REFERENCES, _FEATURES)
+            self._arrays = tuple(np.load(self._directory / name, mmap_mode="r") for name in names)
+        targets, references, features = self._arrays
         row = reference * self._variants + variant
         return {
-            "target_latents": _tensor(self._targets[self._place[target]]),
-            "reference_latents": _tensor(self._references[row]),
-            "features": _tensor(self._features[row]),
+            "target_latents": _tensor(targets[self._place[target]]),
+            "reference_latents": _tensor(references[row]),
+            "features": _tensor(features[row]),
         }
 
 
@@ -65,25 +72,27 @@ def build(
     directory.mkdir(parents=True)
     selection, variants = pairs.selection, pairs.settings.variants or 0
     shape = generator.latent_shape
-    targets = _Images(pairs, [(i, None) for i in selection.targets])
-    references = _Images(pairs, [(i, variant) for i in range(len(selection.images)) for variant in range(variants)])
-    with tqdm(total=len(targets) + len(references), unit="img", disable=None if progress else True) as bar:
+    targets = _Images(pairs, "target", [(i, 0) for i in selection.targets])
+    seen = [(i, variant) for i in range(len(selection.images)) for variant in range(variants)]
+    references, identities = _Images(pairs, "reference", seen), _Images(pairs, "identity", seen)
+    encode_identity = partial(identity_features, generator)
+    files: list[tuple[str, _Images, tuple[int, ...], Callable[[Tensor], Tensor]]] = [
+        (_TARGETS, targets, shape, generator.encode_images),
+        (_REFERENCES, references, shape, generator.encode_images),
+        (_FEATURES, identities, (generator.identity_tokens.feature_dim,), encode_identity),
+    ]
+    total = sum(len(images) for _, images, _, _ in files)
+    with tqdm(total=total, unit="img", disable=None if progress else True) as bar:
 
-        def latents(images: _Images, features: list[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        def encoded(images: _Images, encode: Callable[[Tensor], Tensor]) -> Iterator[NDArray[np.float32]]:
             for batch in DataLoader(images, batch_size=_BATCH, num_workers=workers):
-                pictures = {name: tensor.to(generator.device) for name, tensor in batch.items()}
-                if "identity" in pictures:
-                    features.append(identity_features(generator, pictures["identity"]).cpu().numpy())
-                yield generator.encode_images(pictures["image"]).cpu().numpy()
-                bar.update(len(pictures["image"]))
+                yield encode(batch.to(generator.device)).cpu().numpy()
+                bar.update(len(batch))
 
-        features: list[NDArray[np.float32]] = []
-        kind = np.dtype(np.float32)
-        write_npy(directory / _TARGETS, (len(targets), *shape), kind, latents(targets, []))
-        write_npy(directory / _REFERENCES, (len(references), *shape), kind, latents(references, features))
-    width = features[0].shape[1]
-    write_npy(directory / _FEATURES, (len(references), width), kind, features)
-    (directory / _KEY).write_text(content, encoding="utf-8")
+        for name, images, of_one, encode in files:
+            write_npy(directory / name, (len(images), *of_one), np.dtype(np.float32), encoded(images, encode))
+    with whole_file(directory / _KEY) as unfinished:
+        unfinished.write_text(content, encoding="utf-8")
 
 
 @torch.no_grad()
@@ -93,21 +102,18 @@ def identity_features(generator: IdentityGenerator, images: Tensor) -> Tensor:
     return features
 
 
-class _Images(Dataset[dict[str, Tensor]]):
-    """Targets, or references in their variants, for a loader with workers."""
+class _Images(Dataset[Tensor]):
+    """Targets, or references in their variants as one of the networks sees them, for a loader with workers."""
 
-    def __init__(self, pairs: Pairs, items: list[tuple[int, Any]]) -> None:
-        self._pairs, self._items = pairs, items
+    def __init__(self, pairs: Pairs, seen_as: str, items: Sequence[tuple[int, int]]) -> None:
+        self._pairs, self._seen_as, self._items = pairs, seen_as, items
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
+    def __getitem__(self, place: int) -> Tensor:
         i, variant = self._items[place]
-        if variant is None:
-            return {"image": self._pairs.target(i)}
-        seen = self._pairs.reference(i, variant)
-        return {"image": seen["reference"], "identity": seen["identity"]}
+        return self._pairs.target(i) if self._seen_as == "target" else self._pairs.reference(i, variant)[self._seen_as]
 
 
 def _tensor(values: NDArray[np.float32]) -> Tensor:

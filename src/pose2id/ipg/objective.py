@@ -41,6 +41,8 @@ class TrainedParts(nn.Module):
         grey = torch.zeros(1, 3, *generator.identity_encoder.image_size, **like)
         with torch.no_grad():
             self.register_buffer("nobody", generator.identity_encoder(grey), persistent=False)
+        if any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()):
+            raise ValueError("unet must have a dropout of 0: its draws would not be those of a run that was resumed.")
         self.requires_grad_(True)
         self._freeze_unread(torch.zeros(1, *generator.latent_shape, **like))
 

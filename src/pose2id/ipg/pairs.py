@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -155,7 +154,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
         self._people: dict[str, list[int]] = defaultdict(list)
         for i, image in enumerate(selection.images):
             self._people[image.identity].append(i)
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # of one epoch, the newest
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         """Tensors of one sample.
@@ -167,7 +166,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
         """
         given = self.settings
         epoch, place = divmod(n, len(self.selection.targets))
-        target = self.selection.targets[self._order(epoch)[place]]
+        target = self.selection.targets[self._permutation(epoch)[place]]
         draws = np.random.default_rng([_SAMPLE, given.seed, n])
         others = [i for i in self._people[self.selection.images[target].identity] if i != target]
         reference = others[draws.integers(len(others))]
@@ -202,7 +201,10 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return {"reference": pixels(picture, given.image_size), "identity": pixels(picture, given.identity_size)}
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([_ORDER, self.settings.seed, epoch]).permutation(len(self.selection.targets))
+        if self._order[0] != epoch:
+            draws = np.random.default_rng([_ORDER, self.settings.seed, epoch])
+            self._order = epoch, draws.permutation(len(self.selection.targets))
+        return self._order[1]
 
     def _picture(self, i: int) -> Image.Image:
         return load_reference(self.selection.images[i].path, "training image")

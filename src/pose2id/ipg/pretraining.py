@@ -231,6 +231,6 @@ def _optimize(
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Torch's own generator, which modules draw their weights from, seeded for a while."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield

@@ -136,7 +136,7 @@ class _Writer(_Processor):
     """Self-attention of the reference UNet. diffusers hands it the output of the block's first norm."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, bank: Bank, **__: Any) -> Tensor:
-        bank[self.name] = hidden_states
+        bank.setdefault(self.name, hidden_states)  # gradient checkpointing comes here again, when it has been read
         return _attend(attn, _query(attn, hidden_states), *_keys_values(attn, hidden_states))
 
 

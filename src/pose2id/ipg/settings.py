@@ -9,7 +9,7 @@ from typing import Any
 from pose2id._inputs import checked_choice, checked_count, checked_number
 from pose2id.extractor import checked_flag
 
-OPTIMIZERS = ("adam", "adamw", "adam8bit", "adamw8bit")
+OPTIMIZERS = ("adam", "adamw", "adamw8bit")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -19,7 +19,10 @@ FREE = ("checkpoint_every", "keep_checkpoints", "validate_every", "validation_im
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that a run depends on but images and starting weights; defaults are the published values.
+    """Everything that a run depends on but images and starting weights.
+
+    Steps, batch, learning rate and weight decay are the paper's; the unconditional ratio is that of the published
+    configuration.
 
     Attributes:
         steps: optimizer steps of the whole run.
@@ -27,9 +30,9 @@ class TrainingSettings:
         gradient_accumulation: parts that a process computes its share of a batch in, to save memory.
         learning_rate: of the optimizer, at its highest.
         warmup_steps: steps in which the learning rate rises linearly from 0.
-        schedule: of the learning rate afterwards: "constant", or "cosine" down to 0 at the last step.
+        schedule: of the learning rate afterwards: "constant", or "cosine" towards 0.
         optimizer: "adam" (the paper's; weight decay is part of the gradient), "adamw" (decoupled weight decay), or
-            either with 8-bit states ("adam8bit", "adamw8bit"; needs bitsandbytes).
+            "adamw8bit", the latter with 8-bit states (needs bitsandbytes).
         weight_decay: of the optimizer.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
         unconditional_ratio: probability of a sample that sees neither reference nor identity.

@@ -77,7 +77,7 @@ def start(
         seed=seed,
         **{**source.settings, "sources": {**source.sources, **sources}, **size},
     )
-    return generator if device is None else generator.to(device)
+    return generator.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def fresh(
@@ -109,8 +109,8 @@ def fresh(
         TypeError, ValueError: parts that do not fit.
     """
     checked_count(num_tokens, "num_tokens")
-    with torch.random.fork_rng():
-        torch.manual_seed(checked_count(seed, "seed", least=0))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(checked_count(seed, "seed", least=0))
         if isinstance(unet, Mapping):
             unet = _new_unet(unet)
         levels = range(len(vae.config.block_out_channels))

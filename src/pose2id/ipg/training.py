@@ -11,19 +11,22 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+import pose2id
 from pose2id._outputs import whole_file
 from pose2id.centralization import GenerationDiagnostics, generation_diagnostics
 from pose2id.datasets import PersonImage
@@ -33,14 +36,15 @@ from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.latents import Latents, build, identity_features
 from pose2id.ipg.metrics import Metrics
 from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
-from pose2id.ipg.optimization import moving_average, new_optimizer, rate
+from pose2id.ipg.optimization import moving_average, new_optimizer, rate, require_optimizer
 from pose2id.ipg.pairs import Pairs, PairSettings, Selection, select
 from pose2id.ipg.pictures import load_poses, load_reference, pixels
 from pose2id.ipg.settings import FREE, TrainingSettings, checked_settings
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, SAMPLES, LATENTS = "run.json", "samples", "latents"
+RUN_FILE, LOCK, SAMPLES, LATENTS = "run.json", ".lock", "samples", "latents"
+_MOST_SKIPPED = 100  # steps in a row that a scaler may leave out
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ def train(
             other of the same person its reference. Unreadable images and people without a pair are left out, with a
             report in the log.
         directory: new or empty, or that of a run to go on with; settings and images must be the same then.
-        validation: images, as `IdentityGenerator.generate` takes them, of people to be generated in validations; None:
-            the first image of people that are trained on.
+        validation: people to be generated in validations: `PersonImage`s, of which each person's first one is taken, or
+            images of different people as `IdentityGenerator.generate` takes them. None: people that are trained on.
         device: "cpu" to train there even if there is a GPU; None: what accelerate finds.
         progress: show bars on a terminal.
         **settings: of `settings.TrainingSettings`, by name.
@@ -100,6 +104,7 @@ def train(
         TypeError, ValueError: bad input, named; images or settings other than those that the run began with.
     """
     given = checked_settings(settings)
+    require_optimizer(given)
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
     for i, image in enumerate(images):
@@ -109,7 +114,11 @@ def train(
                 f"{type(image).__name__}."
             )
     accelerator = _accelerator(given, device)
-    return _Run(accelerator, generator, images, Path(directory), given, validation, progress).whole()
+    lock = FileLock(Path(directory) / LOCK)
+    try:
+        return _Run(accelerator, generator, images, Path(directory), lock, given, validation, progress).whole()
+    finally:
+        lock.release()
 
 
 class _Run:
@@ -121,22 +130,24 @@ class _Run:
         generator: IdentityGenerator,
         images: Sequence[PersonImage],
         directory: Path,
+        lock: FileLock,
         settings: TrainingSettings,
         validation: Sequence[Any] | None,
         progress: bool,
     ) -> None:
-        self.accelerator, self.directory, self.settings = accelerator, directory, settings
+        self.accelerator, self.directory, self.lock, self.settings = accelerator, directory, lock, settings
         self.main: bool = accelerator.is_main_process
         self.progress = progress and self.main
-        share = settings.batch_size / accelerator.num_processes / settings.gradient_accumulation
-        if share != int(share):
+        parts = accelerator.num_processes * settings.gradient_accumulation
+        if settings.batch_size % parts:
             raise ValueError(
                 f"batch_size must be a multiple of processes x gradient_accumulation, got {settings.batch_size} with "
                 f"{accelerator.num_processes} x {settings.gradient_accumulation}."
             )
-        self.share = int(share)
+        self.share = settings.batch_size // parts
         selection = select(images)
         self.generator = generator.to(accelerator.device, torch.float32)
+        self.about = str(selection).splitlines()[0]
         if self.main:
             logger.info("%s", selection)
             self._claim(selection)
@@ -144,15 +155,15 @@ class _Run:
         self.pairs = self._pairs(selection)
         self.validation = self._validation_images(selection, validation)
         self.objective = Objective(generator.scheduler, settings.snr_gamma)
-        parts = TrainedParts(generator).train()
+        trained = TrainedParts(generator).train()
         if settings.gradient_checkpointing:
-            parts.reference_unet.enable_gradient_checkpointing()
-            parts.denoising_unet.enable_gradient_checkpointing()
-        self.average = None if settings.ema is None else moving_average(parts, settings.ema)
-        optimizer = new_optimizer(settings, [p for p in parts.parameters() if p.requires_grad])
-        self.parts, self.optimizer = accelerator.prepare(parts, optimizer)
+            trained.reference_unet.enable_gradient_checkpointing()
+            trained.denoising_unet.enable_gradient_checkpointing()
+        self.average = None if settings.ema is None else moving_average(trained, settings.ema)
+        optimizer = new_optimizer(settings, [p for p in trained.parameters() if p.requires_grad])
+        self.parts, self.optimizer = accelerator.prepare(trained, optimizer)
+        self.skipped = 0
         self.step = 0
-        self.losses: list[float] = []
         self.diagnostics: GenerationDiagnostics | None = None
         self._resume()
 
@@ -195,6 +206,7 @@ class _Run:
                     if accelerator.scaler is None:  # which leaves out steps without finite gradients
                         self._check_finite(float(norm), "norm of the gradient")
                 self.optimizer.step()
+                self._count_skipped()
                 self.optimizer.zero_grad()
             losses.append(loss.detach())
         if self.average is not None:
@@ -202,6 +214,13 @@ class _Run:
         mean = float(accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
         self._check_finite(mean, "loss")
         return mean
+
+    def _count_skipped(self) -> None:
+        """With a scaler, fp16's, steps without finite gradients are left out; now and then that is how it works."""
+        if self.accelerator.sync_gradients:
+            self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+            if self.skipped == _MOST_SKIPPED:
+                self._check_finite(math.nan, f"gradient of each of {_MOST_SKIPPED} steps up to the end")
 
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
@@ -212,7 +231,7 @@ class _Run:
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         unconditional = batch.pop("unconditional")  # stays on the CPU, where it decides shapes
-        sample = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        sample = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         if "target" in sample:
             sample["target_latents"] = self.generator.encode_images(sample["target"])
             sample["reference_latents"] = self.generator.encode_images(sample["reference"])
@@ -232,10 +251,9 @@ class _Run:
         """Batches of this process from the next step on."""
         given, processes, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
         parts = range(self.step * given.gradient_accumulation, given.steps * given.gradient_accumulation)
-        order = [
-            list(range(first, first + self.share))
-            for first in ((part * processes + rank) * self.share for part in parts)
-        ]
+        # Ranges, not lists: a long run has millions of numbers.
+        firsts = ((part * processes + rank) * self.share for part in parts)
+        order: Any = [range(first, first + self.share) for first in firsts]
         return DataLoader(self.pairs, batch_sampler=order, num_workers=given.workers)
 
     def _pairs(self, selection: Selection) -> Pairs:
@@ -278,34 +296,62 @@ class _Run:
             raise FileExistsError(f"directory must be one to train in, and {self.directory} is a file.")
         path = self.directory / RUN_FILE
         fixed = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        content = {"settings": fixed, "images": _digest(selection), "generator": _architecture(self.generator)}
+        content: dict[str, Any] = {
+            "settings": fixed,
+            "images": _digest(selection),
+            "generator": _architecture(self.generator),
+            "start": fingerprint(self.generator, TRAINED),
+        }
         if not path.exists():
-            # A first start that was killed may have left the run's file unfinished, and nothing else.
-            if self.directory.exists() and any(not other.match(f".{RUN_FILE}.*") for other in self.directory.iterdir()):
+            # A first start that was killed may have left the run's file unfinished, and its lock, and nothing else.
+            there = self.directory.iterdir() if self.directory.exists() else ()
+            if any(other.name != LOCK and not other.match(f".{RUN_FILE}.*") for other in there):
                 raise FileExistsError(
                     f"{self.directory} must be new, empty, or the directory of a run, and holds something else. Choose "
                     "another."
                 )
             self.directory.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as unfinished:
-                unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            return
-        began = _run_file(path)
+            self._take_lock()
+        else:
+            self._take_lock()
+            began = _run_file(path)
+            if checkpoints.found(self.directory):
+                self._check_same(began, content)
+                content["start"] = began.get("start")
+            elif began.get("start") != content["start"]:
+                logger.warning(
+                    "%s has no checkpoint and begins anew, with other weights than it began with before. Training "
+                    "changes a generator in place: load it anew to start where the first attempt did.",
+                    self.directory,
+                )
+            checkpoints.remove_unfinished(self.directory)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _check_same(self, began: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        """Raise if a run is to go on as another one."""
+        fixed, where = content["settings"], f"the run in {self.directory} began with"
         differing = [name for name in fixed if began["settings"].get(name) != fixed[name]]
         if differing:
             shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
-            raise ValueError(f"settings must be those that the run in {self.directory} began with: {shown}.")
+            raise ValueError(f"settings must be those that {where}: {shown}. Train in another directory.")
         if began["images"] != content["images"]:
             raise ValueError(
-                f"images must be those that the run in {self.directory} began with, got others, or in another order, "
-                "or with other poses, or some of them can't be read any more. Train in another directory."
+                f"images must be those that {where}, got others, or in another order, or with other poses, or some of "
+                "them can't be read any more. Train in another directory."
             )
         if began["generator"] != content["generator"]:
             raise ValueError(
-                f"generator must be the one that the run in {self.directory} began with, got one of another identity "
-                "encoder, VAE, scheduler, image_size or architecture. Train in another directory."
+                f"generator must be the one that {where}, got one of another identity encoder, VAE, scheduler, "
+                "image_size or architecture. Train in another directory."
             )
-        checkpoints.remove_unfinished(self.directory)
+
+    def _take_lock(self) -> None:
+        """Keep other processes from training in the directory."""
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise FileExistsError(f"{self.directory} is being trained in by another process. Wait for it.") from error
 
     def _resume(self) -> None:
         known = checkpoints.found(self.directory)
@@ -318,11 +364,13 @@ class _Run:
                 self.average.load_state_dict(state["average"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            logger.info("going on from step %d", self.step)
+            if self.main:
+                logger.info("going on from step %d", self.step)
         self.metrics = Metrics(self.directory, self.step, write=self.main)
 
     def _checkpoint(self) -> None:
         if self.main:
+            logger.info("step %d of %d, loss %.4f", self.step, self.settings.steps, self.metrics.recent_loss())
             scaler = self.accelerator.scaler
             state = {
                 "parts": self.accelerator.unwrap_model(self.parts).state_dict(),
@@ -343,9 +391,12 @@ class _Run:
     def _notes(self) -> str:
         """Of the model card: how these weights were trained."""
         settings = "".join(f"* {name}: {value}\n" for name, value in asdict(self.settings).items() if name not in FREE)
+        height, width = self.generator.image_size
+        seen = "" if self.diagnostics is None else f" Identity retention {self.diagnostics.retention:.3f}."
         return (
-            f"## Training\n\nTrained with pose2id for {self.step} steps; mean loss of the last 100 steps "
-            f"{self.metrics.recent_loss():.4f}.\n\n{settings}"
+            f"## Training\n\nTrained with pose2id {pose2id.__version__} for {self.step} steps, {height} x {width} "
+            f"pixels, on {self.about}. Mean loss of the last 100 steps {self.metrics.recent_loss():.4f}.{seen}\n\n"
+            f"{settings}"
         )
 
     def _validate(self) -> None:
@@ -386,15 +437,16 @@ class _Run:
 
     def _validation_images(self, selection: Selection, given: Sequence[Any] | None) -> list[Any]:
         count = self.settings.validation_images
-        if given is None:
-            first = {image.identity: image.path for image in reversed(selection.images)}
+        given = list(selection.images if given is None else given)
+        if given and all(isinstance(image, PersonImage) for image in given):
+            first = {image.identity: image.path for image in reversed(given)}
             given = list(first.values())[::-1]
-        chosen = list(given)[:count]
+        chosen = given[:count]
         for i, image in enumerate(chosen):  # now, not when the first validation is due
             load_reference(image, f"validation[{i}]")
         if count and len(chosen) < 2:
             raise ValueError(
-                f"validation must hold at least 2 images, to compare people with others, got {len(chosen)}. Pass more, "
+                f"validation must show at least 2 people, to compare them with others, got {len(chosen)}. Pass more, "
                 "or validation_images=0."
             )
         return chosen
@@ -420,7 +472,7 @@ class _Run:
 def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
     try:
         import tensorboard  # noqa: F401, PLC0415
-        from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
     if device not in (None, "cpu"):
@@ -429,13 +481,15 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
             "chooses among GPUs."
         )
     # Where a process's samples all happen to be unconditional, its reference UNet takes no part.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+    # The others wait while the first process fills the cache, validates, or writes tens of gigabytes.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
     try:
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=settings.mixed_precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
-            kwargs_handlers=[unused],
+            kwargs_handlers=[parallel, patient],
         )
     except ValueError as error:
         raise ValueError(

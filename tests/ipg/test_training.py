@@ -1,0 +1,806 @@
+"""Runs of training in miniature: what is learnt, what is written, and what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+from miniature import UNET, assert_equal, lines, losses, miniature, people, state, weights
+from PIL import Image
+
+from pose2id.ipg import IdentityGenerator, checkpoints
+from pose2id.ipg.latents import identity_features
+from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
+from pose2id.ipg.pairs import Pairs, PairSettings, select
+from pose2id.ipg.settings import TrainingSettings
+from pose2id.ipg.training import train
+
+# Everything at once, and a checkpoint of every step.
+WHOLE = {
+    "steps": 4,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "schedule": "cosine",
+    "optimizer": "adamw",
+    "max_grad_norm": 0.5,
+    "unconditional_ratio": 0.3,
+    "snr_gamma": 5.0,
+    "noise_offset": 0.05,
+    "reference_variants": 2,
+    "ema": 0.9,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 9,
+    "validate_every": 2,
+    "validation_images": 2,
+    "validation_steps": 1,
+}
+SHORT = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1, "validation_images": 0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps the first run's precision for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return people(tmp_path_factory.mktemp("training") / "people")
+
+
+@pytest.fixture(scope="module")
+def run(images):
+    """Trains in a directory."""
+
+    def short(directory, generator=None, table=images, *, validation=None, device="cpu", **settings):
+        generator = generator or miniature()
+        return train(
+            generator, table, directory, validation=validation, device=device, progress=False, **{**SHORT, **settings}
+        )
+
+    return short
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """(directory, result) of a run with all settings; not to be changed."""
+    directory = tmp_path_factory.mktemp("training") / "whole"
+    return directory, run(directory, **WHOLE)
+
+
+@pytest.fixture(scope="module")
+def short(run, tmp_path_factory):
+    """Directory of a run with the short settings; not to be changed."""
+    directory = tmp_path_factory.mktemp("training") / "short"
+    run(directory)
+    return directory
+
+
+def until(directory, step, copy):
+    """A copy of a run that was killed after this checkpoint."""
+    shutil.copytree(directory, copy)
+    for checkpoint in checkpoints.found(copy):
+        if checkpoints.step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(copy / "weights")
+    return copy
+
+
+def stepped(images, kind, settings):
+    """Training, restated: the parts, losses and averages after each step of a plain loop."""
+    given = TrainingSettings(**settings)
+    generator = miniature()
+    objective = Objective(generator.scheduler, given.snr_gamma)
+    drawn = {name: getattr(given, name) for name in ("seed", "unconditional_ratio", "noise_offset", "flip", "erase")}
+    sizes = {"image_size": (16, 8), "identity_size": (16, 8), "latent_shape": (4, 8, 4)}
+    pairs = Pairs(select(images), PairSettings(**drawn, **sizes, variants=given.reference_variants))
+    parts = TrainedParts(generator).train()
+    trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
+    optimizer = kind(trained, lr=0, weight_decay=given.weight_decay)
+    average = None
+    for step in range(given.steps):
+        rate = given.learning_rate * min(1, (step + 1) / max(given.warmup_steps, 1))
+        if given.schedule == "cosine":
+            rate *= (1 + math.cos(math.pi * step / given.steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        numbers = range(step * given.batch_size, (step + 1) * given.batch_size)
+        batch = torch.utils.data.default_collate([pairs[n] for n in numbers])
+        latents, noise, timesteps = generator.encode_images(batch["target"]), batch["noise"], batch["timestep"]
+        prediction = parts(
+            objective.noisy(latents, noise, timesteps),
+            timesteps,
+            batch["pose"],
+            generator.encode_images(batch["reference"]),
+            identity_features(generator, batch["identity"]),
+            batch["unconditional"],
+        )
+        errors = (prediction - objective.target(latents, noise, timesteps)).square().mean((1, 2, 3))
+        loss = (errors * objective.weights(timesteps)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, given.max_grad_norm)
+        optimizer.step()
+        now = {name: tensor.detach().clone() for name, tensor in parts.state_dict().items()}
+        decay = min(given.ema or 0, (1 + step) / (10 + step))
+        average = now if average is None else {k: average[k] * decay + now[k] * (1 - decay) for k in now}
+        yield {"loss": loss.item(), "rate": rate, "parts": now, "average": average}
+
+
+def test_training_is_a_plain_loop(whole, images):
+    directory, result = whole
+    for step, expected in enumerate(stepped(images, torch.optim.AdamW, WHOLE), 1):
+        found = state(directory, step)
+        assert losses(directory)[step - 1] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected["rate"])
+        assert_equal(expected["parts"], found["parts"], atol=1e-5, rtol=1e-4)
+        average = {name.removeprefix("module."): t for name, t in found["average"].items() if name != "n_averaged"}
+        assert_equal(expected["average"], average, atol=1e-5, rtol=1e-4)
+    assert len(checkpoints.found(directory)) == result.step == step == 4
+
+
+def test_the_papers_optimizer_and_a_constant_rate(run, images, tmp_path):
+    settings = {**SHORT, "weight_decay": 0.5}
+    run(tmp_path / "run", **settings)
+    for step, expected in enumerate(stepped(images, torch.optim.Adam, settings), 1):
+        found = state(tmp_path / "run", step)
+        assert found["optimizer"]["param_groups"][0]["lr"] == 1e-3
+        assert_equal(expected["parts"], found["parts"], atol=1e-5, rtol=1e-4)
+
+
+def test_the_defaults_are_the_papers():
+    given = TrainingSettings()
+    assert (given.steps, given.batch_size, given.optimizer) == (80_000, 4, "adam")
+    assert (given.learning_rate, given.weight_decay, given.schedule, given.warmup_steps) == (1e-5, 0.01, "constant", 0)
+    assert (given.unconditional_ratio, given.mixed_precision, given.ema) == (0.1, "no", None)
+
+
+def test_what_is_trained(whole, run, tmp_path):
+    before = miniature()
+    parts = TrainedParts(before)
+    frozen = {name for name, parameter in parts.named_parameters() if not parameter.requires_grad}
+    assert frozen
+    assert all(name.startswith("reference_unet.up_blocks.0.attentions.1.") for name in frozen)
+    written = weights(whole[0] / "weights")
+    for name, part in before.parts.items():
+        for key, tensor in part.state_dict().items():
+            changed = not torch.equal(written[f"{name}.{key}"], tensor)
+            assert changed == (name in TRAINED and f"{name}.{key}" not in frozen), f"{name}.{key}"
+
+
+def test_what_is_written(whole):
+    directory, result = whole
+    assert result.weights == directory / "weights"
+    assert {path.name for path in directory.iterdir()} == {
+        ".lock",
+        "run.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
+        "weights",
+        *(f"step-{step:08d}" for step in range(1, 5)),
+    }
+    assert sorted(path.name for path in (directory / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    card = (result.weights / "README.md").read_text()
+    assert "* learning_rate: 0.001" in card
+    assert "for 4 steps, 16 x 8 pixels, on 9 images of 3 people" in card
+    assert f"Mean loss of the last 100 steps {result.loss:.4f}. Identity retention" in card
+
+
+def test_weights_are_the_average(whole):
+    directory, result = whole
+    last = state(directory, 4)
+    trained = {name: t for name, t in weights(result.weights).items() if name.partition(".")[0] in TRAINED}
+    assert_equal({name: last["average"][f"module.{name}"] for name in trained}, trained)
+    assert_equal(weights(directory / "step-00000004" / "weights"), weights(result.weights))
+    assert not torch.equal(last["parts"]["denoising_unet.conv_out.weight"], trained["denoising_unet.conv_out.weight"])
+
+
+def test_weights_without_an_average(short):
+    trained = {name: t for name, t in weights(short / "weights").items() if name.partition(".")[0] in TRAINED}
+    last = state(short, 2)
+    assert_equal({name: last["parts"][name] for name in trained}, trained)
+    assert last["average"] is None
+
+
+def test_weights_generate_as_the_trained_generator_does(run, tmp_path):
+    generator = miniature()
+    result = run(tmp_path / "run", generator)
+    loaded = IdentityGenerator.from_pretrained(result.weights, device="cpu")
+    person = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 8, 3), np.uint8))
+    options = {"num_inference_steps": 2, "size": None, "output": "tensor", "progress": False}
+    expected = generator.to("cpu").generate([person], **options)
+    assert torch.equal(loaded.generate([person], **options), expected)
+    assert not torch.equal(miniature().generate([person], **options), expected)
+    assert loaded.image_size == generator.image_size
+    assert loaded.scheduler.config.rescale_betas_zero_snr
+
+
+def test_sources_and_settings_are_kept(run, tmp_path):
+    generator = miniature()
+    generator.sources["user/weights"] = "0123456789"
+    generator.round_bank = False
+    result = run(tmp_path / "run", generator, steps=1)
+    loaded = IdentityGenerator.from_pretrained(result.weights, device="cpu")
+    assert loaded.sources == {"user/weights": "0123456789"}
+    assert loaded.round_bank is False
+    assert "user/weights at commit 0123456789" in (result.weights / "README.md").read_text()
+
+
+def test_record(whole):
+    directory, result = whole
+    found = lines(directory)
+    assert [line["step"] for line in found] == [1, 2, 2, 3, 4, 4]
+    assert [set(line) - {"step"} for line in found if "loss" not in line] == [
+        {"retention", "own_cosine", "other_cosine"}
+    ] * 2
+    assert result.loss == pytest.approx(np.mean(losses(directory)))
+    assert result.diagnostics.retention == found[-1]["retention"]
+    assert result.diagnostics.own_cosine == found[-1]["own_cosine"]
+    assert -1 <= found[-1]["other_cosine"] <= 1
+
+
+def test_tensorboard_has_the_same(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    directory, _ = whole
+    board = EventAccumulator(str(directory / "tensorboard"))
+    board.Reload()
+    assert {*board.Tags()["scalars"]} == {"loss", "retention", "own_cosine", "other_cosine"}
+    for name in board.Tags()["scalars"]:
+        recorded = [(line["step"], line[name]) for line in lines(directory) if name in line]
+        found = [(event.step, event.value) for event in board.Scalars(name)]
+        np.testing.assert_allclose(found, recorded, rtol=1e-6)
+    assert [event.step for event in board.Images("samples")] == [2, 4]
+
+
+def test_samples_show_who_in_which_pose_and_what_came_out(whole):
+    """A row of poses, and below it a row for each person: the reference, and eight pictures."""
+    with Image.open(whole[0] / "samples" / "step-00000004.png") as sheet:
+        assert sheet.mode == "RGB"
+        shown = np.asarray(sheet)
+    assert shown.shape[1] >= 9 * 8
+    assert shown.shape[0] >= 2 * 16
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 100
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"validate_every": 1}, {"validate_every": 0, "checkpoint_every": 3}, {"validation_images": 0, "workers": 2}],
+    ids=str,
+)
+def test_what_the_weights_do_not_depend_on(whole, run, tmp_path, changed):
+    result = run(tmp_path / "run", **{**WHOLE, **changed})
+    assert_equal(weights(whole[1].weights), weights(result.weights))
+    assert losses(tmp_path / "run") == losses(whole[0])
+    assert (result.diagnostics is None) == ("validation_images" in changed)
+
+
+@pytest.mark.parametrize("changed", [{"gradient_accumulation": 2}, {"gradient_checkpointing": True}, {"cache": True}])
+def test_what_the_weights_depend_on_by_rounding_alone(whole, run, tmp_path, changed):
+    result = run(tmp_path / "run", **{**WHOLE, **changed, "validation_images": 0, "checkpoint_every": 4})
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole[0]), rtol=1e-4)
+    assert_equal(weights(whole[1].weights), weights(result.weights), atol=2e-4, rtol=1e-3)
+    assert (tmp_path / "run" / "latents").exists() == ("cache" in changed)
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"unconditional_ratio": 1.0}, {"flip": 0.0, "erase": 0.0}], ids=str)
+def test_what_the_losses_depend_on(short, run, tmp_path, changed):
+    run(tmp_path / "run", **changed)
+    assert losses(tmp_path / "run") != losses(short)
+
+
+def test_nobody_to_be_seen(run, tmp_path):
+    """All samples unconditional: the reference UNet learns nothing."""
+    result = run(tmp_path / "run", unconditional_ratio=1.0)
+    before = miniature().reference_unet.state_dict()
+    after = IdentityGenerator.from_pretrained(result.weights, device="cpu").reference_unet.state_dict()
+    assert_equal(before, after)
+
+
+def test_half_precision(short, run, tmp_path):
+    result = run(tmp_path / "run", mixed_precision="bf16")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(short), rtol=0.05)
+    assert losses(tmp_path / "run") != losses(short)
+    assert {tensor.dtype for tensor in weights(result.weights).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in state(tmp_path / "run", 2)["parts"].values()} == {torch.float32}
+
+
+def test_a_generator_in_half_precision_is_trained_in_single(run, tmp_path):
+    generator = miniature().to(dtype=torch.bfloat16)
+    run(tmp_path / "run", generator, steps=1)
+    assert generator.dtype == torch.float32
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(whole, run, tmp_path, step):
+    directory = until(whole[0], step, tmp_path / "run")
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 0.1')  # as it was killed
+    (directory / ".unfinished-deadbeef").mkdir()
+    (directory / ".unfinished-deadbeef" / "training.pt").write_bytes(b"half")
+    # What the parts were before doesn't count, nor where the images are.
+    result = run(directory, **WHOLE)
+    assert (result.step, result.loss) == (4, whole[1].loss)
+    assert_equal(weights(whole[1].weights), weights(result.weights))
+    assert (directory / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
+    assert result.diagnostics == whole[1].diagnostics
+    last, expected = state(directory, 4), state(whole[0], 4)
+    assert_equal(expected["average"], last["average"])
+    assert expected["optimizer"]["param_groups"] == last["optimizer"]["param_groups"]
+    for i, moments in expected["optimizer"]["state"].items():
+        assert_equal(moments, last["optimizer"]["state"][i])
+    assert {path.name for path in directory.iterdir()} == {path.name for path in whole[0].iterdir()}
+
+
+def test_a_finished_run_stays_as_it_is(whole, run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(whole[0], directory)
+    names = ["weights/denoising_unet.safetensors", "step-00000004/training.pt", "samples/step-00000004.png"]
+    before = [(directory / name).stat().st_mtime_ns for name in names]
+    result = run(directory, **WHOLE)
+    assert (result.weights, result.step, result.loss) == (directory / "weights", 4, whole[1].loss)
+    assert [(directory / name).stat().st_mtime_ns for name in names] == before
+    assert (directory / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
+
+
+def test_killed_before_the_weights_were_published(short, run, tmp_path):
+    directory = until(short, 2, tmp_path / "run")
+    assert_equal(weights(short / "weights"), weights(run(directory).weights))
+
+
+def test_killed_before_it_began(short, run, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / ".run.json.0123456789abcdef").write_text("{")
+    assert_equal(weights(short / "weights"), weights(run(directory).weights))
+
+
+def test_images_may_move(short, run, images, tmp_path):
+    directory = until(short, 1, tmp_path / "run")
+    moved = []
+    for image in images:
+        shutil.copy(image.path, tmp_path / image.path.name)
+        moved.append(replace(image, path=tmp_path / image.path.name))
+    assert_equal(weights(short / "weights"), weights(run(directory, table=moved).weights))
+
+
+def test_kept_checkpoints(run, tmp_path):
+    run(tmp_path / "run", steps=4, keep_checkpoints=2)
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path / "run")] == [3, 4]
+    run(tmp_path / "other", steps=3, checkpoint_every=2, keep_checkpoints=9)
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path / "other")] == [2, 3]
+    for checkpoint in checkpoints.found(tmp_path / "other"):
+        assert sorted(path.name for path in checkpoint.iterdir()) == ["training.pt", "weights"]
+        IdentityGenerator.from_pretrained(checkpoint / "weights", device="cpu")
+
+
+def test_latents_of_other_frozen_parts_are_not_taken(run, tmp_path):
+    settings = {"cache": True, "reference_variants": 2}
+    run(tmp_path / "run", **settings)
+    run(tmp_path / "other", miniature(salt="other"), **settings)
+    directory = until(tmp_path / "other", 1, tmp_path / "copy")
+    shutil.rmtree(directory / "latents")
+    shutil.copytree(tmp_path / "run" / "latents", directory / "latents")
+    run(directory, miniature(salt="other"), **settings)
+    assert losses(directory) == losses(tmp_path / "other")
+
+
+def test_damaged_latents_are_made_anew(run, tmp_path):
+    settings = {"cache": True, "reference_variants": 2}
+    run(tmp_path / "run", **settings)
+    directory = until(tmp_path / "run", 1, tmp_path / "copy")
+    (directory / "latents" / "key.json").unlink()
+    (directory / "latents" / "targets.npy").write_bytes(b"half")
+    run(directory, **settings)
+    assert losses(directory) == losses(tmp_path / "run")
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Files that grow no larger in this process, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_saved(content, path):
+    path.write_bytes(b"half")
+    no_space()
+
+
+@pytest.mark.parametrize("what", ["weights", "state", "saving", "moving"])
+def test_a_full_disk(short, run, tmp_path, monkeypatch, what):
+    largest = max(path.stat().st_size for path in (short / "weights").iterdir())
+    assert largest < (short / "step-00000002" / "training.pt").stat().st_size // 2
+    write = checkpoints.write
+
+    def full(directory, step, *args, **options):
+        if step == 1:
+            return write(directory, step, *args, **options)
+        if what in ("weights", "state"):
+            with files_of_at_most(largest // 2 if what == "weights" else largest * 3 // 2):
+                return write(directory, step, *args, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*(("torch.save", half_saved) if what == "saving" else ("pathlib.Path.replace", no_space)))
+            return write(directory, step, *args, **options)
+
+    monkeypatch.setattr(checkpoints, "write", full)
+    directory = tmp_path / "run"
+    with pytest.raises(OSError, match="checkpoint") as caught:
+        run(directory)
+    assert f"the checkpoint of step 2 cannot be written to {directory}" in str(caught.value)
+    assert "start the run again" in str(caught.value)
+    assert [path.name for path in checkpoints.found(directory)] == ["step-00000001"]
+    assert [path.name for path in directory.glob(".*")] == [".lock"]
+    assert not (directory / "weights").exists()
+    assert_equal(weights(short / "step-00000001" / "weights"), weights(directory / "step-00000001" / "weights"))
+
+    monkeypatch.undo()
+    assert_equal(weights(short / "weights"), weights(run(directory).weights))
+
+
+def test_a_full_disk_at_the_first_checkpoint(run, tmp_path):
+    with files_of_at_most(50_000), pytest.raises(OSError, match="the checkpoint of step 1 cannot be written"):
+        run(tmp_path / "run")
+    assert checkpoints.found(tmp_path / "run") == []
+    assert run(tmp_path / "run").step == 2
+
+
+def test_a_full_disk_when_latents_are_kept(run, tmp_path):
+    settings = {"cache": True, "reference_variants": 2}
+    with files_of_at_most(2000), pytest.raises(OSError, match=r"latents/\w+\.npy cannot be written"):
+        run(tmp_path / "run", **settings)
+    run(tmp_path / "run", **settings)
+    run(tmp_path / "other", **settings)
+    assert losses(tmp_path / "run") == losses(tmp_path / "other")
+
+
+def test_a_full_disk_when_weights_are_published(short, run, tmp_path):
+    directory = until(short, 2, tmp_path / "run")
+    with files_of_at_most(50_000), pytest.raises(OSError):  # noqa: PT011 - of the operating system
+        run(directory)
+    assert not (directory / "weights").exists()
+    assert_equal(weights(short / "weights"), weights(run(directory).weights))
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("damage", ["half", "garbage", "empty", "code", "missing"])
+def test_a_damaged_checkpoint(short, run, tmp_path, capsys, damage):
+    directory = until(short, 2, tmp_path / "run")
+    path = directory / "step-00000002" / "training.pt"
+    if damage == "code":
+        torch.save({"parts": Code()}, path)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes({"half": content[: len(content) // 2], "garbage": b"no checkpoint", "empty": b""}[damage])
+    with pytest.raises(ValueError, match=f"{damage if damage == 'missing' else 'damaged'}") as caught:
+        run(directory)
+    assert f"Remove {path.parent} to go on from the checkpoint before it." in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert capsys.readouterr().out == ""
+    if damage == "half":
+        shutil.rmtree(path.parent)
+        assert_equal(weights(short / "weights"), weights(run(directory).weights))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": 5, "images": ""}'])
+def test_a_damaged_description_is_named(short, run, tmp_path, content):
+    directory = until(short, 1, tmp_path / "run")
+    (directory / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(directory / "run.json"))):
+        run(directory)
+
+
+@pytest.mark.parametrize("content", ["garbage\n", "[]\n", '{"loss": 0.5}\n'])
+def test_a_damaged_record_is_named(short, run, tmp_path, content):
+    directory = until(short, 1, tmp_path / "run")
+    (directory / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(directory / "metrics.jsonl"))):
+        run(directory)
+
+
+def test_a_lost_record_costs_nothing_else(short, run, tmp_path):
+    directory = until(short, 1, tmp_path / "run")
+    (directory / "metrics.jsonl").unlink()
+    shutil.rmtree(directory / "tensorboard")
+    assert_equal(weights(short / "weights"), weights(run(directory).weights))
+    assert losses(directory) == losses(short)[1:]
+
+
+def test_a_directory_with_other_things(run, tmp_path):
+    names = ["notes.txt", ".settings.json.bak", ".metrics.jsonl.old", ".unfinished-business"]
+    for name in names:
+        directory = tmp_path / name.strip(".")
+        directory.mkdir()
+        (directory / name).write_text("mine")
+        with pytest.raises(FileExistsError, match="must be new, empty, or the directory of a run"):
+            run(directory)
+        assert [path.name for path in directory.iterdir()] == [name]
+    folder = tmp_path / "folder"
+    (folder / ".unfinished-business").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=str(folder)):
+        run(folder)
+    assert (folder / ".unfinished-business").is_dir()
+
+
+def test_a_run_keeps_what_is_not_its_own(short, run, tmp_path):
+    directory = until(short, 1, tmp_path / "run")
+    for name in ("notes.txt", ".settings.json.bak", ".metrics.jsonl.old"):
+        (directory / name).write_text("mine")
+    run(directory)
+    for name in ("notes.txt", ".settings.json.bak", ".metrics.jsonl.old"):
+        assert (directory / name).read_text() == "mine"
+
+
+def test_a_file_in_place_of_a_directory(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{tmp_path / 'file'} is a file"):
+        run(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_empty_directory_and_one_below_none(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    run(tmp_path / "empty", steps=1)
+    run(tmp_path / "a" / "b" / "c", steps=1)
+
+
+@pytest.mark.parametrize("what", ["fewer", "another order", "another pose", "another identity", "another size"])
+def test_other_images_are_refused(short, run, images, tmp_path, what):
+    directory = until(short, 1, tmp_path / "run")
+    table = list(images)
+    if what == "fewer":
+        del table[0]
+    elif what == "another order":
+        table[0], table[1] = table[1], table[0]
+    elif what == "another pose":
+        table[0] = replace(table[0], pose=table[1].pose)
+    elif what == "another identity":
+        table[0] = replace(table[0], identity=table[-1].identity)
+    else:
+        Image.new("RGB", (20, 40)).save(tmp_path / table[0].path.name)
+        table[0] = replace(table[0], path=tmp_path / table[0].path.name)
+    with pytest.raises(ValueError, match=f"images must be those that the run in {directory} began with"):
+        run(directory, table=table)
+    assert checkpoints.step_of(checkpoints.found(directory)[-1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({"steps": 8}, "steps 2 then, 8 now"),
+        ({"learning_rate": 1e-4, "seed": 1}, "learning_rate 0.001 then, 0.0001 now, seed 42 then, 1 now"),
+        ({"ema": 0.9}, "ema None then, 0.9 now"),
+    ],
+)
+def test_other_settings_are_refused(short, run, tmp_path, changed, shown):
+    directory = until(short, 1, tmp_path / "run")
+    with pytest.raises(ValueError, match="settings must be those that the run in") as caught:
+        run(directory, **changed)
+    assert str(caught.value).endswith(f"began with: {shown}. Train in another directory.")
+    assert str(directory) in str(caught.value)
+
+
+FREE = {"checkpoint_every", "keep_checkpoints", "validate_every", "validation_images", "validation_steps", "workers"}
+
+
+def test_settings_that_may_change(short, run, tmp_path):
+    directory = until(short, 1, tmp_path / "run")
+    fixed = json.loads((directory / "run.json").read_text())["settings"]
+    assert fixed.keys() == asdict(TrainingSettings()).keys() - FREE
+    changed = {"checkpoint_every": 1, "keep_checkpoints": 1, "validate_every": 1}
+    result = run(directory, **changed, validation_images=2, validation_steps=1)
+    assert_equal(weights(short / "weights"), weights(result.weights))
+    assert [path.name for path in checkpoints.found(directory)] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("what", ["VAE and encoder", "image_size", "architecture", "scheduler"])
+def test_another_generator_is_refused(short, run, tmp_path, what):
+    directory = until(short, 1, tmp_path / "run")
+    generator = {
+        "VAE and encoder": lambda: miniature(salt="other"),
+        "image_size": lambda: miniature(image_size=(32, 16)),
+        "architecture": lambda: miniature({**UNET, "layers_per_block": 2}),
+        "scheduler": miniature,
+    }[what]()
+    if what == "scheduler":
+        generator.scheduler = diffusers.DDIMScheduler(**{**tiny.SCHEDULER, "prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match=f"generator must be the one that the run in {directory} began with"):
+        run(directory, generator)
+
+
+def test_a_generator_that_has_been_trained_may_go_on(short, run, tmp_path):
+    """The same object: what the checkpoint holds counts, not what the parts became since."""
+    generator = miniature()
+    run(tmp_path / "run", generator)
+    directory = until(tmp_path / "run", 1, tmp_path / "copy")
+    assert_equal(weights(short / "weights"), weights(run(directory, generator).weights))
+
+
+def test_a_loss_that_is_no_number(short, run, tmp_path, monkeypatch):
+    loss, called = Objective.loss, []
+
+    def broken(self, *args):
+        called.append(1)
+        return loss(self, *args) * (math.nan if len(called) == 2 else 1)
+
+    monkeypatch.setattr(Objective, "loss", broken)
+    directory = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match="of step 2 is nan") as caught:
+        run(directory)
+    assert "learning_rate" in str(caught.value)
+    assert [path.name for path in checkpoints.found(directory)] == ["step-00000001"]
+    assert [line["step"] for line in lines(directory)] == [1]
+    assert_equal(weights(short / "step-00000001" / "weights"), weights(directory / "step-00000001" / "weights"))
+    monkeypatch.undo()
+    assert_equal(weights(short / "weights"), weights(run(directory).weights))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_no_number(run, tmp_path, value, max_grad_norm):
+    """In the last step, whose weights nobody would see through the loss."""
+    generator, seen = miniature(), []
+    generator.denoising_unet.conv_out.bias.requires_grad_()
+
+    def spoilt(gradient):
+        seen.append(1)
+        return gradient * value if len(seen) == 2 else gradient
+
+    generator.denoising_unet.conv_out.bias.register_hook(spoilt)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        run(tmp_path / "run", generator, max_grad_norm=max_grad_norm)
+    assert [path.name for path in checkpoints.found(tmp_path / "run")] == ["step-00000001"]
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_a_weight_that_is_no_number(run, tmp_path):
+    generator = miniature()
+    with torch.no_grad():
+        generator.pose_encoder.conv_in.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="of step 1 is nan"):
+        run(tmp_path / "run", generator)
+    assert checkpoints.found(tmp_path / "run") == []
+    assert run(tmp_path / "run").step == 2
+
+
+def test_what_was_left_out_is_logged(run, images, tmp_path, caplog):
+    (tmp_path / "broken.png").write_text("no image")
+    table = [replace(images[0], path=tmp_path / "broken.png"), *images[1:]]
+    with caplog.at_level(logging.INFO, "pose2id"):
+        run(tmp_path / "run", table=table, steps=1)
+        run(tmp_path / "run", table=table, steps=1)
+    assert "8 images of 3 people: 8 targets" in caplog.text
+    assert "unreadable: 1 (" in caplog.text
+    assert str(tmp_path / "broken.png") in caplog.text
+    assert "going on from step 1" in caplog.text
+
+
+def test_people_to_validate_with(run, images, tmp_path):
+    chosen = [images[3].path, np.asarray(Image.open(images[6].path)), images[0].path]
+    result = run(tmp_path / "run", steps=1, validation=chosen, validation_images=2, validation_steps=1)
+    other = run(tmp_path / "other", steps=1, validation=chosen[1:], validation_images=2, validation_steps=1)
+    same = run(tmp_path / "same", steps=1, validation=chosen[:2], validation_images=4, validation_steps=1)
+    assert result.diagnostics == same.diagnostics != other.diagnostics
+    first = run(tmp_path / "first", steps=1, validation_images=2, validation_steps=1)
+    by_hand = [images[0].path, images[3].path]
+    again = run(tmp_path / "by hand", steps=1, validation=by_hand, validation_images=2, validation_steps=1)
+    assert first.diagnostics == again.diagnostics
+
+
+def test_steps_after_a_validation_train_on(run, tmp_path, monkeypatch):
+    """In training mode, without which gradient checkpointing keeps all activations."""
+    generator, loss, modes = miniature(), Objective.loss, []
+
+    def watched(self, *args):
+        modes.append({name: generator.parts[name].training for name in TRAINED})
+        return loss(self, *args)
+
+    monkeypatch.setattr(Objective, "loss", watched)
+    run(tmp_path / "run", generator, validate_every=1, validation_images=2, validation_steps=1)
+    assert modes == [dict.fromkeys(TRAINED, True)] * 2
+    assert not generator.vae.training
+    assert not generator.identity_encoder.training
+
+
+BAD_SETTINGS = {
+    "steps": [0, -1, 1.5, "4", True],
+    "batch_size": [0],
+    "gradient_accumulation": [0],
+    "learning_rate": [0, -1e-5, 2, math.nan, "1e-5"],
+    "warmup_steps": [-1],
+    "schedule": ["linear", None],
+    "optimizer": ["sgd"],
+    "weight_decay": [-0.1, 2],
+    "max_grad_norm": [-1, math.inf],
+    "unconditional_ratio": [-0.1, 1.1, math.nan],
+    "snr_gamma": [0, -5, "5"],
+    "noise_offset": [-0.1, 2],
+    "flip": [-1, 2],
+    "erase": [-1, 2],
+    "reference_variants": [0, 1.5],
+    "cache": ["yes", 1, True],
+    "ema": [1, -0.1, "0.9"],
+    "mixed_precision": ["float16", None],
+    "gradient_checkpointing": [1],
+    "seed": [-1, 0.5],
+    "checkpoint_every": [0],
+    "keep_checkpoints": [0],
+    "validate_every": [-1],
+    "validation_images": [1, -1],
+    "validation_steps": [0, 1001],
+    "workers": [-1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, some in BAD_SETTINGS.items() for value in some])
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(
+        (TypeError, ValueError),
+        match=rf"^{'reference_variants' if value is True and name == 'cache' else name} must be .*got ",
+    ):
+        TrainingSettings(**{name: value})
+
+
+def test_every_setting_is_checked():
+    assert BAD_SETTINGS.keys() == asdict(TrainingSettings()).keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lerning_rate": 1e-3}, "settings must be among steps, .*got lerning_rate"),
+        ({"batch_size": 3, "gradient_accumulation": 2}, r"batch_size must be a multiple of .*got 3 with 1 x 2"),
+        ({"table": []}, "images must hold two images of a person"),
+        ({"table": ["a.png"]}, r"images\[0\] must be a PersonImage.*got str"),
+        ({"generator": "tiny"}, "generator must be an IdentityGenerator, got str"),
+        ({"device": "gpu"}, "device must be 'cpu' or None.*got 'gpu'"),
+        ({"device": "cuda:1"}, "device must be 'cpu' or None.*got 'cuda:1'"),
+        ({"mixed_precision": "fp16"}, "mixed_precision"),
+        ({"validation": [np.zeros((16, 8, 3), np.uint8)], "validation_images": 4}, "validation must show at least 2"),
+        ({"validation": ["nowhere.png"] * 2, "validation_images": 4}, r"validation.*nowhere\.png"),
+    ],
+)
+def test_bad_arguments(run, tmp_path, monkeypatch, given, message):
+    monkeypatch.setattr(checkpoints, "write", None)  # nothing is trained before it is said
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(tmp_path / "run", **given)
+
+
+def test_missing_extras(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="optimizer='adamw8bit' needs bitsandbytes: pip install bitsandbytes"):
+        run(tmp_path / "run", optimizer="adamw8bit")
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "pose2id[train]"')):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
