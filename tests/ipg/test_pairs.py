@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -454,3 +455,14 @@ def test_pictures_of_any_shape(shape):
     for seed in range(50):
         changed = augment(picture, np.random.default_rng(seed), flip=1.0, erase=1.0, shift=True)
         assert changed.shape == picture.shape
+
+
+def test_workers_that_are_spawned_get_little(selection, tmp_path):
+    # What is pickled for each of them; the standard on Windows and macOS, and on Linux from Python 3.14 on.
+    kept = pairs(selection, variants=2, identity_size=(16, 8))
+    build(tmp_path / "latents", kept, miniature(), key="", progress=False)
+    kept.latents = Latents(tmp_path / "latents", kept)
+    before = kept[3]
+    copied = pickle.loads(pickle.dumps(kept))
+    assert all(torch.equal(copied[3][name], tensor) for name, tensor in before.items())
+    assert len(pickle.dumps(kept.latents)) < 1000

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from miniature import UNET, assert_equal, lines, losses, miniature, people, state, weights
 from PIL import Image
 
@@ -804,3 +805,51 @@ def test_missing_extras(run, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=re.escape('pip install "pose2id[train]"')):
         run(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_one_run_at_a_time(run, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with FileLock(directory / ".lock"), pytest.raises(FileExistsError, match="is being trained in by another process"):
+        run(directory)
+    assert run(directory).step == 2
+
+
+def test_a_start_without_a_checkpoint_that_begins_with_other_weights(run, tmp_path, monkeypatch, caplog):
+    generator, directory = miniature(), tmp_path / "run"
+    monkeypatch.setattr(checkpoints, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(directory, generator)
+    monkeypatch.undo()
+    run(directory, generator)  # trained in place before
+    assert "begins anew, with other weights" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(checkpoints, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "fresh")
+    monkeypatch.undo()
+    run(tmp_path / "fresh")
+    assert "begins anew" not in caplog.text
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_people_to_validate_with_are_different_ones(run, images, tmp_path):
+    # As tables list them: one person after the other.
+    assert images[0].identity == images[1].identity
+    result = run(tmp_path / "run", validation=images, validation_images=3, validation_steps=1, steps=1)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as sheet:
+        shown = [sheet.crop((0, top, 8, top + 16)) for top in range(0, sheet.height, 2 * 16 + 2 * 4)]
+    assert result.diagnostics is not None
+    assert len({picture.tobytes() for picture in shown}) == 3
+    with pytest.raises(ValueError, match="validation must show at least 2 people"):
+        run(tmp_path / "other", validation=images[:2], validation_images=2)
+
+
+def test_dropout_is_refused(run, tmp_path):
+    generator = miniature()
+    generator.denoising_unet.down_blocks[0].resnets[0].dropout.p = 0.1
+    with pytest.raises(ValueError, match="dropout of 0"):
+        run(tmp_path / "run", generator)
