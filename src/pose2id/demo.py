@@ -37,7 +37,7 @@ class Settings:
     """
 
     num_inference_steps: int = 10
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.0
     eta: float = 1.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +36,7 @@ def test_they_are_small_and_say_what_they_are_for():
     sizes = {path.name: len(path.read_bytes()) for path in FOLDER.iterdir()}
     assert sum(size for name, size in sizes.items() if name.endswith(".safetensors")) <= 12e6
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    for said in ("tests and demos", "make_tiny_weights.py", "SyntheticPedestrians", "steps", "hour"):
+    for said in ("tests and demos", "make_tiny_weights.py", "SyntheticPedestrians", "steps", "minutes"):
         assert said in card
 
 
@@ -60,17 +61,17 @@ def test_they_can_be_converted(tmp_path):
 
 
 def test_pictures_look_like_their_person(people, pictures):
-    generated = [
-        colour_stripes([to_tensor([p])[0].mul(255).byte().permute(1, 2, 0).numpy() for p in ps]) for ps in pictures
-    ]
-    diagnostics = generation_diagnostics(colour_stripes(people), torch.tensor(generated).numpy())
-    assert diagnostics.retention > 0.1
+    generated = [colour_stripes([np.asarray(picture) for picture in of_person]) for of_person in pictures]
+    diagnostics = generation_diagnostics(colour_stripes(people), np.stack(generated))
+    assert diagnostics.retention > 0.12
 
 
 def test_pictures_follow_the_pose(pictures):
-    # The mean picture of a pose, over people, tells it from the others: of one half of the people and of the other one.
+    # The mean picture of a pose, of one half of the people and of the other one, without what all poses share.
     tensors = torch.stack([to_tensor(of_person) for of_person in pictures])  # (people, poses, 3, H, W)
     halves = [half.mean(0).flatten(1) for half in (tensors[::2], tensors[1::2])]
-    centred = [torch.nn.functional.normalize(half - half.mean(0), dim=1) for half in halves]
-    best = (centred[0] @ centred[1].T).argmax(1)
-    assert int((best == torch.arange(8)).sum()) >= 5
+    first, second = (torch.nn.functional.normalize(half - half.mean(0), dim=1) for half in halves)
+    alike = first @ second.T
+    same = alike.diagonal().mean()
+    others = (alike.sum() - alike.trace()) / (8 * 7)
+    assert same - others > 0.1
