@@ -27,8 +27,6 @@ VAE = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "block_out_channels": [16, 32, 32, 48],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 UNET = {
     "sample_size": 16,
@@ -41,6 +39,20 @@ UNET = {
     "attention_head_dim": 4,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+REST = {"num_tokens": 4, "pose_channels": [8, 16, 32, 64]}
+TRAINING = {
+    "learning_rate": 5e-4,
+    "warmup_steps": 200,
+    "schedule": "cosine",
+    "optimizer": "adamw",
+    "snr_gamma": 5.0,
+    "ema": 0.998,
+    "cache": True,
+    "reference_variants": 2,
+    "checkpoint_every": 500,
+    "validate_every": 500,
+    "validation_steps": 10,
 }
 
 
@@ -78,46 +90,27 @@ def main() -> None:
         identity_encoder=once(out / "encoder.pt", train_encoder, lambda config: TransReID(**config)),
         vae=once(out / "vae.pt", train_vae, AutoencoderKL.from_config),
         unet=UNET,
-        num_tokens=4,
-        pose_channels=[8, 16, 32, 64],
         image_size=IMAGE_SIZE,
         round_bank=False,
+        **REST,
     )
-    result = training.train(
-        generator,
-        images,
-        out / "run",
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=5e-4,
-        warmup_steps=200,
-        schedule="cosine",
-        optimizer="adamw",
-        snr_gamma=5.0,
-        ema=0.998,
-        cache=True,
-        reference_variants=2,
-        checkpoint_every=500,
-        validate_every=500,
-        validation_steps=10,
-    )
+    result = training.train(generator, images, out / "run", steps=args.steps, batch_size=args.batch_size, **TRAINING)
     print(result)
     if not (out / "weights").exists():
         IdentityGenerator.from_pretrained(result.weights, dtype=torch.float16).save_pretrained(out / "weights")
 
 
 def once(path: Path, make: Callable[[], Any], build: Callable[[Any], Any]) -> Any:
-    """A trained part: from the file if it is there, else trained and written there."""
-    if path.exists():
-        content = torch.load(path, weights_only=True)
-        part = build(content["config"])
-        part.load_state_dict(content["state"])
-        return part.eval().requires_grad_(False)
-    part = make()
-    unfinished = path.with_suffix(".part")
-    torch.save({"config": dict(part.config), "state": part.state_dict()}, unfinished)
-    unfinished.replace(path)
-    return part
+    """A trained part, on the CPU: from the file if it is there, else trained and written there first."""
+    if not path.exists():
+        part = make().cpu()
+        unfinished = path.with_suffix(".part")
+        torch.save({"config": dict(part.config), "state": part.state_dict()}, unfinished)
+        unfinished.replace(path)
+    content = torch.load(path, weights_only=True)
+    part = build(content["config"])
+    part.load_state_dict(content["state"])
+    return part.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ The stages, each of which leaves files in OUT; started again, the script goes on
 4. 8 pictures of every test crop, with contact sheets (evaluation-20-steps/generated), their features, and the tables
    (evaluation-20-steps/results.txt and .json). stages.jsonl has time and GPU memory of each stage.
 
-The defaults are meant for one data-centre GPU; nothing of this has been measured on one. On a CPU a few steps show
-that it runs: --people 12 --test-people 4 --encoder-steps 2 --vae-steps 2 --steps 2 --batch-size 4 --sampler-steps 2.
-Beside pose2id[train] it needs onnxruntime.
+The default size is meant for one data-centre GPU; it has not been measured on one. --size small has the networks of
+the tiny weights, which a CPU trains in an hour or two (docs/results.md). Beside pose2id[train] it needs onnxruntime.
 
 The data are pictures of real people. They are no part of this project and must not be redistributed; neither must what
 is made of them: OUT is for looking at, and hides from git. Every setting was decided before anything was measured; eta
@@ -24,6 +23,7 @@ due to the pictures.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import re
@@ -31,10 +31,11 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import make_tiny_weights as tiny
 import numpy as np
 import onnxruntime
 import torch
@@ -52,41 +53,79 @@ from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD
 from pose2id.report import Row, by_number, compare, number_table, records, table
 
 IMAGE_SIZE = (128, 64)
-ENCODER = {"image_size": IMAGE_SIZE, "patch_size": 8, "stride": 8, "dim": 384, "depth": 8, "heads": 6}
-ENCODER_TRAINING = {"people_per_batch": 16, "images_per_person": 4, "learning_rate": 4e-4}
-VAE = {
-    "latent_channels": 8,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "block_out_channels": [64, 128, 256, 256],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-VAE_TRAINING = {"batch_size": 32, "learning_rate": 3e-4}
-UNET = {
-    "sample_size": 16,
-    "in_channels": 8,
-    "out_channels": 8,
-    "block_out_channels": [192, 320, 448],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "cross_attention_dim": 384,
-    "attention_head_dim": 8,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}
-REST = {"num_tokens": 8, "pose_channels": [16, 32, 64, 128]}
-TRAINING = {
-    "learning_rate": 2e-4,
-    "warmup_steps": 1000,
-    "schedule": "cosine",
-    "optimizer": "adamw",
-    "snr_gamma": 5.0,
-    "ema": 0.9995,
-    "cache": True,
-    "reference_variants": 8,
-    "checkpoint_every": 2000,
-    "validate_every": 2000,
+
+
+@dataclass(frozen=True)
+class Size:
+    """Networks, and how they are trained.
+
+    Attributes:
+        encoder: of `TransReID`.
+        encoder_training: of `pretraining.train_identity_encoder`.
+        vae: of `diffusers.AutoencoderKL`.
+        vae_training: of `pretraining.train_vae`.
+        unet: of `diffusers.UNet2DConditionModel`.
+        rest: of `starting.fresh`.
+        training: of `training.train`.
+    """
+
+    encoder: dict[str, Any]
+    encoder_training: dict[str, Any]
+    vae: dict[str, Any]
+    vae_training: dict[str, Any]
+    unet: dict[str, Any]
+    rest: dict[str, Any]
+    training: dict[str, Any]
+
+
+SIZES = {
+    "mid": Size(
+        encoder={"image_size": IMAGE_SIZE, "patch_size": 8, "stride": 8, "dim": 384, "depth": 8, "heads": 6},
+        encoder_training={"people_per_batch": 16, "images_per_person": 4, "learning_rate": 4e-4, "steps": 10_000},
+        vae={
+            "latent_channels": 8,
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "block_out_channels": [64, 128, 256, 256],
+        },
+        vae_training={"batch_size": 32, "learning_rate": 3e-4, "steps": 15_000},
+        unet={
+            "sample_size": 16,
+            "in_channels": 8,
+            "out_channels": 8,
+            "block_out_channels": [192, 320, 448],
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "cross_attention_dim": 384,
+            "attention_head_dim": 8,
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        },
+        rest={"num_tokens": 8, "pose_channels": [16, 32, 64, 128]},
+        training={
+            "steps": 20_000,
+            "batch_size": 128,
+            "learning_rate": 2e-4,
+            "warmup_steps": 1000,
+            "schedule": "cosine",
+            "optimizer": "adamw",
+            "snr_gamma": 5.0,
+            "ema": 0.9995,
+            "cache": True,
+            "reference_variants": 8,
+            "checkpoint_every": 2000,
+            "validate_every": 2000,
+        },
+    ),
+    "small": Size(
+        encoder=tiny.ENCODER,
+        encoder_training={"people_per_batch": 16, "steps": 2500},
+        vae=tiny.VAE,
+        vae_training={"steps": 1800},
+        unet=tiny.UNET,
+        rest=tiny.REST,
+        training={**tiny.TRAINING, "steps": 4000, "batch_size": 16},
+    ),
 }
 GUIDANCE = 2.0  # as for the tiny weights (docs/tiny.md), where it was chosen on drawn people
 ETAS = (2.0, 1.0, 0.25)  # published for Market1501, Occluded-ReID, SYSU-MM01; none is chosen
@@ -122,12 +161,14 @@ def main() -> None:
     if args.baseline:
         return
 
-    check_settings(args)
+    size = chosen_size(args)
+    check_settings(size, args)
     with stage("table", args):
         images = training_table(args)
+        check_unseen(images, people)
     weights = args.out / "run" / "weights"
     if not weights.exists():
-        train(images, args)
+        train(images, size, args)
     folder = args.out / f"evaluation-{args.sampler_steps}-steps"
     with stage("generation", args):
         generate(weights, people, folder, args)
@@ -146,10 +187,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baseline", action="store_true", help="measure the ReID model on the test crops, and stop")
     parser.add_argument("--people", type=count, help="the first so many training people (all)")
     parser.add_argument("--test-people", type=count, help="the first so many test people (all)")
-    parser.add_argument("--encoder-steps", type=count, default=10_000, help="of the identity encoder (%(default)s)")
-    parser.add_argument("--vae-steps", type=count, default=15_000, help="(%(default)s)")
-    parser.add_argument("--steps", type=count, default=20_000, help="of IPG (%(default)s)")
-    parser.add_argument("--batch-size", type=count, default=128, help="of IPG (%(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="mid", help="of the networks (%(default)s)")
+    parser.add_argument("--encoder-steps", type=count, help="of the identity encoder (the size's)")
+    parser.add_argument("--vae-steps", type=count, help="(the size's)")
+    parser.add_argument("--steps", type=count, help="of IPG (the size's)")
+    parser.add_argument("--batch-size", type=count, help="of IPG (the size's)")
     parser.add_argument("--sampler-steps", type=count, default=20, help="of generation (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="(%(default)s)")
     parser.add_argument("--workers", type=int, default=8 if cuda else 0, help="that load images (%(default)s)")
@@ -220,6 +262,15 @@ def training_table(args: argparse.Namespace) -> list[PersonImage]:
     images = [image for image in images if image.identity in chosen]
     write_table(images, path)
     return images
+
+
+def check_unseen(images: Sequence[PersonImage], people: TestPeople) -> None:
+    """See that the people who are tested are not among those who are trained on; nor is any of their crops."""
+    identities = {image.identity for image in images} & {f"{pid:04d}" for pid in people.pids}
+    contents = {hashlib.sha256(image.path.read_bytes()).digest() for image in images}
+    crops = [path.name for path in people.paths if hashlib.sha256(path.read_bytes()).digest() in contents]
+    if identities or crops:
+        raise SystemExit(f"test people must not be trained on, and {min(identities or crops)} is. Part them anew.")
 
 
 def pose_of(keypoints: NDArray[np.float16]) -> Pose | None:
@@ -319,11 +370,24 @@ def compared(name: str, features: FeatureFile, **options: Any) -> list[Row]:
     return [replace(row, name=f"{name}: {row.name}") for row in compare(features, **options)]
 
 
-def check_settings(args: argparse.Namespace) -> None:
+def chosen_size(args: argparse.Namespace) -> Size:
+    """The size, with the steps and the batch that the command line asks for."""
+    size = SIZES[args.size]
+
+    def changed(training: dict[str, Any], **given: int | None) -> dict[str, Any]:
+        return {**training, **{name: value for name, value in given.items() if value is not None}}
+
+    return replace(
+        size,
+        encoder_training=changed(size.encoder_training, steps=args.encoder_steps),
+        vae_training=changed(size.vae_training, steps=args.vae_steps),
+        training=changed(size.training, steps=args.steps, batch_size=args.batch_size),
+    )
+
+
+def check_settings(size: Size, args: argparse.Namespace) -> None:
     """See that OUT was begun with these settings; else its stages would not belong together."""
-    constants = {"encoder": [ENCODER, ENCODER_TRAINING], "vae": [VAE, VAE_TRAINING], "ipg": [UNET, REST, TRAINING]}
-    options = ("people", "encoder_steps", "vae_steps", "steps", "batch_size")
-    settings = json.loads(json.dumps({**{name: getattr(args, name) for name in options}, **constants}))
+    settings = json.loads(json.dumps({"people": args.people, **asdict(size)}))
     path = args.out / "settings.json"
     if not path.exists():
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -333,25 +397,25 @@ def check_settings(args: argparse.Namespace) -> None:
         raise SystemExit(f"{path} has other settings than these: {', '.join(differing)}. Choose another --out.")
 
 
-def train(images: Sequence[PersonImage], args: argparse.Namespace) -> None:
+def train(images: Sequence[PersonImage], size: Size, args: argparse.Namespace) -> None:
     """The two frozen parts, then the others."""
     paths, pids = [image.path for image in images], [int(image.identity) for image in images]
-    per_batch = min(ENCODER_TRAINING["people_per_batch"], len(set(pids)))
 
     def train_encoder() -> TransReID:
-        options = {**ENCODER_TRAINING, "people_per_batch": per_batch, "steps": args.encoder_steps}
-        return pretraining.train_identity_encoder(paths, pids, config=ENCODER, device=args.device, **options)
+        people = min(size.encoder_training["people_per_batch"], len(set(pids)))
+        options = {**size.encoder_training, "people_per_batch": people, "device": args.device}
+        return pretraining.train_identity_encoder(paths, pids, config=size.encoder, **options)
 
     def train_vae() -> AutoencoderKL:
-        options = {**VAE_TRAINING, "steps": args.vae_steps, "device": args.device}
-        return pretraining.train_vae(paths, image_size=IMAGE_SIZE, config=VAE, **options)
+        options = {**size.vae_training, "device": args.device}
+        return pretraining.train_vae(paths, image_size=IMAGE_SIZE, config=size.vae, **options)
 
     with stage("identity encoder", args):
-        encoder = once(args.out / "encoder.pt", train_encoder, lambda config: TransReID(**config))
+        encoder = tiny.once(args.out / "encoder.pt", train_encoder, lambda config: TransReID(**config))
     with stage("VAE", args):
-        vae = once(args.out / "vae.pt", train_vae, AutoencoderKL.from_config)
+        vae = tiny.once(args.out / "vae.pt", train_vae, AutoencoderKL.from_config)
     generator = starting.fresh(
-        identity_encoder=encoder, vae=vae, unet=UNET, image_size=IMAGE_SIZE, round_bank=False, **REST
+        identity_encoder=encoder, vae=vae, unet=size.unet, image_size=IMAGE_SIZE, round_bank=False, **size.rest
     )
     for name, part in generator.parts.items():
         print(f"{name:<18} {sum(parameter.numel() for parameter in part.parameters()):>12,} parameters")
@@ -361,26 +425,11 @@ def train(images: Sequence[PersonImage], args: argparse.Namespace) -> None:
             images,
             args.out / "run",
             device=args.device,
-            steps=args.steps,
-            batch_size=args.batch_size,
             mixed_precision="bf16" if args.device == "cuda" else "no",
             workers=args.workers,
-            **TRAINING,
+            **size.training,
         )
     print(result)
-
-
-def once(path: Path, make: Callable[[], Any], build: Callable[[Any], Any]) -> Any:
-    """A trained part, on the CPU: from the file if it is there, else trained and written there first."""
-    if not path.exists():
-        part = make().cpu()
-        unfinished = path.with_suffix(".part")
-        torch.save({"config": dict(part.config), "state": part.state_dict()}, unfinished)
-        unfinished.replace(path)
-    content = torch.load(path, weights_only=True)
-    part = build(content["config"])
-    part.load_state_dict(content["state"])
-    return part.eval().requires_grad_(False)
 
 
 def generate(weights: Path, people: TestPeople, folder: Path, args: argparse.Namespace) -> None:

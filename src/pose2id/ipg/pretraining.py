@@ -124,8 +124,9 @@ def train_vae(
     Args:
         images: N images, as `IdentityGenerator.generate` takes them. All are held in memory, at `image_size`.
         image_size: (height, width) in pixels, in multiples of the VAE's downscaling.
-        config: arguments of `diffusers.AutoencoderKL`; its `scaling_factor` is set here, to one over the standard
-            deviation of the images' latents.
+        config: arguments of `diffusers.AutoencoderKL`. Without types of blocks it has a plain one for each of
+            `block_out_channels`. Its `scaling_factor` is set here, to one over the standard deviation of the images'
+            latents.
         steps: batches.
         batch_size: images in a batch.
         learning_rate: of AdamW at its highest, as in `train_identity_encoder`.
@@ -143,9 +144,12 @@ def train_vae(
     batch_size, seed = checked_count(batch_size, "batch_size"), checked_count(seed, "seed", least=0)
     learning_rate = checked_number(learning_rate, "learning_rate", 0, 1)
     target = checked_device(device)
+    given = dict(config or {})
+    levels = len(given.get("block_out_channels", (64,)))
+    blocks_of = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     with _seeded(seed):
         # Named, because diffusers takes a value that was left at its default for the default whenever it loads it.
-        vae = AutoencoderKL(**{"scaling_factor": 1.0, **(config or {})}).to(target)
+        vae = AutoencoderKL(**{"scaling_factor": 1.0, **blocks_of, **given}).to(target)
     downscale = 2 ** (len(vae.config.block_out_channels) - 1)
     if size[0] % downscale or size[1] % downscale:
         raise ValueError(f"image_size must be in multiples of {downscale}, the VAE's downscaling, got {size}.")
