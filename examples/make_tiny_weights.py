@@ -92,6 +92,7 @@ def main() -> None:
         unet=UNET,
         image_size=IMAGE_SIZE,
         round_bank=False,
+        license="mit",
         **REST,
     )
     result = training.train(generator, images, out / "run", steps=args.steps, batch_size=args.batch_size, **TRAINING)

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
-import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from pose2id import Centralizer, IdentityGenerator, evaluate, fuse, nfc
 from pose2id.datasets import SyntheticPedestrians, read_table
+from pose2id.ipg import TransReID, starting
+from pose2id.ipg.settings import TrainingSettings
 
 pytest.importorskip("accelerate")
 onnxruntime = pytest.importorskip("onnxruntime")
+script = pytest.importorskip("train_real_pedestrians")
 
 FIRST_TEST_PERSON = 5
-WORDS = "--encoder-steps 2 --vae-steps 2 --steps 2 --batch-size 4 --sampler-steps 1 --device cpu --workers 0"
-MINIATURES = {
-    "ENCODER": {"image_size": (128, 64), "patch_size": 16, "stride": 16, "dim": 16, "depth": 2, "heads": 2},
-    "VAE": {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": [4, 4, 8, 8]},
-    "UNET": {"in_channels": 4, "out_channels": 4, "block_out_channels": [16, 16, 16], "layers_per_block": 1}
+WORDS = "--size miniature --sampler-steps 1 --device cpu --workers 0"
+MID = script.SIZES["mid"]
+MINIATURE = script.Size(
+    encoder={"image_size": (128, 64), "patch_size": 16, "stride": 16, "dim": 16, "depth": 2, "heads": 2},
+    encoder_training={**MID.encoder_training, "steps": 2},
+    vae={"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": [4, 4, 8, 8]},
+    vae_training={"batch_size": 4, "steps": 2},
+    unet=MID.unet
+    | {"in_channels": 4, "out_channels": 4, "block_out_channels": [16, 16, 16], "layers_per_block": 1}
     | {"norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 2},
-    "REST": {"num_tokens": 2, "pose_channels": [4, 4, 4, 4]},
-    "VAE_TRAINING": {"batch_size": 4, "learning_rate": 1e-3},
-    "TRAINING": {"reference_variants": 2, "validation_steps": 1},
-}
+    rest={"num_tokens": 2, "pose_channels": [4, 4, 4, 4]},
+    training=MID.training | {"steps": 2, "batch_size": 4, "reference_variants": 2, "validation_steps": 1},
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,19 +47,9 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def load_script():
-    """The script as a module, its networks in miniature."""
-    spec = importlib.util.spec_from_file_location("train_real_pedestrians", ROOT / "examples/train_real_pedestrians.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # where dataclasses look
-    spec.loader.exec_module(script)
-    for name, values in MINIATURES.items():
-        setattr(script, name, {**getattr(script, name), **values})
-    return script
-
-
-def run(script, out, data, *words):
+def run(out, data, *words):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(script.SIZES, "miniature", MINIATURE)
         patch.setattr("sys.argv", ["script", "--data", str(data), "--out", str(out), *WORDS.split(), *words])
         script.main()
 
@@ -139,7 +134,7 @@ def data(tmp_path_factory):
 def finished(data, tmp_path_factory):
     """The directory of a run with all stages."""
     out = tmp_path_factory.mktemp("finished") / "real"
-    run(load_script(), out, data)
+    run(out, data)
     return out
 
 
@@ -222,34 +217,75 @@ def test_what_lies_in_the_directory(finished):
     assert [line["stage"] for line in stages] == names
 
 
-def test_started_again_it_computes_nothing_anew(finished, data, capsys):
-    script = load_script()
-
+def test_started_again_it_computes_nothing_anew(finished, data, capsys, monkeypatch):
     def never(*_, **__):
         raise AssertionError
 
-    script.train = script.extracted = never
+    monkeypatch.setattr(script, "train", never)
+    monkeypatch.setattr(script, "extracted", never)
     expected = (finished / "evaluation-1-steps" / "results.txt").read_text()
-    run(script, finished, data)
+    run(finished, data)
     printed = capsys.readouterr().out
     assert "Written(written=0, kept=96)" in printed
     assert expected in printed
 
 
 def test_fewer_people(finished, data, tmp_path, capsys):
-    run(load_script(), tmp_path / "few", data, "--baseline", "--test-people", "2")
+    run(tmp_path / "few", data, "--baseline", "--test-people", "2")
     assert "2 test people: 4 queries, 4 gallery images" in capsys.readouterr().out
     assert not (tmp_path / "few" / "settings.json").exists()
-    with pytest.raises(SystemExit, match="has other settings than these: people, steps"):
-        run(load_script(), finished, data, "--people", "3", "--steps", "5")
+    with pytest.raises(SystemExit, match="has other settings than these: people, training\\."):
+        run(finished, data, "--people", "3", "--steps", "5")
+
+
+@pytest.mark.parametrize("size", ["mid", "small"])
+def test_sizes(size):
+    """Networks that build and fit; nothing is trained."""
+    size = script.SIZES[size]
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    with torch.device("meta"):
+        vae = AutoencoderKL(**size.vae, **blocks)
+        encoder = TransReID(**size.encoder)
+        generator = starting.fresh(
+            identity_encoder=encoder, vae=vae, unet=size.unet, image_size=script.IMAGE_SIZE, **size.rest
+        )
+    assert generator.latent_shape == (8, 16, 8)
+    assert TrainingSettings(**size.training).steps == size.training["steps"]
+
+
+def test_steps_and_batches_of_the_command_line(monkeypatch):
+    words = "--size small --encoder-steps 3 --vae-steps 4 --steps 5 --batch-size 6"
+    monkeypatch.setattr("sys.argv", ["script", "--data", "/nowhere", *words.split()])
+    monkeypatch.setattr(script.Path, "is_file", lambda _: True)
+    size = script.chosen_size(script.arguments())
+    assert (size.encoder_training["steps"], size.vae_training["steps"]) == (3, 4)
+    assert (size.training["steps"], size.training["batch_size"]) == (5, 6)
+    assert size.unet == script.SIZES["small"].unet
+
+
+@pytest.mark.parametrize("what", ["identity", "crop"])
+def test_test_people_are_not_trained_on(finished, tmp_path, what):
+    images = read_table(finished / "people" / "train.csv")
+    paths = sorted((finished / "people" / "test").iterdir())
+    pids = np.array([int(path.name[:4]) for path in paths])
+    none = np.zeros(len(paths), bool)
+    people = script.TestPeople(paths, pids, pids, none, np.zeros((len(paths), 2), np.float16))
+    script.check_unseen(images, people)
+    if what == "identity":
+        images[0] = replace(images[0], identity=f"{pids[3]:04d}")
+        named = images[0].identity
+    else:
+        images[0] = replace(images[0], path=paths[3])
+        named = paths[3].name
+    with pytest.raises(SystemExit, match=f"test people must not be trained on, and {named} is"):
+        script.check_unseen(images, people)
 
 
 def test_trained_parts_are_kept_where_training_stopped(data, tmp_path, capsys):
-    script = load_script()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script.training, "train", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(script, tmp_path / "out", data, "--people", "3")
+            run(tmp_path / "out", data, "--people", "3")
     assert len({image.identity for image in read_table(tmp_path / "out" / "people" / "train.csv")}) == 3
     counted = dict(re.findall(r"^(\w+) +([\d,]+) parameters$", capsys.readouterr().out, re.MULTILINE))
     assert {"identity_encoder", "vae", "reference_unet", "denoising_unet"} < set(counted)
@@ -270,12 +306,12 @@ def test_archives_with_other_names_are_refused(name, tmp_path):
         archive.writestr("0001_c1_01.jpg", b"")
         archive.writestr(name, b"")
     with pytest.raises(SystemExit, match="must hold crops"):
-        load_script().unzip(tmp_path / "crops.zip", tmp_path / "crops")
+        script.unzip(tmp_path / "crops.zip", tmp_path / "crops")
     assert list(tmp_path.iterdir()) == [tmp_path / "crops.zip"]
 
 
 def test_missing_data_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run(load_script(), tmp_path / "out", tmp_path)
+        run(tmp_path / "out", tmp_path)
     assert "has no images/cuhk03_p1_det_train743_64x128.zip" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

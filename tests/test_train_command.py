@@ -303,7 +303,8 @@ def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):
     generator = IdentityGenerator.from_pretrained(tmp_path / "run" / "weights", device="cpu")
     assert generator.image_size == (64, 32)
     assert generator.identity_tokens.num_tokens == 3
-    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["step-00000002.png"]
+    samples = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert samples == ["step-00000000.png", "step-00000002.png"]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ def test_errors(command, weights, table, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     assert command(**SHORT) == 0
     capsys.readouterr()
-    assert "steps 2 then, 3 now" in said(steps=3)
+    assert "batch_size 2 then, 3 now" in said(batch_size=3)
 
 
 def test_flags_that_are_none(table, capsys):

@@ -85,6 +85,25 @@ def test_fine_tuning(weights):
     assert generator.sources == {}
 
 
+def test_the_licence_is_that_of_what_training_starts_from(weights, diffusion, stock, tmp_path):
+    def license_of(*place, **options):
+        return starting.start(*place, **options, device="cpu").license
+
+    assert license_of(weights) == "creativeml-openrail-m"
+    assert license_of(weights, unet=diffusion) == "creativeml-openrail-m"
+    assert license_of(weights, unet=UNET) == "other"
+    miniature().replaced(license="mit").save_pretrained(tmp_path / "mit")
+    assert license_of(tmp_path / "mit") == "mit"
+    assert license_of(tmp_path / "mit", unet=UNET) == "mit"
+    assert license_of(tmp_path / "mit", unet=diffusion) == "creativeml-openrail-m"
+    miniature().vae.save_pretrained(tmp_path / "vae")
+    assert license_of(tmp_path / "mit", vae=tmp_path / "vae") == "other"
+    parts = {"identity_encoder": miniature().identity_encoder, "vae": miniature().vae, "image_size": (16, 8)}
+    assert starting.fresh(**parts, unet=UNET).license == "other"
+    assert starting.fresh(**parts, unet=UNET, license="mit").license == "mit"
+    assert starting.fresh(**parts, unet=stock).license == "creativeml-openrail-m"
+
+
 def test_weights_in_half_precision_become_single(tmp_path):
     miniature().to(dtype=torch.float16).save_pretrained(tmp_path / "half")
     generator = starting.start(tmp_path / "half", device="cpu")

@@ -10,7 +10,7 @@ import torch
 
 from pose2id import IdentityGenerator, generation_diagnostics
 from pose2id.datasets import SyntheticPedestrians, colour_stripes
-from pose2id.ipg import weights
+from pose2id.ipg import starting, weights
 from pose2id.ipg.pictures import to_tensor
 
 FOLDER = resources.files("pose2id.ipg") / "tiny"
@@ -38,6 +38,17 @@ def test_they_are_small_and_say_what_they_are_for():
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     for said in ("tests and demos", "make_tiny_weights.py", "SyntheticPedestrians", "steps", "minutes"):
         assert said in card
+
+
+def test_their_licence_passes_on(generator, tmp_path):
+    assert generator.license == "mit"
+    assert starting.start("tiny", image_size=(64, 32), device="cpu").license == "mit"
+    start = starting.start("tiny", unet=generator.denoising_unet.config, device="cpu")
+    assert start.license == "mit"
+    start.save_pretrained(tmp_path / "own")
+    card = (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
+    assert "\nlicense: mit\n" in card
+    assert "OpenRAIL" not in card
 
 
 def test_they_need_no_hub(generator):

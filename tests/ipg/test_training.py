@@ -195,7 +195,9 @@ def test_what_is_written(whole):
         "weights",
         *(f"step-{step:08d}" for step in range(1, 5)),
     }
-    assert sorted(path.name for path in (directory / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert sorted(path.name for path in (directory / "samples").iterdir()) == [
+        f"step-{step:08d}.png" for step in (0, 2, 4)
+    ]
     card = (result.weights / "README.md").read_text()
     assert "* learning_rate: 0.001" in card
     assert "for 4 steps, 16 x 8 pixels, on 9 images of 3 people" in card
@@ -234,21 +236,44 @@ def test_weights_generate_as_the_trained_generator_does(run, tmp_path):
 def test_sources_and_settings_are_kept(run, tmp_path):
     generator = miniature()
     generator.sources["user/weights"] = "0123456789"
+    generator.license = "mit"
     generator.round_bank = False
     result = run(tmp_path / "run", generator, steps=1)
     loaded = IdentityGenerator.from_pretrained(result.weights, device="cpu")
     assert loaded.sources == {"user/weights": "0123456789"}
+    assert loaded.license == "mit"
     assert loaded.round_bank is False
     assert "user/weights at commit 0123456789" in (result.weights / "README.md").read_text()
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_the_first_validation_is_of_what_training_starts_from(run, tmp_path, ema):
+    settings = {"steps": 1, "validate_every": 1, "validation_images": 2, "validation_steps": 1, "ema": ema}
+    run(tmp_path / "run", **settings)
+    run(tmp_path / "still", **settings, learning_rate=1e-12)
+    first, last = ([line for line in lines(tmp_path / name) if "loss" not in line] for name in ("run", "still"))
+    assert [line["step"] for line in first] == [0, 1]
+    assert first[0] == last[0]
+    assert last[1]["own_cosine"] == pytest.approx(first[0]["own_cosine"], abs=1e-5)
+    assert first[1]["own_cosine"] != pytest.approx(first[0]["own_cosine"], abs=1e-5)
+
+
+def test_a_run_that_begins_anew_records_its_start_once(whole, run, tmp_path):
+    run(tmp_path / "run", **WHOLE)
+    for checkpoint in checkpoints.found(tmp_path / "run"):
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(tmp_path / "run" / "weights")
+    run(tmp_path / "run", **WHOLE)
+    assert lines(tmp_path / "run") == lines(whole[0])
 
 
 def test_record(whole):
     directory, result = whole
     found = lines(directory)
-    assert [line["step"] for line in found] == [1, 2, 2, 3, 4, 4]
+    assert [line["step"] for line in found] == [0, 1, 2, 2, 3, 4, 4]
     assert [set(line) - {"step"} for line in found if "loss" not in line] == [
         {"retention", "own_cosine", "other_cosine"}
-    ] * 2
+    ] * 3
     assert result.loss == pytest.approx(np.mean(losses(directory)))
     assert result.diagnostics.retention == found[-1]["retention"]
     assert result.diagnostics.own_cosine == found[-1]["own_cosine"]
@@ -266,7 +291,7 @@ def test_tensorboard_has_the_same(whole):
         recorded = [(line["step"], line[name]) for line in lines(directory) if name in line]
         found = [(event.step, event.value) for event in board.Scalars(name)]
         np.testing.assert_allclose(found, recorded, rtol=1e-6)
-    assert [event.step for event in board.Images("samples")] == [2, 4]
+    assert [event.step for event in board.Images("samples")] == [0, 2, 4]
 
 
 def test_samples_show_who_in_which_pose_and_what_came_out(whole):
@@ -284,6 +309,7 @@ def test_samples_show_who_in_which_pose_and_what_came_out(whole):
     [{"validate_every": 1}, {"validate_every": 0, "checkpoint_every": 3}, {"validation_images": 0, "workers": 2}],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 def test_what_the_weights_do_not_depend_on(whole, run, tmp_path, changed):
     result = run(tmp_path / "run", **{**WHOLE, **changed})
     assert_equal(weights(whole[1].weights), weights(result.weights))
@@ -598,7 +624,7 @@ def test_other_images_are_refused(short, run, images, tmp_path, what):
 @pytest.mark.parametrize(
     ("changed", "shown"),
     [
-        ({"steps": 8}, "steps 2 then, 8 now"),
+        ({"schedule": "cosine", "steps": 8}, "steps 2 then, 8 now, schedule 'constant' then, 'cosine' now"),
         ({"learning_rate": 1e-4, "seed": 1}, "learning_rate 0.001 then, 0.0001 now, seed 42 then, 1 now"),
         ({"ema": 0.9}, "ema None then, 0.9 now"),
     ],
@@ -609,6 +635,47 @@ def test_other_settings_are_refused(short, run, tmp_path, changed, shown):
         run(directory, **changed)
     assert str(caught.value).endswith(f"began with: {shown}. Train in another directory.")
     assert str(directory) in str(caught.value)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_finished_run_goes_on_to_more_steps(run, tmp_path, ema):
+    run(tmp_path / "run", ema=ema)
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+    result = run(tmp_path / "run", steps=4, ema=ema)
+    expected = run(tmp_path / "at once", steps=4, ema=ema)
+    assert result.step == 4
+    assert losses(tmp_path / "run") == losses(tmp_path / "at once")
+    assert_equal(weights(expected.weights), weights(result.weights))
+    assert "for 4 steps" in (result.weights / "README.md").read_text()
+    assert_equal(weights(result.weights), weights(run(tmp_path / "run", steps=4, ema=ema).weights))
+
+    # Stopped on the way there, it has no weights that would pass for those of all steps.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "stopped", steps=4, ema=ema)
+    assert not (tmp_path / "stopped" / "weights").exists()
+    assert_equal(weights(expected.weights), weights(run(tmp_path / "stopped", steps=4, ema=ema).weights))
+
+
+def test_a_run_ends_earlier_than_it_was_to(short, run, tmp_path):
+    run(tmp_path / "run", steps=4)
+    directory = until(tmp_path / "run", 2, tmp_path / "copy")
+    assert_equal(weights(short / "weights"), weights(run(directory, steps=2).weights))
+
+
+def test_steps_that_were_done_are_not_undone(short, run, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"steps must be at least the 2 that the run in .* has done, got 1\."):
+        run(tmp_path / "run", steps=1)
+    assert_equal(weights(short / "weights"), weights(tmp_path / "run" / "weights"))
+
+
+def test_a_cosine_ends_where_it_was_to(run, tmp_path):
+    run(tmp_path / "run", schedule="cosine")
+    with pytest.raises(ValueError, match=r"steps 2 then, 3 now\. Train in another directory\."):
+        run(tmp_path / "run", schedule="cosine", steps=3)
+    assert (tmp_path / "run" / "weights").exists()
 
 
 FREE = {"checkpoint_every", "keep_checkpoints", "validate_every", "validation_images", "validation_steps", "workers"}

@@ -92,7 +92,35 @@ def test_the_model_card_has_the_licence_and_no_path(own):
     card = (own / "README.md").read_text()
     assert "license: creativeml-openrail-m" in card
     assert "CreativeML OpenRAIL-M" in card
+    assert IdentityGenerator.from_pretrained(own, device="cpu").license == "creativeml-openrail-m"
     assert str(own.parent) not in card + (own / "pose2id.json").read_text()
+
+
+@pytest.mark.parametrize(("name", "said"), [("mit", "named above, mit."), ("other", "from random weights")])
+def test_another_licence(tmp_path, name, said):
+    tiny.generator(license=name).save_pretrained(tmp_path / "own")
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert f"\nlicense: {name}\n" in card
+    assert said in card
+    assert "OpenRAIL" not in card
+    weights.convert(tmp_path / "own", tmp_path / "half", dtype=torch.float16)
+    assert IdentityGenerator.from_pretrained(tmp_path / "half", device="cpu").license == name
+
+
+@pytest.mark.parametrize(
+    ("given", "error"), [(None, TypeError), ("MIT\nlibrary_name: x", ValueError), ("", ValueError)]
+)
+def test_a_licence_that_is_none(tmp_path, given, error):
+    with pytest.raises(error, match="license must be a name of the Hub such as 'mit'"):
+        tiny.generator(license=given)
+
+
+def test_weights_that_were_saved_without_a_licence(tmp_path, own):
+    shutil.copytree(own, tmp_path / "old")
+    content = json.loads((own / "pose2id.json").read_text())
+    del content["license"]
+    (tmp_path / "old" / "pose2id.json").write_text(json.dumps(content))
+    assert opened(tmp_path / "old", vae=weights.VAE_REPO).license == "creativeml-openrail-m"
 
 
 def test_everything_that_is_configured_is_saved(tmp_path):

@@ -109,6 +109,25 @@ def publish(directory: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def make_last(checkpoint: Path, steps: int) -> None:
+    """See that a run of so many steps can go on from its newest checkpoint; weights of a shorter run are removed.
+
+    The checkpoint has the same weights.
+
+    Raises:
+        ValueError: the run has done more steps.
+    """
+    done, published = step_of(checkpoint), checkpoint.parent / WEIGHTS
+    if steps < done:
+        raise ValueError(
+            f"steps must be at least the {done} that the run in {checkpoint.parent} has done, got {steps}. Weights of "
+            "earlier steps are in its older checkpoints, as far as they were kept."
+        )
+    if steps > done and published.exists():
+        doomed = published.rename(checkpoint.parent / f"{_UNFINISHED}{secrets.token_hex(4)}")
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def remove_unfinished(directory: Path) -> None:
     """Remove what a killed run left half-written: directories, and files of `whole_file`. Nothing else is touched."""
     for path in (*directory.glob("*"), *directory.glob("*/*")):

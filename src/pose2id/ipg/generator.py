@@ -68,6 +68,8 @@ class IdentityGenerator:
             float32 parts differ from the published ones by up to 0.04/255 (docs, "How IPG works"). Half precision
             rounds anyway; float64 is never rounded. May be assigned, as may `scheduler`.
         sources: repository to commit, of the weights that came from the Hub.
+        license: that the parts are under as a whole, as the Hub names it ("mit", "other"); `save_pretrained` writes it.
+            Default: that of all weights which were derived from Stable Diffusion v1.5, the published ones among them.
 
     Raises:
         TypeError: a scheduler that is none.
@@ -87,6 +89,7 @@ class IdentityGenerator:
         image_size: tuple[int, int] = (512, 256),
         round_bank: bool = True,
         sources: Mapping[str, str] | None = None,
+        license: str = weights.OPENRAIL,  # noqa: A002 - what the Hub calls it
     ) -> None:
         self.identity_encoder = identity_encoder
         self.identity_tokens = identity_tokens
@@ -98,6 +101,7 @@ class IdentityGenerator:
         self.image_size = checked_size(image_size, "image_size")
         self.round_bank = round_bank
         self.sources = dict(sources or {})
+        self.license = weights.checked_license(license)
         self._unconditional: tuple[list[Any], Tensor] | None = None
         self._offload_device: torch.device | None = None
         checked_size(identity_encoder.image_size, "identity_encoder.image_size")
@@ -180,7 +184,13 @@ class IdentityGenerator:
             else source.load(name, dtype=dtype, device=target)
             for name in PARTS
         }
-        loaded = cls(**parts, scheduler=source.scheduler(), **source.settings, sources=source.sources)
+        loaded = cls(
+            **parts,
+            scheduler=source.scheduler(),
+            **source.settings,
+            sources=source.sources,
+            license=source.license,
+        )
         loaded._lay_out()
         if compile:
             loaded.compile()
@@ -204,6 +214,7 @@ class IdentityGenerator:
             scheduler_config=weights.scheduler_config(self.scheduler),
             settings={"image_size": list(self.image_size), "round_bank": self.round_bank},
             sources=self.sources,
+            license=self.license,
             notes=notes,
         )
 
@@ -246,6 +257,24 @@ class IdentityGenerator:
         """What the denoising UNet computes in."""
         dtype: torch.dtype = self.denoising_unet.dtype
         return dtype
+
+    def replaced(self, **changes: Any) -> IdentityGenerator:
+        """A new generator of the same parts and settings but for these; parts that stay are shared, not copied.
+
+        Args:
+            **changes: arguments of `IdentityGenerator`, by name.
+
+        Raises:
+            TypeError, ValueError: as `IdentityGenerator`.
+        """
+        own = {
+            "scheduler": self.scheduler,
+            "image_size": self.image_size,
+            "round_bank": self.round_bank,
+            "sources": self.sources,
+            "license": self.license,
+        }
+        return IdentityGenerator(**{**self.parts, **own, **changes})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IdentityGenerator:
         """Move all parts, and return the generator. A device ends `enable_model_cpu_offload`.

@@ -30,14 +30,15 @@ class Metrics:
         if not write:
             return
         path = directory / FILE
-        kept = [values for values in _recorded(path) if values["step"] <= step]
+        # A run that begins anew records what it starts from again.
+        kept = [values for values in _recorded(path) if step and values["step"] <= step]
         self._losses = [values["loss"] for values in kept if "loss" in values]
         with whole_file(path) as unfinished:
             unfinished.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
 
-        self._board: Any = SummaryWriter(str(directory / BOARD), purge_step=step + 1)
+        self._board: Any = SummaryWriter(str(directory / BOARD), purge_step=step + 1 if step else 0)
 
     def add(self, step: int, **values: float) -> None:
         """Record values of a step."""

@@ -25,7 +25,7 @@ class TrainingSettings:
     configuration.
 
     Attributes:
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the whole run. With a constant schedule a run may go on to more of them.
         batch_size: samples of an optimizer step, those of all processes and accumulated parts together.
         gradient_accumulation: parts that a process computes its share of a batch in, to save memory.
         learning_rate: of the optimizer, at its highest.
@@ -48,7 +48,7 @@ class TrainingSettings:
         seed: of samples; not of the starting weights.
         checkpoint_every: steps between checkpoints; the last step has one too.
         keep_checkpoints: how many of the newest stay.
-        validate_every: steps between validations; 0: only at the end.
+        validate_every: steps between validations, the first one before training; 0: only at the end.
         validation_images: people that a validation generates, 0 or at least 2.
         validation_steps: of its sampler.
         workers: processes that load images, for each training process.

@@ -55,18 +55,15 @@ def start(
                 f"num_tokens must not be given without unet, got {num_tokens}: the weights' own tokens are trained on."
             )
         generator = IdentityGenerator.from_pretrained(repo_or_dir, dtype=torch.float32, device=device, **options)
-        parts: dict[str, Any] = generator.parts
-        return IdentityGenerator(
-            **parts,
-            scheduler=generator.scheduler,
-            image_size=size.get("image_size", generator.image_size),
-            round_bank=generator.round_bank,
-            sources=generator.sources,
-        )
+        return generator.replaced(**size) if size else generator
     source = weights.open_weights(repo_or_dir, without=TRAINED, **options)
     sources: dict[str, str] = {}
-    if not isinstance(unet, Mapping):
+    if isinstance(unet, Mapping):
+        # Encoder and VAE of weights that were derived from Stable Diffusion have terms of their own.
+        terms = weights.OTHER if source.license == weights.OPENRAIL else source.license
+    else:
         unet, sources = weights.open_unet(unet, **options)
+        terms = weights.OPENRAIL
     encoder, vae = (source.load(name, dtype=torch.float32, device="cpu") for name in ("identity_encoder", "vae"))
     generator = fresh(
         identity_encoder=encoder,
@@ -75,7 +72,7 @@ def start(
         num_tokens=20 if num_tokens is None else num_tokens,
         scheduler=source.scheduler(),
         seed=seed,
-        **{**source.settings, "sources": {**source.sources, **sources}, **size},
+        **{**source.settings, "sources": {**source.sources, **sources}, "license": terms, **size},
     )
     return generator.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
@@ -103,7 +100,8 @@ def fresh(
         pose_channels: of the pose encoder's levels, one for each of the VAE's; None: 16, 32, 64, ..., as published.
         scheduler: None: the published one, DDIM with v-prediction and zero terminal SNR.
         seed: of random weights.
-        **options: `image_size`, `round_bank`, `sources` of `IdentityGenerator`.
+        **options: `image_size`, `round_bank`, `sources`, `license` of `IdentityGenerator`; with random weights the
+            latter is "other" unless it is given.
 
     Raises:
         TypeError, ValueError: parts that do not fit.
@@ -113,6 +111,7 @@ def fresh(
         torch.default_generator.manual_seed(checked_count(seed, "seed", least=0))
         if isinstance(unet, Mapping):
             unet = _new_unet(unet)
+            options = {"license": weights.OTHER, **options}
         levels = range(len(vae.config.block_out_channels))
         pose_encoder = PoseEncoder(unet.config.block_out_channels[0], pose_channels or [16 * 2**i for i in levels])
         tokens = IdentityTokens(identity_encoder.feature_dim, num_tokens, unet.config.cross_attention_dim)

@@ -173,6 +173,8 @@ class _Run:
         batches = iter(self._loader())
         bar = tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True)
         with bar, closing(self.metrics):
+            if self.step == 0 and given.validate_every:  # what training starts from
+                self._validate()
             while self.step < given.steps:
                 loss = self._optimize(batches)
                 self.step += 1
@@ -315,8 +317,9 @@ class _Run:
         else:
             self._take_lock()
             began = _run_file(path)
-            if checkpoints.found(self.directory):
+            if known := checkpoints.found(self.directory):
                 self._check_same(began, content)
+                checkpoints.make_last(known[-1], self.settings.steps)
                 content["start"] = began.get("start")
             elif began.get("start") != content["start"]:
                 logger.warning(
@@ -331,7 +334,8 @@ class _Run:
     def _check_same(self, began: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         """Raise if a run is to go on as another one."""
         fixed, where = content["settings"], f"the run in {self.directory} began with"
-        differing = [name for name in fixed if began["settings"].get(name) != fixed[name]]
+        free = ("steps",) if self.settings.schedule == "constant" else ()  # others would have had other rates
+        differing = [name for name in fixed if name not in free and began["settings"].get(name) != fixed[name]]
         if differing:
             shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
             raise ValueError(f"settings must be those that {where}: {shown}. Train in another directory.")
@@ -455,16 +459,8 @@ class _Run:
     def _averaged(self) -> Iterator[IdentityGenerator]:
         """A generator of the weights that are written: the average, if there is one."""
         parts = self.accelerator.unwrap_model(self.parts) if self.average is None else self.average.module
-        own = self.generator
-        generator = IdentityGenerator(
-            **{**own.parts, **{name: getattr(parts, name) for name in TRAINED}},
-            scheduler=own.scheduler,
-            image_size=own.image_size,
-            round_bank=own.round_bank,
-            sources=own.sources,
-        )
         try:
-            yield generator
+            yield self.generator.replaced(**{name: getattr(parts, name) for name in TRAINED})
         finally:
             parts.train()
 

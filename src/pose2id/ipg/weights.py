@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 VAE_REPO = "stabilityai/sd-vae-ft-mse"
 TINY = "tiny"
 CONFIG_FILE = "pose2id.json"
+OPENRAIL = "creativeml-openrail-m"
+OTHER = "other"
 _FORMAT = 1
 _SHOWN = 10  # keys of one kind that an error lists
 
@@ -141,6 +143,7 @@ class Weights:
         scheduler_config: a diffusers scheduler's, with its class under `_class_name`.
         settings: further arguments of `IdentityGenerator`.
         sources: repository to commit.
+        license: of the whole, as the Hub names it.
     """
 
     files: Mapping[str, Path]
@@ -148,6 +151,7 @@ class Weights:
     scheduler_config: Mapping[str, Any] = field(default_factory=lambda: dict(_PUBLISHED_SCHEDULER))
     settings: Mapping[str, Any] = field(default_factory=lambda: dict(_PUBLISHED_SETTINGS))
     sources: Mapping[str, str] = field(default_factory=dict)
+    license: str = OPENRAIL
 
     def check(self) -> None:
         """Raise one ValueError for all parts whose file lacks keys, or has others, or of other shapes."""
@@ -267,6 +271,7 @@ def save(
     scheduler_config: Mapping[str, Any],
     settings: Mapping[str, Any],
     sources: Mapping[str, str],
+    license: str,  # noqa: A002 - what the Hub calls it
     notes: str = "",
 ) -> None:
     """Write weights in our layout, whole or not at all, into a directory that is new or empty.
@@ -278,6 +283,7 @@ def save(
         scheduler_config: with its class under `_class_name`.
         settings: further arguments of `IdentityGenerator`.
         sources: repository to commit.
+        license: as the Hub names it; the model card has it.
         notes: Markdown that ends the model card.
     """
     target = checked_target(directory)
@@ -287,6 +293,7 @@ def save(
         "scheduler": dict(scheduler_config),
         "settings": dict(settings),
         "sources": dict(sources),
+        "license": license,
     }
     description = json.dumps(content, indent=2) + "\n"
     made, moved = not target.exists(), []
@@ -296,7 +303,7 @@ def save(
     try:
         unfinished.mkdir()
         (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
-        (unfinished / "README.md").write_text(_model_card(sources, notes), encoding="utf-8")
+        (unfinished / "README.md").write_text(_model_card(sources, license, notes), encoding="utf-8")
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -346,6 +353,7 @@ def convert(
         scheduler_config=scheduler_config(weights.scheduler()),
         settings=weights.settings,
         sources=weights.sources,
+        license=weights.license,
     )
 
 
@@ -370,6 +378,19 @@ def checked_dtype(dtype: Any) -> torch.dtype:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise TypeError(f"dtype must be one of torch's {names}, got {dtype!r}.")
     return cast("torch.dtype", dtype)
+
+
+def checked_license(name: Any) -> str:
+    """A licence's name on the Hub, such as "mit"; it stands in the YAML of model cards.
+
+    Raises:
+        TypeError, ValueError: another text.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"license must be a name of the Hub such as 'mit', got {type(name).__name__}.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+        raise ValueError(f"license must be a name of the Hub such as 'mit', or {OTHER!r}, got {name!r}.")
+    return name
 
 
 def checked_target(directory: str | os.PathLike[str]) -> Path:
@@ -418,7 +439,12 @@ def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> We
     files = place.files([f"{name}.safetensors" for name in names])
     sources = {str(repository): str(commit) for repository, commit in sections["sources"].items()}
     return Weights(
-        dict(zip(names, files, strict=True)), configs, sections["scheduler"], settings, {**sources, **place.source()}
+        dict(zip(names, files, strict=True)),
+        configs,
+        sections["scheduler"],
+        settings,
+        {**sources, **place.source()},
+        checked_license(content.get("license", OPENRAIL)),
     )
 
 
@@ -455,6 +481,7 @@ def _with_vae(weights: Weights, place: Place) -> Weights:
         files={**weights.files, "vae": file},
         configs={**weights.configs, "vae": _public(_json(config_file))},
         sources={**others, **place.source()},
+        license=OPENRAIL if weights.license == OPENRAIL else OTHER,
     )
 
 
@@ -535,15 +562,16 @@ def _mismatch(module: nn.Module, tensors: Mapping[str, Tensor], unused: str) -> 
     )
 
 
-def _model_card(sources: Mapping[str, str], notes: str) -> str:
+def _model_card(sources: Mapping[str, str], name: str, notes: str) -> str:
     origin = "".join(f"* {repository} at commit {commit}\n" for repository, commit in sources.items())
-    return _MODEL_CARD + (f"\n## Made from\n\n{origin}" if origin else "") + (f"\n{notes}" if notes else "")
+    card = _MODEL_CARD.format(license=name, terms=_TERMS.get(name, _OTHER_TERMS.format(license=name)))
+    return card + (f"\n## Made from\n\n{origin}" if origin else "") + (f"\n{notes}" if notes else "")
 
 
 _MODEL_CARD = """\
 ---
 library_name: pose2id
-license: creativeml-openrail-m
+license: {license}
 tags:
 - person-re-identification
 - image-generation
@@ -557,11 +585,19 @@ Centralization" (CVPR 2025, arXiv 2503.00938).
 
 ## Licence and use
 
-The published UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers them and
-whatever was trained from them: its use-based restrictions must be passed on with every copy. UNets that were trained
-from random weights are not under it. The other parts (identity encoder, identity tokens, pose encoder, VAE) are under
-the terms of their authors.
+{terms}
 
 The weights make pictures of people from pictures of people. Matching persons across cameras is biometric processing,
 which the law of many places restricts: use them only where you have a lawful basis.
 """
+
+_TERMS = {
+    OPENRAIL: """\
+The published UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers them and
+whatever was trained from them: its use-based restrictions must be passed on with every copy. The other parts (identity
+encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.""",
+    OTHER: """\
+The UNets were trained from random weights, so that nothing in them comes from Stable Diffusion. Each part (identity
+encoder, identity tokens, pose encoder, UNets, VAE) is under the terms of its authors.""",
+}
+_OTHER_TERMS = "Whoever made these weights put them under the licence that is named above, {license}."
