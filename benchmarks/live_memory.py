@@ -1,4 +1,4 @@
-"""What generation needs of a GPU's memory, counted without one: bytes of the tensors alive, on shapes alone.
+"""What generation and training need of a GPU's memory, counted without one: bytes of tensors, on shapes alone.
 
 Not counted: what an allocator adds by rounding and fragmentation, workspaces of cuDNN, and the CUDA context.
 """
@@ -33,6 +33,25 @@ def peaks(call: Callable[[], Any], modules: Mapping[str, nn.Module]) -> dict[str
         for hook in hooks:
             hook.remove()
     return live.peaks
+
+
+def kept(call: Callable[[], Any], module: nn.Module) -> int:
+    """Bytes of what a forward pass keeps for the way back, beside the module's weights.
+
+    The call is on the meta device; with gradient checkpointing what it keeps is what will be computed again from.
+    """
+    seen = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    alive: list[torch.Tensor] = []  # or another storage would get the number of one that is gone
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in seen:
+            seen.add(tensor.untyped_storage()._cdata)
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        call()
+    return sum(tensor.untyped_storage().nbytes() for tensor in alive)
 
 
 class _Live(TorchDispatchMode):
@@ -79,8 +98,16 @@ class _FusedAttention(TorchFunctionMode):
     """Attention in one kernel, as CUDA has it: there is no matrix of all pairs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, _, value = args[:3]
+        return func(*args, **(kwargs or {})) if func is not F.scaled_dot_product_attention else _Kernel.apply(*args[:3])
+
+
+class _Kernel(torch.autograd.Function):
+    """Keeps its inputs, its output, and a number for each row of it."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         batch, heads, length, _ = query.shape
-        return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, length))
+        return output

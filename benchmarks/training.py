@@ -3,6 +3,7 @@
 python benchmarks/training.py                                               # the defaults: 48 GB
 python benchmarks/training.py --optimizer adamw8bit --gradient-checkpointing --gradient-accumulation 4   # 24 GB
 python benchmarks/training.py --tiny --device cpu                           # the tiny weights, anywhere
+python benchmarks/training.py --count-memory                                # in GB, counted without a GPU
 
 Needs the extra "train". Each step is timed with its loading; the first ones, which warm up, are left out.
 """
@@ -17,11 +18,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import live_memory
 import torch
 from diffusers import AutoencoderKL
 
 from pose2id.datasets import SyntheticPedestrians, read_table, write_people
 from pose2id.ipg import IdentityGenerator, TransReID, metrics, starting, training, weights
+from pose2id.ipg.objective import TrainedParts
 
 _VAE = {
     "latent_channels": 4,
@@ -47,8 +50,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="the tiny weights in place of the published size")
     parser.add_argument("--device", help="cpu, to run there even if there is a GPU")
+    parser.add_argument("--count-memory", action="store_true", help="what float32 needs, on tensors without content")
     args = parser.parse_args()
-    settings = {name: value for name, value in vars(args).items() if name not in ("tiny", "device")}
+    if args.count_memory:
+        print("\n".join(f"{what:<56}{number / 1e9:6.2f} GB" for what, number in counted(args.batch_size).items()))
+        return
+    settings = {name: value for name, value in vars(args).items() if name not in ("tiny", "device", "count_memory")}
     generator = starting.start("tiny", device="cpu") if args.tiny else _full_size()
     times: list[float] = []
 
@@ -82,6 +89,37 @@ def main() -> None:
     )
     if generator.device.type == "cuda":
         print(f"largest memory of tensors: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB (10^9 bytes)")
+
+
+def counted(batch_size: int) -> dict[str, int]:
+    """Bytes of everything that training at the published size holds, in float32."""
+    with torch.device("meta"):
+        generator = _full_size()
+        trained = TrainedParts(generator).train()
+        latents, images = (torch.empty(batch_size, *shape) for shape in (generator.latent_shape, (3, 512, 256)))
+        timesteps = torch.empty(batch_size, dtype=torch.int64)
+        features = torch.empty(batch_size, generator.identity_encoder.feature_dim)
+
+    def loss() -> None:
+        unconditional = torch.zeros(batch_size, dtype=torch.bool)  # a sample without a reference keeps less
+        trained(latents, timesteps, images, latents, features, unconditional).square().mean()
+
+    every = sum(parameter.nbytes for parameter in trained.parameters())
+    learnt = sum(parameter.nbytes for parameter in trained.parameters() if parameter.requires_grad)
+    frozen = sum(
+        parameter.nbytes for part in (generator.vae, generator.identity_encoder) for parameter in part.parameters()
+    )
+    table = {
+        "weights that are trained": every,
+        "their gradients": learnt,
+        "Adam's two numbers a weight": 2 * learnt,
+        "the same of adamw8bit": learnt // 2,
+        "VAE and identity encoder": frozen,
+        f"activations of {batch_size} samples": live_memory.kept(loss, trained),
+    }
+    trained.reference_unet.enable_gradient_checkpointing()
+    trained.denoising_unet.enable_gradient_checkpointing()
+    return {**table, "the same with --gradient-checkpointing": live_memory.kept(loss, trained), "--ema": every}
 
 
 def _full_size() -> IdentityGenerator:

@@ -34,7 +34,9 @@ _isolate_hub_client()
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread_for_miniatures(request):
     # Small networks gain nothing from threads, and lose minutes to them where other processes want the cores.
-    miniature = request.path.parent.name == "ipg" and request.path.stem != "test_full_size"
+    tests = request.path.stem
+    miniature = request.path.parent.name == "ipg" and tests != "test_full_size"
+    miniature |= tests in ("test_demo", "test_real_pedestrians")
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if miniature else threads)
     yield

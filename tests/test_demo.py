@@ -6,7 +6,6 @@ import runpy
 import numpy as np
 import pytest
 import reference
-import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -19,15 +18,6 @@ NAMES = ["baseline", "NFC", "IPG", "IPG + NFC"]
 RERANKED = ["re-ranking", "NFC + re-ranking", "IPG + re-ranking", "IPG + NFC + re-ranking"]
 FAST = demo.Settings(num_inference_steps=1, guidance_scale=1.0)
 ETA = 0.7
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # The tiny networks gain little from threads, and lose minutes to them where other processes want the cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -39,14 +39,6 @@ MINIATURE = script.Size(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(out, data, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(script.SIZES, "miniature", MINIATURE)

@@ -260,7 +260,7 @@ def test_no_table(tmp_path):
         read_table(tmp_path / "none.csv")
 
 
-def test_names_that_tell_identity_and_camera(folder):
+def test_names_that_tell_identity_and_camera(folder, caplog):
     root = folder(
         "0002_c1s1_000451_03.jpg",
         "12_c2_7.jpg",
@@ -277,11 +277,13 @@ def test_names_that_tell_identity_and_camera(folder):
         PersonImage(root / "12_c2_7.jpg", "12", "2"),
         PersonImage(root / "deeper" / "0002_c10_f0046302.png", "0002", "10"),
     ]
+    assert caplog.messages == ["2 of 5 images left out: identities -1 (junk) and 0"]
 
 
-def test_a_name_is_no_reason_to_read_the_image(tmp_path):
+def test_a_name_is_no_reason_to_read_the_image(tmp_path, caplog):
     (tmp_path / "1_c1.jpg").write_bytes(b"broken")
     assert table_of_folder(tmp_path) == [PersonImage(tmp_path / "1_c1.jpg", "1", "1")]
+    assert not caplog.messages
 
 
 def test_names_that_do_not_fit(folder):

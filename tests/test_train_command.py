@@ -246,6 +246,8 @@ def test_values_of_a_file(command, taken, content, name, value):
 def test_image_sizes_and_networks_of_a_file(command, taken, tmp_path):
     assert command(config="image_size: 32x16") == 0
     assert taken["start"][1]["image_size"] == (32, 16)
+    assert command(config="image_size: [48, 16]") == 0
+    assert taken["start"][1]["image_size"] == (48, 16)
     assert command(config=f"unet: {json.dumps(UNET)}") == 0
     assert taken["start"][1]["unet"] == UNET
     (tmp_path / "unet.json").write_text(json.dumps(UNET))
@@ -324,7 +326,9 @@ def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):
         ("cache: 'yes'", "cache.*'yes'"),
         ("cache: true", "reference_variants must be a number with cache=True"),
         ("schedule: 3", "schedule.*3"),
-        ("image_size: 16", "image_size.*16"),
+        ("image_size: 16", r"image_size.*HEIGHTxWIDTH or \[HEIGHT, WIDTH\].*16"),
+        ("image_size: [16, 8, 3]", r"image_size.*\[16, 8, 3\]"),
+        ("image_size: [16.0, 8]", r"image_size.*\[16\.0, 8\]"),
         ("image_size: 16x", "image.size.*16x"),
         ("validation: 5", "validation.*5"),
         ("cache_dir: 5", "cache_dir.*5"),

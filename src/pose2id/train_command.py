@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -85,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from pose2id.datasets import read_table  # noqa: PLC0415 - all of these take seconds to import
     from pose2id.ipg import starting, training  # noqa: PLC0415
     from pose2id.ipg.settings import checked_settings  # noqa: PLC0415
+    from pose2id.ipg.weights import json_object  # noqa: PLC0415
 
     logging.getLogger(training.__name__).setLevel(logging.INFO)  # what is trained on, and what was left out
     checked_settings(settings)  # before anything is downloaded
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     device = given.pop("device", None)
     unet = given.get("unet")
     if isinstance(unet, str) and unet.endswith(".json"):
-        given["unet"] = _unet(Path(unet))
+        given["unet"] = json_object(Path(unet))
     if isinstance(given.get("image_size"), str):
         given["image_size"] = size(given["image_size"], "--image-size")
     generator = starting.start(given.pop("weights", "yuanc3/Pose2ID"), device="cpu", **given)
@@ -146,18 +146,15 @@ def _value(name: str, value: Any, kind: Any, path: str) -> Any:
     if kind is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # YAML takes 1e-5, which has no point, for text
+    elif name == "image_size" and _is_size(value):
+        return f"{value[0]}x{value[1]}"
     elif type(value) is kind or (name == "unet" and isinstance(value, dict)):
         return value
     wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
+    wanted = {"image_size": "HEIGHTxWIDTH or [HEIGHT, WIDTH]"}.get(name, wanted)
     raise ValueError(f"{name} in {path} must be {wanted}, got {value!r}.")
 
 
-def _unet(path: Path) -> dict[str, Any]:
-    """A UNet's configuration."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--unet {path} must be JSON, a diffusers configuration ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--unet {path} must hold a diffusers configuration, got {type(content).__name__}.")
-    return content
+def _is_size(value: Any) -> bool:
+    """Whether a YAML file has a height and a width."""
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)

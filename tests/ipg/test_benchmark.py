@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import generation
 import live_memory
+import training
 from published_generation import PublishedSchedule
 
 CPU = torch.device("cpu")
@@ -99,3 +100,29 @@ def test_memory_of_attention_has_no_matrix():
     query = torch.zeros(1, 8, 4096, 40, device="meta")
     peak = live_memory.peaks(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query), {})
     assert max(peak.values()) == query.nbytes
+
+
+def test_what_is_kept_for_the_way_back():
+    layer = torch.nn.Linear(1000, 1000, bias=False, device="meta")
+    inputs = torch.zeros(250, 1000, device="meta")
+    # The inputs of two layers, and what the second one's activation is recognized by; weights are not counted.
+    assert live_memory.kept(lambda: layer(layer(inputs)).relu(), layer) == 3_000_000
+    assert live_memory.kept(lambda: torch.utils.checkpoint.checkpoint(layer, inputs, use_reentrant=False), layer) == (
+        1_000_000
+    )
+    query = torch.zeros(1, 8, 4096, 40, device="meta", requires_grad=True)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    # Query, key and value are one tensor here; then the output, and a number for each of its rows.
+    assert live_memory.kept(lambda: attention(query, query, query), layer) == 2 * query.nbytes + 8 * 4096 * 4
+
+
+def test_memory_of_training_as_the_documentation_has_it():
+    table = {what: round(number / 1e9, 1) for what, number in training.counted(4).items()}
+    assert list(table.values()) == [7.1, 7.1, 14.2, 3.6, 0.7, 7.8, 1.6, 7.1]
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for line in (
+        "| optimizer, two numbers a weight | 14.2 | 3.6 |",
+        "| activations of 4 samples, 512 x 256 | 7.8 | 7.8 |",
+        "| the same with `--gradient-checkpointing` | 1.6 | 1.6 |",
+    ):
+        assert line in page

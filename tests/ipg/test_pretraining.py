@@ -127,6 +127,19 @@ def test_a_vae_learns_to_rebuild(vae):
     assert not any(parameter.requires_grad for parameter in trained.parameters())
 
 
+def test_a_vae_has_plain_blocks_unless_it_is_told_otherwise():
+    options = {"image_size": (32, 16), "steps": 1, "batch_size": 1, "progress": False}
+    config = {"block_out_channels": [4, 4, 8], "norm_num_groups": 4}
+    plain = train_vae(of(UNSEEN)[0][:1], config=config, **options).config
+    assert plain.down_block_types == ["DownEncoderBlock2D"] * 3
+    assert plain.up_block_types == ["UpDecoderBlock2D"] * 3
+    told = train_vae(
+        of(UNSEEN)[0][:1], config={**config, "down_block_types": ["AttnDownEncoderBlock2D"] * 3}, **options
+    )
+    assert told.config.down_block_types == ["AttnDownEncoderBlock2D"] * 3
+    assert len(train_vae(of(UNSEEN)[0][:1], **options).encoder.down_blocks) == 1  # diffusers' default
+
+
 def test_latents_are_scaled_to_unit_deviation(vae):
     trained, _ = vae
     images, _ = of(TRAINED_ON)

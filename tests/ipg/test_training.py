@@ -637,6 +637,22 @@ def test_other_settings_are_refused(short, run, tmp_path, changed, shown):
     assert str(directory) in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # bitsandbytes' own
+def test_8_bit_states_are_kept_as_well(run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = {"steps": 3, "optimizer": "adamw8bit"}
+    expected = run(tmp_path / "run", **settings)
+    moments = state(tmp_path / "run", 3)["optimizer"]["state"].values()
+    tensors = [tensor for of_one in moments for tensor in of_one["__bnb_optimizer_quant_state__"].values()]
+    assert torch.uint8 in {tensor.dtype for tensor in tensors}
+    assert_equal(
+        weights(expected.weights), weights(run(until(tmp_path / "run", 1, tmp_path / "copy"), **settings).weights)
+    )
+    plain = run(tmp_path / "plain", steps=3, optimizer="adamw")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "plain"), rtol=1e-2)
+    assert_equal(weights(plain.weights), weights(expected.weights), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_finished_run_goes_on_to_more_steps(run, tmp_path, ema):
     run(tmp_path / "run", ema=ema)

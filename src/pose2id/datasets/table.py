@@ -339,6 +339,8 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
         images = [image for image in images if int(image.identity) > 0]
     if not images:
         raise ValueError(f"images in {folder} must show people, got {len(files)} of identities -1 (junk) and 0 only.")
+    if len(images) < len(files):
+        logger.warning("%d of %d images left out: identities -1 (junk) and 0", len(files) - len(images), len(files))
     return images
 
 

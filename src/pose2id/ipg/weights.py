@@ -252,7 +252,7 @@ def open_unet(
     """
     place = _pinned_place(repo_or_dir, "unet", {k: v for k, v in options.items() if k not in ("revision", "vae")})
     config_file, file = place.files(["unet/config.json", "unet/diffusion_pytorch_model.safetensors"])
-    source = Weights({"denoising_unet": file}, {"denoising_unet": _public(_json(config_file))})
+    source = Weights({"denoising_unet": file}, {"denoising_unet": _public(json_object(config_file))})
     source.check()
     unet = cast("diffusers.UNet2DConditionModel", source.load("denoising_unet", dtype=torch.float32, device="cpu"))
     return unet, place.source()
@@ -372,6 +372,21 @@ def push(
     return str(commit.commit_url)
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds: a configuration, for one.
+
+    Raises:
+        OSError, ValueError: no such file; no JSON, or no object; named.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON object, and is no intact JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
 def checked_dtype(dtype: Any) -> torch.dtype:
     """One of the dtypes that parts compute in."""
     if dtype not in _DTYPES:
@@ -422,7 +437,7 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
 
 
 def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> Weights:
-    content = _json(config_file)
+    content = json_object(config_file)
     if content.get("format") != _FORMAT:
         raise ValueError(
             f"{config_file} must have format {_FORMAT}, which this version reads, got {content.get('format')!r}."
@@ -479,7 +494,7 @@ def _with_vae(weights: Weights, place: Place) -> Weights:
     return replace(
         weights,
         files={**weights.files, "vae": file},
-        configs={**weights.configs, "vae": _public(_json(config_file))},
+        configs={**weights.configs, "vae": _public(json_object(config_file))},
         sources={**others, **place.source()},
         license=OPENRAIL if weights.license == OPENRAIL else OTHER,
     )
@@ -488,16 +503,6 @@ def _with_vae(weights: Weights, place: Place) -> Weights:
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without diffusers' own notes, one of which is the path that a model came from."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no intact JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
 
 
 def _read(name: str, path: Path) -> dict[str, Tensor]:
