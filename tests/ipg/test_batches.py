@@ -292,6 +292,16 @@ def test_offloading_changes_no_picture(people, offloaded):
     assert torch.equal(offloaded.generate(people[:2], standard()[:2], output="tensor", **OPTIONS), expected)
 
 
+def test_a_generator_of_other_parts_offloads_as_well(people, offloaded):
+    expected = offloaded.generate(people[:1], standard()[:1], output="tensor", **OPTIONS)
+    other = offloaded.replaced(image_size=(64, 32))
+    assert other.device == offloaded.device == torch.device("cpu", 0)
+    assert other.image_size == (64, 32)
+    assert other.replaced(image_size=offloaded.image_size).vae is offloaded.vae
+    again = other.replaced(image_size=offloaded.image_size)
+    assert torch.equal(again.generate(people[:1], standard()[:1], output="tensor", **OPTIONS), expected)
+
+
 def test_a_device_ends_offloading(people, offloaded):
     before = pointers(offloaded)
     assert offloaded.device == torch.device("cpu", 0)

@@ -98,6 +98,7 @@ def test_the_model_card_has_the_licence_and_no_path(own):
 
 @pytest.mark.parametrize(("name", "said"), [("mit", "named above, mit."), ("other", "from random weights")])
 def test_another_licence(tmp_path, name, said):
+    assert tiny.generator().replaced(license=name).license == name
     tiny.generator(license=name).save_pretrained(tmp_path / "own")
     card = (tmp_path / "own" / "README.md").read_text()
     assert f"\nlicense: {name}\n" in card

@@ -274,7 +274,9 @@ class IdentityGenerator:
             "sources": self.sources,
             "license": self.license,
         }
-        return IdentityGenerator(**{**self.parts, **own, **changes})
+        replaced = IdentityGenerator(**{**self.parts, **own, **changes})
+        replaced._offload_device = self._offload_device
+        return replaced
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IdentityGenerator:
         """Move all parts, and return the generator. A device ends `enable_model_cpu_offload`.
