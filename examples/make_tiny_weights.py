@@ -9,6 +9,8 @@ Started again, it goes on where it was stopped: finished stages are kept, and tr
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,17 +72,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
+    kept = ("people", "encoder_steps", "vae_steps", "steps", "batch_size")
+    check_settings(out / "settings.json", {name: getattr(args, name) for name in kept})
 
-    table = out / "people" / "table.csv"
-    if not table.exists():
-        write_people(SyntheticPedestrians(args.people, num_cameras=12, images_per_camera=1, seed=1000), table.parent)
-    images = read_table(table)
+    people = out / "people"
+    if not people.exists():
+        unfinished = out / "people.part"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_people(SyntheticPedestrians(args.people, num_cameras=12, images_per_camera=1, seed=1000), unfinished)
+        unfinished.rename(people)
+    images = read_table(people / "table.csv")
     paths, pids = [image.path for image in images], [int(image.identity) for image in images]
 
     def train_encoder() -> TransReID:
-        people = min(16, args.people)
         return pretraining.train_identity_encoder(
-            paths, pids, config=ENCODER, steps=args.encoder_steps, people_per_batch=people
+            paths, pids, config=ENCODER, steps=args.encoder_steps, people_per_batch=min(16, args.people)
         )
 
     def train_vae() -> AutoencoderKL:
@@ -99,6 +105,19 @@ def main() -> None:
     print(result)
     if not (out / "weights").exists():
         IdentityGenerator.from_pretrained(result.weights, dtype=torch.float16).save_pretrained(out / "weights")
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """See that a directory was begun with these settings; else its stages would not belong together."""
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    began = json.loads(path.read_text(encoding="utf-8"))
+    differing = [name for name in settings if began.get(name) != settings[name]]
+    if differing:
+        raise SystemExit(f"{path} has other settings than these: {', '.join(differing)}. Choose another --out.")
 
 
 def once(path: Path, make: Callable[[], Any], build: Callable[[Any], Any]) -> Any:

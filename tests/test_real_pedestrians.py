@@ -21,7 +21,7 @@ from pose2id.ipg.settings import TrainingSettings
 
 pytest.importorskip("accelerate")
 onnxruntime = pytest.importorskip("onnxruntime")
-script = pytest.importorskip("train_real_pedestrians")
+import train_real_pedestrians as script  # noqa: E402 - needs both
 
 FIRST_TEST_PERSON = 5
 WORDS = "--size miniature --sampler-steps 1 --device cpu --workers 0"

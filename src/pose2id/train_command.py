@@ -53,6 +53,7 @@ STARTING: tuple[tuple[str, Any, str], ...] = (
     ),
     ("num_tokens", int, "of the identity, with --unet (20)"),
     ("image_size", str, "HEIGHTxWIDTH that is trained at (the weights' own)"),
+    ("license", str, "of the UNets that come out, as the Hub names it (that of the weights; other, from random ones)"),
     ("vae", str, "directory or repository of the VAE, for weights without one (stabilityai/sd-vae-ft-mse)"),
     ("revision", str, "of the weights (main)"),
     ("cache_dir", str, "where downloads are kept (the Hub client's)"),
@@ -94,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
     device = given.pop("device", None)
     unet = given.get("unet")
     if isinstance(unet, str) and unet.endswith(".json"):
-        given["unet"] = json_object(Path(unet))
-    if isinstance(given.get("image_size"), str):
+        given["unet"] = json_object(Path(unet), "--unet")
+    if isinstance(given.get("image_size"), str):  # a flag
         given["image_size"] = size(given["image_size"], "--image-size")
     generator = starting.start(given.pop("weights", "yuanc3/Pose2ID"), device="cpu", **given)
     result = training.train(generator, images, args.out, validation=shown, device=device, **settings)
@@ -147,14 +148,19 @@ def _value(name: str, value: Any, kind: Any, path: str) -> Any:
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # YAML takes 1e-5, which has no point, for text
     elif name == "image_size" and _is_size(value):
-        return f"{value[0]}x{value[1]}"
+        return tuple(value)
+    elif name == "image_size" and isinstance(value, str):
+        return size(value, f"image_size in {path}")
     elif type(value) is kind or (name == "unet" and isinstance(value, dict)):
         return value
     wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
-    wanted = {"image_size": "HEIGHTxWIDTH or [HEIGHT, WIDTH]"}.get(name, wanted)
+    wanted = {
+        "image_size": "HEIGHTxWIDTH or [HEIGHT, WIDTH]",
+        "unet": "text or a diffusers configuration",
+    }.get(name, wanted)
     raise ValueError(f"{name} in {path} must be {wanted}, got {value!r}.")
 
 
 def _is_size(value: Any) -> bool:
     """Whether a YAML file has a height and a width."""
-    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int and number > 0 for number in value)

@@ -94,10 +94,14 @@ def test_the_licence_is_that_of_what_training_starts_from(weights, diffusion, st
     assert license_of(weights, unet=UNET) == "other"
     miniature().replaced(license="mit").save_pretrained(tmp_path / "mit")
     assert license_of(tmp_path / "mit") == "mit"
-    assert license_of(tmp_path / "mit", unet=UNET) == "mit"
+    assert license_of(tmp_path / "mit", unet=UNET) == "other"
+    assert license_of(tmp_path / "mit", unet=UNET, license="mit") == "mit"
+    assert license_of(weights, license="openrail++") == "openrail++"
     assert license_of(tmp_path / "mit", unet=diffusion) == "creativeml-openrail-m"
     miniature().vae.save_pretrained(tmp_path / "vae")
-    assert license_of(tmp_path / "mit", vae=tmp_path / "vae") == "other"
+    assert license_of(tmp_path / "mit", vae=tmp_path / "vae") == "mit"
+    with pytest.raises(ValueError, match="license must be"):
+        license_of(weights, license="My Own")
     parts = {"identity_encoder": miniature().identity_encoder, "vae": miniature().vae, "image_size": (16, 8)}
     assert starting.fresh(**parts, unet=UNET).license == "other"
     assert starting.fresh(**parts, unet=UNET, license="mit").license == "mit"

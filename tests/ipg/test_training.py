@@ -24,6 +24,7 @@ from PIL import Image
 
 from pose2id.ipg import IdentityGenerator, checkpoints
 from pose2id.ipg.latents import identity_features
+from pose2id.ipg.metrics import Metrics
 from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
 from pose2id.ipg.pairs import Pairs, PairSettings, select
 from pose2id.ipg.settings import TrainingSettings
@@ -200,6 +201,7 @@ def test_what_is_written(whole):
     ]
     card = (result.weights / "README.md").read_text()
     assert "* learning_rate: 0.001" in card
+    assert "* steps" not in card  # which may be more than were done
     assert "for 4 steps, 16 x 8 pixels, on 9 images of 3 people" in card
     assert f"Mean loss of the last 100 steps {result.loss:.4f}. Identity retention" in card
 
@@ -258,12 +260,57 @@ def test_the_first_validation_is_of_what_training_starts_from(run, tmp_path, ema
     assert first[1]["own_cosine"] != pytest.approx(first[0]["own_cosine"], abs=1e-5)
 
 
+def test_licence_and_sources_are_those_of_the_first_start(run, tmp_path):
+    first = miniature().replaced(sources={"user/weights": "0123"})
+    run(tmp_path / "run", first)
+    directory = until(tmp_path / "run", 1, tmp_path / "copy")
+    result = run(directory, miniature().replaced(license="other"))
+    card = (result.weights / "README.md").read_text()
+    assert "\nlicense: creativeml-openrail-m\n" in card
+    assert "user/weights at commit 0123" in card
+    loaded = IdentityGenerator.from_pretrained(result.weights, device="cpu")
+    assert (loaded.license, loaded.sources) == ("creativeml-openrail-m", {"user/weights": "0123"})
+
+
+def test_a_bank_that_is_rounded_otherwise_has_no_part_in_training(short, run, tmp_path):
+    generator = miniature()
+    generator.round_bank = not generator.round_bank
+    assert_equal(weights(short / "weights"), weights(run(until(short, 1, tmp_path / "run"), generator).weights))
+
+
+def test_a_directory_below_home(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    result = run("~/run")
+    assert result.weights == tmp_path / "run" / "weights"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    IdentityGenerator.from_pretrained(result.weights, device="cpu")
+
+
+def test_accelerates_environment_changes_nothing(short, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert_equal(weights(short / "weights"), weights(run(tmp_path / "run").weights))
+
+
+def test_the_loss_of_a_process_that_writes_nothing(short):
+    silent = Metrics(short, 2, write=False)
+    assert silent.recent_loss() == pytest.approx(np.mean(losses(short)))
+    before = (short / "metrics.jsonl").read_bytes()
+    silent.add(3, loss=1.0)
+    silent.close()
+    assert (short / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_that_begins_anew_records_its_start_once(whole, run, tmp_path):
     run(tmp_path / "run", **WHOLE)
     for checkpoint in checkpoints.found(tmp_path / "run"):
         shutil.rmtree(checkpoint)
     shutil.rmtree(tmp_path / "run" / "weights")
     run(tmp_path / "run", **WHOLE)
+    events = on_board(tmp_path / "run")
+    assert [step for step, _ in events["retention"]] == [0, 2, 4]
     assert lines(tmp_path / "run") == lines(whole[0])
 
 
@@ -280,18 +327,24 @@ def test_record(whole):
     assert -1 <= found[-1]["other_cosine"] <= 1
 
 
-def test_tensorboard_has_the_same(whole):
+def on_board(directory):
+    """(step, value) of what TensorBoard shows, by name; of samples (step,)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 
-    directory, _ = whole
     board = EventAccumulator(str(directory / "tensorboard"))
     board.Reload()
-    assert {*board.Tags()["scalars"]} == {"loss", "retention", "own_cosine", "other_cosine"}
-    for name in board.Tags()["scalars"]:
+    shown = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    return {**shown, "samples": [(event.step,) for event in board.Images("samples")]}
+
+
+def test_tensorboard_has_the_same(whole):
+    directory, _ = whole
+    shown = on_board(directory)
+    assert shown.keys() == {"loss", "retention", "own_cosine", "other_cosine", "samples"}
+    assert shown.pop("samples") == [(0,), (2,), (4,)]
+    for name, found in shown.items():
         recorded = [(line["step"], line[name]) for line in lines(directory) if name in line]
-        found = [(event.step, event.value) for event in board.Scalars(name)]
         np.testing.assert_allclose(found, recorded, rtol=1e-6)
-    assert [event.step for event in board.Images("samples")] == [0, 2, 4]
 
 
 def test_samples_show_who_in_which_pose_and_what_came_out(whole):
@@ -507,9 +560,11 @@ def test_a_full_disk_when_latents_are_kept(run, tmp_path):
 
 def test_a_full_disk_when_weights_are_published(short, run, tmp_path):
     directory = until(short, 2, tmp_path / "run")
-    with files_of_at_most(50_000), pytest.raises(OSError):  # noqa: PT011 - of the operating system
+    newest = re.escape(str(directory / "step-00000002" / "weights"))
+    with files_of_at_most(50_000), pytest.raises(OSError, match=rf"training is complete.* They are in {newest}; make"):
         run(directory)
     assert not (directory / "weights").exists()
+    assert not list(directory.glob(".unfinished-*"))
     assert_equal(weights(short / "weights"), weights(run(directory).weights))
 
 
@@ -601,7 +656,9 @@ def test_an_empty_directory_and_one_below_none(run, tmp_path):
     run(tmp_path / "a" / "b" / "c", steps=1)
 
 
-@pytest.mark.parametrize("what", ["fewer", "another order", "another pose", "another identity", "another size"])
+@pytest.mark.parametrize(
+    "what", ["fewer", "another order", "another pose", "another identity", "another size", "other pixels"]
+)
 def test_other_images_are_refused(short, run, images, tmp_path, what):
     directory = until(short, 1, tmp_path / "run")
     table = list(images)
@@ -613,6 +670,14 @@ def test_other_images_are_refused(short, run, images, tmp_path, what):
         table[0] = replace(table[0], pose=table[1].pose)
     elif what == "another identity":
         table[0] = replace(table[0], identity=table[-1].identity)
+    elif what == "another byte":  # in a file of the same name and size
+        begun, changed = tmp_path / "begun" / table[0].path.name, tmp_path / "changed" / table[0].path.name
+        for path, end in ((begun, b"0"), (changed, b"1")):
+            path.parent.mkdir()
+            path.write_bytes(table[0].path.read_bytes() + end)
+        run(tmp_path / "other", table=[replace(table[0], path=begun), *table[1:]])
+        directory = until(tmp_path / "other", 1, tmp_path / "copy")
+        table[0] = replace(table[0], path=changed)
     else:
         Image.new("RGB", (20, 40)).save(tmp_path / table[0].path.name)
         table[0] = replace(table[0], path=tmp_path / table[0].path.name)
@@ -665,13 +730,53 @@ def test_a_finished_run_goes_on_to_more_steps(run, tmp_path, ema):
     assert "for 4 steps" in (result.weights / "README.md").read_text()
     assert_equal(weights(result.weights), weights(run(tmp_path / "run", steps=4, ema=ema).weights))
 
-    # Stopped on the way there, it has no weights that would pass for those of all steps.
+    # Stopped on the way there, even at the very end, it keeps the weights that it had.
+    stopped = tmp_path / "stopped"
+    before = weights(stopped / "weights")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(tmp_path / "stopped", steps=4, ema=ema)
-    assert not (tmp_path / "stopped" / "weights").exists()
-    assert_equal(weights(expected.weights), weights(run(tmp_path / "stopped", steps=4, ema=ema).weights))
+            run(stopped, steps=4, ema=ema)
+    assert_equal(before, weights(stopped / "weights"))
+    assert_equal(weights(expected.weights), weights(run(stopped, steps=4, ema=ema).weights))
+    assert not list(stopped.glob(".unfinished-*"))
+
+
+def test_a_run_that_cannot_go_on_to_more_steps_keeps_its_weights(short, run, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    with pytest.raises(ValueError, match="validation"):
+        run(tmp_path / "run", steps=4, validation=["nowhere.png"], validation_images=2)
+    (tmp_path / "run" / "step-00000002" / "training.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(tmp_path / "run", steps=4)
+    assert_equal(weights(short / "weights"), weights(tmp_path / "run" / "weights"))
+
+
+def test_nobody_has_more_steps_who_did_not_ask_for_them(short, images, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    settings = {name: value for name, value in SHORT.items() if name != "steps"}
+    with pytest.raises(ValueError, match=r"steps 2 then, 80000 now\."):
+        train(miniature(), images, tmp_path / "run", device="cpu", **settings)
+
+
+def test_weights_of_another_step_are_replaced(short, run, tmp_path):
+    run(tmp_path / "run", steps=4, keep_checkpoints=9)
+    shutil.rmtree(tmp_path / "run" / "step-00000004")
+    shutil.rmtree(tmp_path / "run" / "step-00000003")
+    result = run(tmp_path / "run", steps=2)
+    assert result.step == 2
+    assert_equal(weights(short / "weights"), weights(result.weights))
+    assert "for 2 steps" in (result.weights / "README.md").read_text()
+
+
+def test_a_run_without_its_checkpoints_is_left_alone(short, run, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    for checkpoint in checkpoints.found(tmp_path / "run"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(FileExistsError, match="has weights of a run whose checkpoints are gone"):
+        run(tmp_path / "run", seed=7)
+    assert_equal(weights(short / "weights"), weights(tmp_path / "run" / "weights"))
+    assert losses(tmp_path / "run") == losses(short)
 
 
 def test_a_run_ends_earlier_than_it_was_to(short, run, tmp_path):

@@ -96,7 +96,7 @@ def test_the_model_card_has_the_licence_and_no_path(own):
     assert str(own.parent) not in card + (own / "pose2id.json").read_text()
 
 
-@pytest.mark.parametrize(("name", "said"), [("mit", "named above, mit."), ("other", "from random weights")])
+@pytest.mark.parametrize(("name", "said"), [("mit", "named above, mit."), ("other", "terms of whoever")])
 def test_another_licence(tmp_path, name, said):
     assert tiny.generator().replaced(license=name).license == name
     tiny.generator(license=name).save_pretrained(tmp_path / "own")
@@ -114,6 +114,21 @@ def test_another_licence(tmp_path, name, said):
 def test_a_licence_that_is_none(tmp_path, given, error):
     with pytest.raises(error, match="license must be a name of the Hub such as 'mit'"):
         tiny.generator(license=given)
+
+
+def test_a_licence_that_is_none_is_not_saved(tmp_path):
+    generator = tiny.generator()
+    generator.license = "mit\nbase_model: another"
+    with pytest.raises(ValueError, match="license must be"):
+        generator.save_pretrained(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_another_unet_has_another_licence():
+    generator = tiny.generator(license="mit")
+    assert generator.replaced(vae=generator.vae).license == "mit"
+    assert generator.replaced(denoising_unet=generator.denoising_unet).license == "creativeml-openrail-m"
+    assert generator.replaced(reference_unet=generator.reference_unet, license="other").license == "other"
 
 
 def test_weights_that_were_saved_without_a_licence(tmp_path, own):

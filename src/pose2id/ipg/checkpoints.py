@@ -59,8 +59,7 @@ def write(
         unfinished.mkdir()
         save_weights(unfinished / WEIGHTS)
         torch.save(dict(state), unfinished / _STATE)
-        for path in (*unfinished.rglob("*"), unfinished):
-            _to_disk(path)
+        _all_to_disk(unfinished)
         unfinished.replace(target)
         _to_disk(directory)
     except torch.OutOfMemoryError:
@@ -96,36 +95,41 @@ def read(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def publish(directory: Path) -> None:
-    """Copy the newest checkpoint's weights to `weights` in the run's directory, unless that is there."""
-    target = directory / WEIGHTS
-    if target.exists():
-        return
-    unfinished = directory / f"{_UNFINISHED}{secrets.token_hex(4)}"
-    try:
-        shutil.copytree(found(directory)[-1] / WEIGHTS, unfinished)
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def publish(directory: Path, published: int | None) -> int:
+    """Copy the newest checkpoint's weights to `weights` in the run's directory, in place of older ones.
 
+    Args:
+        directory: of the run.
+        published: steps of the weights that are there; None: not known, or there are none.
 
-def make_last(checkpoint: Path, steps: int) -> None:
-    """See that a run of so many steps can go on from its newest checkpoint; weights of a shorter run are removed.
-
-    The checkpoint has the same weights.
+    Returns:
+        Steps of the weights that are there now.
 
     Raises:
-        ValueError: the run has done more steps.
+        OSError: they could not be written; what was there is as it was.
     """
-    done, published = step_of(checkpoint), checkpoint.parent / WEIGHTS
-    if steps < done:
-        raise ValueError(
-            f"steps must be at least the {done} that the run in {checkpoint.parent} has done, got {steps}. Weights of "
-            "earlier steps are in its older checkpoints, as far as they were kept."
-        )
-    if steps > done and published.exists():
-        doomed = published.rename(checkpoint.parent / f"{_UNFINISHED}{secrets.token_hex(4)}")
-        shutil.rmtree(doomed, ignore_errors=True)
+    newest, target = found(directory)[-1], directory / WEIGHTS
+    step = step_of(newest)
+    if target.exists() and published == step:
+        return step
+    unfinished, doomed = (directory / f"{_UNFINISHED}{secrets.token_hex(4)}" for _ in range(2))
+    try:
+        shutil.copytree(newest / WEIGHTS, unfinished)
+        _all_to_disk(unfinished)
+        if target.exists():
+            target.rename(doomed)
+        unfinished.replace(target)
+        _to_disk(directory)
+    except OSError as error:
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise OSError(
+            f"training is complete, but its weights cannot be copied to {target}: {reason}. They are in "
+            f"{newest / WEIGHTS}; make room and start the run again, it copies them."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return step
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -135,8 +139,13 @@ def remove_unfinished(directory: Path) -> None:
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
+def _all_to_disk(directory: Path) -> None:
+    """Wait until a directory has reached the disk: a rename may get there before its content does."""
+    for path in (*directory.rglob("*"), directory):
+        _to_disk(path)
+
+
 def _to_disk(path: Path) -> None:
-    """Wait until a file or directory has reached the disk: a rename may get there before its content does."""
     with contextlib.suppress(PermissionError):  # Windows opens no directories, and syncs what may be written
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:

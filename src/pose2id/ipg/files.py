@@ -208,8 +208,14 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS) -> str:
-    """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size."""
+def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS, *, bank: bool = True) -> str:
+    """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size.
+
+    Args:
+        generator: that is hashed.
+        names: parts whose weights count.
+        bank: whether it counts if the bank is rounded.
+    """
     digest = hashlib.sha256()
     for name in names:
         part = generator.parts[name]
@@ -220,7 +226,8 @@ def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS) -> s
             digest.update(values.astype("<f8").tobytes())
     scheduler = {key: value for key, value in generator.scheduler.config.items() if not key.startswith("_")}
     scaling = generator.vae.config.scaling_factor
-    rest = [type(generator.scheduler).__name__, scheduler, list(generator.image_size), generator.round_bank, scaling]
+    rounded = generator.round_bank if bank else None
+    rest = [type(generator.scheduler).__name__, scheduler, list(generator.image_size), rounded, scaling]
     digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

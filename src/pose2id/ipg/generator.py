@@ -68,8 +68,8 @@ class IdentityGenerator:
             float32 parts differ from the published ones by up to 0.04/255 (docs, "How IPG works"). Half precision
             rounds anyway; float64 is never rounded. May be assigned, as may `scheduler`.
         sources: repository to commit, of the weights that came from the Hub.
-        license: that the parts are under as a whole, as the Hub names it ("mit", "other"); `save_pretrained` writes it.
-            Default: that of all weights which were derived from Stable Diffusion v1.5, the published ones among them.
+        license: of the UNets, as the Hub names it ("mit", "other"); `save_pretrained` writes it. Default: that of all
+            weights which were derived from Stable Diffusion v1.5, the published ones among them. May be assigned.
 
     Raises:
         TypeError: a scheduler that is none.
@@ -262,18 +262,19 @@ class IdentityGenerator:
         """A new generator of the same parts and settings but for these; parts that stay are shared, not copied.
 
         Args:
-            **changes: arguments of `IdentityGenerator`, by name.
+            **changes: arguments of `IdentityGenerator`, by name. With another UNet, `license` has its default again.
 
         Raises:
             TypeError, ValueError: as `IdentityGenerator`.
         """
-        own = {
+        own: dict[str, Any] = {
             "scheduler": self.scheduler,
             "image_size": self.image_size,
             "round_bank": self.round_bank,
             "sources": self.sources,
-            "license": self.license,
         }
+        if not changes.keys() & {"reference_unet", "denoising_unet"}:
+            own["license"] = self.license
         replaced = IdentityGenerator(**{**self.parts, **own, **changes})
         replaced._offload_device = self._offload_device
         return replaced

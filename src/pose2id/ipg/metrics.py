@@ -25,14 +25,13 @@ class Metrics:
     """
 
     def __init__(self, directory: Path, step: int, *, write: bool) -> None:
-        self._losses: list[float] = []
-        self._file: Any = None
-        if not write:
-            return
         path = directory / FILE
         # A run that begins anew records what it starts from again.
         kept = [values for values in _recorded(path) if step and values["step"] <= step]
         self._losses = [values["loss"] for values in kept if "loss" in values]
+        self._file: Any = None
+        if not write:
+            return
         with whole_file(path) as unfinished:
             unfinished.write_text("".join(f"{json.dumps(values)}\n" for values in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)

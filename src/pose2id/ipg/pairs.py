@@ -6,12 +6,13 @@ processes or workers draws the same samples.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class Selection:
         unreadable: images left out because they cannot be read, and why.
         alone: images left out because no pair can be made of their person's.
         without_pose: how many of `images` are references only.
+        digests: SHA-256 of the files of `images`.
     """
 
     images: list[PersonImage]
@@ -52,6 +54,7 @@ class Selection:
     unreadable: list[str]
     alone: list[PersonImage]
     without_pose: int
+    digests: list[str]
 
     def __str__(self) -> str:
         """What is trained on, and what was left out, with the first few names."""
@@ -77,25 +80,31 @@ def has_valid_pose(pose: Pose | None) -> bool:
 
 
 def select(images: Sequence[PersonImage]) -> Selection:
-    """Sort out what can be trained on. Every image is read once.
+    """Sort out what can be trained on. Every image is read and decoded.
 
     Raises:
         ValueError: nothing is left; with what was left out.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        problems = list(pool.map(_problem, images))
-    people: dict[str, list[PersonImage]] = defaultdict(list)
-    for image, problem in zip(images, problems, strict=True):
-        if not problem:
-            people[image.identity].append(image)
-    kept: list[PersonImage] = []
-    alone: list[PersonImage] = []
+        looks = list(pool.map(_look, images))
+    people: dict[str, list[int]] = defaultdict(list)
+    for i, look in enumerate(looks):
+        if not look.problem:
+            people[images[i].identity].append(i)
+    kept: list[int] = []
+    alone: list[int] = []
     for members in people.values():
-        pair = len(members) > 1 and any(has_valid_pose(image.pose) for image in members)
+        pair = len(members) > 1 and any(has_valid_pose(images[i].pose) for i in members)
         (kept if pair else alone).extend(members)
-    targets = [i for i, image in enumerate(kept) if has_valid_pose(image.pose)]
-    unreadable = [problem for problem in problems if problem]
-    selection = Selection(kept, targets, unreadable, alone, len(kept) - len(targets))
+    targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
+    selection = Selection(
+        images=[images[i] for i in kept],
+        targets=targets,
+        unreadable=[look.problem for look in looks if look.problem],
+        alone=[images[i] for i in alone],
+        without_pose=len(kept) - len(targets),
+        digests=[looks[i].digest for i in kept],
+    )
     if not targets:
         raise ValueError(
             "images must hold two images of a person at least, one of them with a valid pose (neck, a hip and "
@@ -210,13 +219,19 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return load_reference(self.selection.images[i].path, "training image")
 
 
-def _problem(image: PersonImage) -> str:
-    """Why an image can't be used; empty: it can."""
+class _Look(NamedTuple):
+    """Why an image can't be used, empty: it can; and its file's SHA-256, empty where it can't."""
+
+    problem: str
+    digest: str
+
+
+def _look(image: PersonImage) -> _Look:
     try:
         load_reference(image.path, "training image")
-    except ValueError as error:
-        return str(error) if str(image.path) in str(error) else f"{image.path}: {error}"
-    return ""
+        return _Look("", hashlib.sha256(image.path.read_bytes()).hexdigest())
+    except (OSError, ValueError) as error:
+        return _Look(str(error) if str(image.path) in str(error) else f"{image.path}: {error}", "")
 
 
 def _some(names: Sequence[str]) -> str:

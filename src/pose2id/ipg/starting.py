@@ -26,6 +26,7 @@ def start(
     unet: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     num_tokens: int | None = None,
     image_size: tuple[int, int] | None = None,
+    license: str | None = None,  # noqa: A002 - what the Hub calls it
     seed: int = 0,
     device: torch.device | str | None = None,
     **options: Any,
@@ -41,6 +42,8 @@ def start(
             Tokens and pose encoder are then new.
         num_tokens: of new identity tokens; None: 20, as published. Only with `unet`.
         image_size: (height, width) in place of the weights', in multiples of the VAE's downscaling.
+        license: of the UNets that come out, as the Hub names it; model cards have it. None: that of the UNets which
+            training starts from, "other" with random ones.
         seed: of new weights.
         device: as in `IdentityGenerator.from_pretrained`.
         **options: `revision`, `vae`, `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
@@ -48,22 +51,20 @@ def start(
     Raises:
         FileNotFoundError, ConnectionError, TypeError, ValueError: as `IdentityGenerator.from_pretrained`.
     """
-    size = {} if image_size is None else {"image_size": checked_size(image_size, "image_size")}
+    changes: dict[str, Any] = {} if image_size is None else {"image_size": checked_size(image_size, "image_size")}
+    if license is not None:
+        changes["license"] = weights.checked_license(license)
     if unet is None:
         if num_tokens is not None:
             raise ValueError(
                 f"num_tokens must not be given without unet, got {num_tokens}: the weights' own tokens are trained on."
             )
         generator = IdentityGenerator.from_pretrained(repo_or_dir, dtype=torch.float32, device=device, **options)
-        return generator.replaced(**size) if size else generator
+        return generator.replaced(**changes) if changes else generator
     source = weights.open_weights(repo_or_dir, without=TRAINED, **options)
     sources: dict[str, str] = {}
-    if isinstance(unet, Mapping):
-        # Encoder and VAE of weights that were derived from Stable Diffusion have terms of their own.
-        terms = weights.OTHER if source.license == weights.OPENRAIL else source.license
-    else:
+    if not isinstance(unet, Mapping):
         unet, sources = weights.open_unet(unet, **options)
-        terms = weights.OPENRAIL
     encoder, vae = (source.load(name, dtype=torch.float32, device="cpu") for name in ("identity_encoder", "vae"))
     generator = fresh(
         identity_encoder=encoder,
@@ -72,7 +73,7 @@ def start(
         num_tokens=20 if num_tokens is None else num_tokens,
         scheduler=source.scheduler(),
         seed=seed,
-        **{**source.settings, "sources": {**source.sources, **sources}, "license": terms, **size},
+        **{**source.settings, "sources": {**source.sources, **sources}, **changes},
     )
     return generator.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 

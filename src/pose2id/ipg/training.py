@@ -114,9 +114,11 @@ def train(
                 f"{type(image).__name__}."
             )
     accelerator = _accelerator(given, device)
-    lock = FileLock(Path(directory) / LOCK)
+    place = Path(directory).expanduser()
+    lock = FileLock(place / LOCK)
     try:
-        return _Run(accelerator, generator, images, Path(directory), lock, given, validation, progress).whole()
+        run = _Run(accelerator, generator, images, place, lock, given, validation, progress, longer="steps" in settings)
+        return run.whole()
     finally:
         lock.release()
 
@@ -134,7 +136,11 @@ class _Run:
         settings: TrainingSettings,
         validation: Sequence[Any] | None,
         progress: bool,
+        *,
+        longer: bool,
     ) -> None:
+        self.longer = longer  # whether steps may be others than before
+        self.content: dict[str, Any] = {}  # of the run's file, in the main process
         self.accelerator, self.directory, self.lock, self.settings = accelerator, directory, lock, settings
         self.main: bool = accelerator.is_main_process
         self.progress = progress and self.main
@@ -187,7 +193,8 @@ class _Run:
                 if last or self.step % given.checkpoint_every == 0:
                     self._checkpoint()
         if self.main:
-            checkpoints.publish(self.directory)
+            self.content["published"] = checkpoints.publish(self.directory, self.content["published"])
+            self._describe()
         self.accelerator.wait_for_everyone()
         final = self.directory / checkpoints.WEIGHTS
         return TrainingResult(final, self.step, self.metrics.recent_loss(), self.diagnostics)
@@ -283,7 +290,7 @@ class _Run:
                         [
                             _digest(selection),
                             asdict(pairs.settings),
-                            fingerprint(generator, ("vae", "identity_encoder")),
+                            fingerprint(generator, ("vae", "identity_encoder"), bank=False),
                         ]
                     ).encode()
                 ).hexdigest()
@@ -298,11 +305,15 @@ class _Run:
             raise FileExistsError(f"directory must be one to train in, and {self.directory} is a file.")
         path = self.directory / RUN_FILE
         fixed = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        content: dict[str, Any] = {
+        self.content = {
             "settings": fixed,
             "images": _digest(selection),
             "generator": _architecture(self.generator),
-            "start": fingerprint(self.generator, TRAINED),
+            # Of what the first start began with, whatever generator a later one has.
+            "start": fingerprint(self.generator, TRAINED, bank=False),
+            "license": self.generator.license,
+            "sources": self.generator.sources,
+            "published": None,
         }
         if not path.exists():
             # A first start that was killed may have left the run's file unfinished, and its lock, and nothing else.
@@ -318,23 +329,45 @@ class _Run:
             self._take_lock()
             began = _run_file(path)
             if known := checkpoints.found(self.directory):
-                self._check_same(began, content)
-                checkpoints.make_last(known[-1], self.settings.steps)
-                content["start"] = began.get("start")
-            elif began.get("start") != content["start"]:
+                self._check_same(began)
+                self._check_steps(known[-1], began)
+                for name in ("start", "license", "sources", "published"):
+                    self.content[name] = began.get(name, self.content[name])
+            elif (self.directory / checkpoints.WEIGHTS).exists():
+                raise FileExistsError(
+                    f"{self.directory} has weights of a run whose checkpoints are gone: it can't go on, and beginning "
+                    "anew would replace them. Train in another directory."
+                )
+            elif began.get("start") != self.content["start"]:
                 logger.warning(
                     "%s has no checkpoint and begins anew, with other weights than it began with before. Training "
                     "changes a generator in place: load it anew to start where the first attempt did.",
                     self.directory,
                 )
             checkpoints.remove_unfinished(self.directory)
-        with whole_file(path) as unfinished:
-            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self._describe()
 
-    def _check_same(self, began: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    def _describe(self) -> None:
+        with whole_file(self.directory / RUN_FILE) as unfinished:
+            unfinished.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+
+    def _check_steps(self, checkpoint: Path, began: Mapping[str, Any]) -> None:
+        """Raise if a run is to have fewer steps than it has; tell if it is to have others than it was to have."""
+        done, steps, before = checkpoints.step_of(checkpoint), self.settings.steps, began["settings"].get("steps")
+        if steps < done:
+            raise ValueError(
+                f"steps must be at least the {done} that the run in {self.directory} has done, got {steps}. Weights of "
+                "earlier steps are in its older checkpoints, as far as they were kept."
+            )
+        if steps != before:
+            logger.info("the run in %s goes on to %d steps, where it was to have %s", self.directory, steps, before)
+
+    def _check_same(self, began: Mapping[str, Any]) -> None:
         """Raise if a run is to go on as another one."""
+        content = self.content
         fixed, where = content["settings"], f"the run in {self.directory} began with"
-        free = ("steps",) if self.settings.schedule == "constant" else ()  # others would have had other rates
+        # With another schedule, another number of steps would have had other rates.
+        free = ("steps",) if self.longer and self.settings.schedule == "constant" else ()
         differing = [name for name in fixed if name not in free and began["settings"].get(name) != fixed[name]]
         if differing:
             shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
@@ -394,7 +427,8 @@ class _Run:
 
     def _notes(self) -> str:
         """Of the model card: how these weights were trained."""
-        settings = "".join(f"* {name}: {value}\n" for name, value in asdict(self.settings).items() if name not in FREE)
+        listed = {name: value for name, value in asdict(self.settings).items() if name not in (*FREE, "steps")}
+        settings = "".join(f"* {name}: {value}\n" for name, value in listed.items())
         height, width = self.generator.image_size
         seen = "" if self.diagnostics is None else f" Identity retention {self.diagnostics.retention:.3f}."
         return (
@@ -460,7 +494,8 @@ class _Run:
         """A generator of the weights that are written: the average, if there is one."""
         parts = self.accelerator.unwrap_model(self.parts) if self.average is None else self.average.module
         try:
-            yield self.generator.replaced(**{name: getattr(parts, name) for name in TRAINED})
+            origin = {name: self.content[name] for name in ("license", "sources")}
+            yield self.generator.replaced(**{name: getattr(parts, name) for name in TRAINED}, **origin)
         finally:
             parts.train()
 
@@ -469,6 +504,7 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
     try:
         import tensorboard  # noqa: F401, PLC0415
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # noqa: PLC0415
+        from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
     if device not in (None, "cpu"):
@@ -484,7 +520,8 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=settings.mixed_precision,
-            gradient_accumulation_steps=settings.gradient_accumulation,
+            # Not by number, which an environment variable would overrule.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation),
             kwargs_handlers=[parallel, patient],
         )
     except ValueError as error:
@@ -514,14 +551,14 @@ def _architecture(generator: IdentityGenerator) -> str:
         for name in TRAINED
         for key, tensor in generator.parts[name].state_dict().items()
     ]
-    frozen = fingerprint(generator, ("vae", "identity_encoder"))
+    frozen = fingerprint(generator, ("vae", "identity_encoder"), bank=False)
     return hashlib.sha256(json.dumps([frozen, shapes]).encode()).hexdigest()
 
 
 def _digest(selection: Selection) -> str:
     """Which images a run is trained on; not where they lie, so that they may move."""
     rows = [
-        [image.identity, image.path.name, image.path.stat().st_size, "" if image.pose is None else image.pose.key]
-        for image in selection.images
+        [image.identity, image.path.name, digest, "" if image.pose is None else image.pose.key]
+        for image, digest in zip(selection.images, selection.digests, strict=True)
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -143,7 +143,7 @@ class Weights:
         scheduler_config: a diffusers scheduler's, with its class under `_class_name`.
         settings: further arguments of `IdentityGenerator`.
         sources: repository to commit.
-        license: of the whole, as the Hub names it.
+        license: of the UNets, as the Hub names it.
     """
 
     files: Mapping[str, Path]
@@ -283,17 +283,17 @@ def save(
         scheduler_config: with its class under `_class_name`.
         settings: further arguments of `IdentityGenerator`.
         sources: repository to commit.
-        license: as the Hub names it; the model card has it.
+        license: of the UNets, as the Hub names it; the model card has it.
         notes: Markdown that ends the model card.
     """
-    target = checked_target(directory)
+    target, terms = checked_target(directory), checked_license(license)
     content = {
         "format": _FORMAT,
         "parts": {name: dict(config) for name, config in configs.items()},
         "scheduler": dict(scheduler_config),
         "settings": dict(settings),
         "sources": dict(sources),
-        "license": license,
+        "license": terms,
     }
     description = json.dumps(content, indent=2) + "\n"
     made, moved = not target.exists(), []
@@ -303,7 +303,7 @@ def save(
     try:
         unfinished.mkdir()
         (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
-        (unfinished / "README.md").write_text(_model_card(sources, license, notes), encoding="utf-8")
+        (unfinished / "README.md").write_text(_model_card(sources, terms, notes), encoding="utf-8")
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -372,18 +372,21 @@ def push(
     return str(commit.commit_url)
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds: a configuration, for one.
+def json_object(path: Path, argument: str = "") -> dict[str, Any]:
+    """What a JSON file holds: a configuration, for one. Errors name the argument that the file was given as, if any.
 
     Raises:
         OSError, ValueError: no such file; no JSON, or no object; named.
     """
+    name = f"{argument} {path}".strip()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} must be a file of JSON, and there is none.") from error
     except ValueError as error:
-        raise ValueError(f"{path} must hold a JSON object, and is no intact JSON ({error}).") from error
+        raise ValueError(f"{name} is no intact JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+        raise ValueError(f"{name} must hold a JSON object, got {type(content).__name__}.")
     return content
 
 
@@ -459,8 +462,15 @@ def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> We
         sections["scheduler"],
         settings,
         {**sources, **place.source()},
-        checked_license(content.get("license", OPENRAIL)),
+        _license(content, config_file),
     )
+
+
+def _license(content: Mapping[str, Any], path: Path) -> str:
+    try:
+        return checked_license(content.get("license", OPENRAIL))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _object(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -496,7 +506,6 @@ def _with_vae(weights: Weights, place: Place) -> Weights:
         files={**weights.files, "vae": file},
         configs={**weights.configs, "vae": _public(json_object(config_file))},
         sources={**others, **place.source()},
-        license=OPENRAIL if weights.license == OPENRAIL else OTHER,
     )
 
 
@@ -602,7 +611,9 @@ The published UNets are derived from Stable Diffusion v1.5, whose licence, Creat
 whatever was trained from them: its use-based restrictions must be passed on with every copy. The other parts (identity
 encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.""",
     OTHER: """\
-The UNets were trained from random weights, so that nothing in them comes from Stable Diffusion. Each part (identity
-encoder, identity tokens, pose encoder, UNets, VAE) is under the terms of its authors.""",
+The UNets are under the terms of whoever trained them, and so is each of the other parts (identity encoder, identity
+tokens, pose encoder, VAE).""",
 }
-_OTHER_TERMS = "Whoever made these weights put them under the licence that is named above, {license}."
+_OTHER_TERMS = """\
+The UNets, or those that they were trained from, are under the licence that is named above, {license}. The other parts
+(identity encoder, identity tokens, pose encoder, VAE) are under the terms of their authors."""
