@@ -256,8 +256,10 @@ def test_bad_tables_are_named_with_line_and_column(content, message, table):
 
 
 def test_no_table(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"table must be a CSV file .*none\.csv is none: No such file"):
         read_table(tmp_path / "none.csv")
+    with pytest.raises(OSError, match="table must be a CSV file that can be read"):
+        read_table(tmp_path)
 
 
 def test_names_that_tell_identity_and_camera(folder, caplog):
@@ -308,6 +310,13 @@ def test_folders_that_are_people(folder, monkeypatch):
     folder("stray.jpg")
     with pytest.raises(ValueError, match=r"must be in folders.* got 1 of 6 that are not so: .*stray\.jpg\. Move"):
         table_of_folder(root, identity="folder")
+
+
+def test_folders_in_folders_that_would_make_one_person_of_two(folder):
+    root = folder("anna/cam1/a.jpg", "bert/cam1/a.jpg", "bert/cam2/a.jpg")
+    with pytest.raises(ValueError, match=r"got 2 folders 'cam1': .*anna.cam1, .*bert.cam1\. Move"):
+        table_of_folder(root, identity="folder")
+    assert len(table_of_folder(root / "bert", identity="folder")) == 2
 
 
 def test_folders_without_people(folder, tmp_path):
@@ -507,7 +516,10 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert main(command) == 2
     assert "people.csv exists" in capsys.readouterr().err
     assert main([*command, "--identity", "folder", "--overwrite"]) == 0
-    assert capsys.readouterr().out == "wrote people.csv: 6 images of 1 people, 0 with keypoints\n"
+    assert capsys.readouterr().out == (
+        "wrote people.csv: 6 images of 1 people, 0 with keypoints\n"
+        "To train on them, some need keypoints: --keypoints DIR or --detect.\n"
+    )
     found = read_table("people.csv")
     assert [image.path for image in found] == [image.path for image in drawn]
     assert found[-1] == PersonImage(drawn[-1].path, "images", "3")

@@ -181,9 +181,11 @@ ALL = {
     "validate_every": 13,
     "validation_images": 14,
     "validation_steps": 15,
+    "validation_guidance": 2.5,
     "workers": 16,
 }
 START = {"num_tokens": 5, "vae": "user/vae", "revision": "v2", "cache_dir": "/cache", "local_files_only": True}
+START |= {"license": "mit"}
 
 
 def test_every_option_arrives(command, taken, table, tmp_path):
@@ -312,7 +314,8 @@ def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("bach_size: 8", r"run\.yaml must only hold weights, .*got bach_size\."),
+        ("bach_size: 8", r"run\.yaml must only hold weights, .*got bach_size\. Did you mean batch_size\?"),
+        ("learning-rate: 8", r"run\.yaml must only hold weights, .*got learning-rate\. Did you mean learning_rate\?"),
         ("batch_size: 8\nout: here", r"run\.yaml must only hold .*got out\."),
         ("- batch_size", r"run\.yaml must map names to values \(batch_size: 8\), got list\."),
         ("", r"run\.yaml must map names to values .*got NoneType\."),
@@ -381,8 +384,18 @@ def test_errors(command, weights, table, tmp_path, capsys, monkeypatch):
     assert "batch_size 2 then, 3 now" in said(batch_size=3)
 
 
+def test_tables_and_directories_are_checked_before_anything_is_downloaded(command, table, taken, tmp_path, capsys):
+    (tmp_path / "table.csv").write_text("path,identity\na.png,1\nb.png,1\n")
+    assert main(["train", str(tmp_path / "table.csv"), "--out", str(tmp_path / "run")]) == 2
+    assert "2 images of which none can be used: 0 have a valid pose, 1 people" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert command(directory=tmp_path / "file") == 2
+    assert "directory must be one to train in" in capsys.readouterr().err
+    assert taken == {}
+
+
 def test_flags_that_are_none(table, capsys):
-    for flags in (["--steps", "x"], ["--learning-rte", "1"], ["--cache", "yes", "x"], []):
+    for flags in (["--schedul", "cosine"], ["--steps", "x"], ["--learning-rte", "1"], ["--cache", "yes", "x"], []):
         with pytest.raises(SystemExit, match="2"):
             main(["train", *([str(table)] if flags else []), *flags])
     shown = capsys.readouterr().err

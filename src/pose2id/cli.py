@@ -24,7 +24,7 @@ Private repositories: set HF_TOKEN, or log in with `hf auth login`.
 """
 _TABLE = """The table has a line for each image: path (from the table's folder), identity, camera, keypoints.
   --identity name    names are identity, _c and camera: 0002_c1s1_000451_03.jpg; -1 and 0 are left out
-  --identity folder  every person has a folder
+  --identity folder  every person has one folder, with images right in it
 """
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -163,6 +163,7 @@ def _command(commands: Any, name: str, help_text: str, run: Any, epilog: str = "
         help=help_text,
         description=help_text,
         epilog=epilog,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -277,6 +278,8 @@ def _table(args: argparse.Namespace) -> None:
         images = table.with_poses(images, detect([image.path for image in images]))
     table.write_table(images, args.output, overwrite=args.overwrite)
     print(f"wrote {args.output}: {_counted(images)}")
+    if not any(image.pose for image in images):
+        print("To train on them, some need keypoints: --keypoints DIR or --detect.")
 
 
 def _draw_people(args: argparse.Namespace) -> None:

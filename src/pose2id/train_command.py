@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 from pathlib import Path
@@ -42,6 +43,7 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("validate_every", int, "steps, 0: only at the end (1000)"),
     ("validation_images", int, "people that a validation generates (4)"),
     ("validation_steps", int, "of its sampler (20)"),
+    ("validation_guidance", float, "of its sampler (3.5)"),
     ("workers", int, "processes that load images (0)"),
 )
 STARTING: tuple[tuple[str, Any, str], ...] = (
@@ -84,12 +86,16 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: given.pop(name) for name, _, _ in SETTINGS if name in given}
     from pose2id.datasets import read_table  # noqa: PLC0415 - all of these take seconds to import
     from pose2id.ipg import starting, training  # noqa: PLC0415
+    from pose2id.ipg.pairs import require_pairs  # noqa: PLC0415
     from pose2id.ipg.settings import checked_settings  # noqa: PLC0415
     from pose2id.ipg.weights import json_object  # noqa: PLC0415
 
     logging.getLogger(training.__name__).setLevel(logging.INFO)  # what is trained on, and what was left out
-    checked_settings(settings)  # before anything is downloaded
+    # All that can be checked before gigabytes are downloaded.
+    checked_settings(settings)
     images = read_table(args.table)
+    require_pairs(images)
+    training.require_directory(args.out)
     validation = given.pop("validation", None)
     shown = None if validation is None else read_table(validation)
     device = given.pop("device", None)
@@ -136,7 +142,9 @@ def _from_file(path: str | None) -> dict[str, Any]:
         raise ValueError(f"{path} must map names to values (batch_size: 8), got {type(content).__name__}.")
     unknown = [str(name) for name in content if name not in kinds]
     if unknown:
-        raise ValueError(f"{path} must only hold {', '.join(kinds)}, got {', '.join(unknown)}.")
+        near = [match for name in unknown for match in difflib.get_close_matches(name.replace("-", "_"), kinds, n=1)]
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{path} must only hold {', '.join(kinds)}, got {', '.join(unknown)}.{hint}")
     return {name: _value(name, value, kinds[name], path) for name, value in content.items() if value is not None}
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from pose2id.datasets import PersonImage
 from pose2id.ipg.augmentation import augment
 from pose2id.ipg.latents import Latents, build, identity_features
-from pose2id.ipg.pairs import Pairs, PairSettings, has_valid_pose, select
+from pose2id.ipg.pairs import Pairs, PairSettings, has_valid_pose, require_pairs, select
 from pose2id.ipg.pictures import load_poses, load_reference, pixels
 from pose2id.poses import KEYPOINTS, Pose
 
@@ -351,8 +351,19 @@ def test_nothing_is_left(images, tmp_path, what):
     with pytest.raises(ValueError, match="images must hold two images of a person at least") as caught:
         select(given)
     assert f"got {len(given)} images of which none can be used" in str(caught.value)
-    for word in {"no files": "unreadable: 9", "one image each": "no second image", "no poses": "no pose"}.get(what, ""):
-        assert word in str(caught.value)
+    told = {
+        "no images": "0 have a valid pose, 0 people have two images or more",
+        "one image each": "3 have a valid pose, 0 people have two images or more. 0 images",
+        "no poses": "0 have a valid pose, 3 people have two images or more. Add keypoints: `pose2id table --keypoints",
+        "no files": "have a valid pose, 3 people have two images or more. 0 images",
+    }
+    assert told[what] in str(caught.value)
+    assert ("unreadable: 9 (" in str(caught.value)) == (what == "no files")
+    if what == "no files":  # a table doesn't tell
+        require_pairs(given)
+    else:
+        with pytest.raises(ValueError, match="images must hold two images of a person at least.* of which none can"):
+            require_pairs(given)
 
 
 def test_images_may_move(selection, images, tmp_path):

@@ -22,7 +22,7 @@ from filelock import FileLock
 from miniature import UNET, assert_equal, lines, losses, miniature, people, state, weights
 from PIL import Image
 
-from pose2id.ipg import IdentityGenerator, checkpoints
+from pose2id.ipg import IdentityGenerator, checkpoints, training
 from pose2id.ipg.latents import identity_features
 from pose2id.ipg.metrics import Metrics
 from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
@@ -203,7 +203,10 @@ def test_what_is_written(whole):
     assert "* learning_rate: 0.001" in card
     assert "* steps" not in card  # which may be more than were done
     assert "for 4 steps, 16 x 8 pixels, on 9 images of 3 people" in card
-    assert f"Mean loss of the last 100 steps {result.loss:.4f}. Identity retention" in card
+    found = result.diagnostics.retention
+    assert f"Mean loss of the last 4 steps {result.loss:.4f}. Identity retention {found:.3f}.\n" in card
+    assert (directory / "step-00000004" / "weights" / "README.md").read_text() == card
+    assert "retention" not in (directory / "step-00000003" / "weights" / "README.md").read_text()
 
 
 def test_weights_are_the_average(whole):
@@ -755,7 +758,7 @@ def test_a_run_that_cannot_go_on_to_more_steps_keeps_its_weights(short, run, tmp
 def test_nobody_has_more_steps_who_did_not_ask_for_them(short, images, tmp_path):
     shutil.copytree(short, tmp_path / "run")
     settings = {name: value for name, value in SHORT.items() if name != "steps"}
-    with pytest.raises(ValueError, match=r"steps 2 then, 80000 now\."):
+    with pytest.raises(ValueError, match=r"steps 2 then, 80000 now\. Pass steps=80000 if"):
         train(miniature(), images, tmp_path / "run", device="cpu", **settings)
 
 
@@ -794,12 +797,15 @@ def test_steps_that_were_done_are_not_undone(short, run, tmp_path):
 
 def test_a_cosine_ends_where_it_was_to(run, tmp_path):
     run(tmp_path / "run", schedule="cosine")
-    with pytest.raises(ValueError, match=r"steps 2 then, 3 now\. Train in another directory\."):
+    with pytest.raises(
+        ValueError, match=r"steps 2 then, 3 now\. With a cosine .* from the weights in .*run.weights\.$"
+    ):
         run(tmp_path / "run", schedule="cosine", steps=3)
     assert (tmp_path / "run" / "weights").exists()
 
 
-FREE = {"checkpoint_every", "keep_checkpoints", "validate_every", "validation_images", "validation_steps", "workers"}
+FREE = {"checkpoint_every", "keep_checkpoints", "workers"}
+FREE |= {"validate_every", "validation_images", "validation_steps", "validation_guidance"}
 
 
 def test_settings_that_may_change(short, run, tmp_path):
@@ -888,10 +894,67 @@ def test_what_was_left_out_is_logged(run, images, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "pose2id"):
         run(tmp_path / "run", table=table, steps=1)
         run(tmp_path / "run", table=table, steps=1)
+    assert [record.levelname for record in caplog.records if "8 images" in record.message] == ["WARNING"] * 2
     assert "8 images of 3 people: 8 targets" in caplog.text
     assert "unreadable: 1 (" in caplog.text
     assert str(tmp_path / "broken.png") in caplog.text
     assert "going on from step 1" in caplog.text
+
+
+def test_a_run_that_leaves_nothing_out_warns_of_nothing(run, tmp_path, caplog):
+    run(tmp_path / "run", steps=1)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_progress_is_logged_where_no_bar_is_shown(run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("pose2id.ipg.training._TELL_EVERY", -1)
+    with caplog.at_level(logging.INFO, "pose2id"):
+        run(tmp_path / "run", checkpoint_every=2)
+    assert re.search(r"^step 1 of 2, loss \d\.\d{4}$", "\n".join(caplog.messages), re.MULTILINE)
+
+
+@pytest.mark.parametrize("where", ["before the first checkpoint", "in a validation", "in a step"])
+def test_interrupted(whole, run, tmp_path, caplog, where):
+    """What was done stays, and the end is the same: record, samples, model card and all."""
+    calls = {"before the first checkpoint": 1, "in a validation": 2, "in a step": 3}[where]
+    name = "_optimize" if where == "in a step" else "_generated"
+    function, seen = getattr(training._Run, name), []
+
+    def interrupted(*args):
+        seen.append(args)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Run, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", **WHOLE)
+    message = {
+        "before the first checkpoint": "interrupted at step 0; started again, the run goes on from its beginning",
+        "in a validation": "interrupted at step 2; started again, the run goes on from step 2, its newest checkpoint",
+        "in a step": "interrupted at step 2; started again, the run goes on from step 2, its newest checkpoint",
+    }[where]
+    assert message in caplog.messages
+    result = run(tmp_path / "run", **WHOLE)
+    directory = whole[0]
+    assert lines(tmp_path / "run") == lines(directory)
+    for path in (
+        *(directory / "samples").iterdir(),
+        *directory.glob("*/weights/*"),
+        *(directory / "weights").iterdir(),
+    ):
+        assert (tmp_path / "run" / path.relative_to(directory)).read_bytes() == path.read_bytes(), path
+    assert result.diagnostics == whole[1].diagnostics
+
+
+def test_the_samplers_settings_in_validations(run, tmp_path):
+    settings = {"steps": 1, "validation_images": 2}
+    retentions = set()
+    for name, given in (("one", {}), ("two", {"validation_steps": 2}), ("three", {"validation_guidance": 1.0})):
+        run(tmp_path / name, **settings, **{"validation_steps": 1, **given})
+        retentions.add(lines(tmp_path / name)[-1]["retention"])
+    assert len(retentions) == 3
 
 
 def test_people_to_validate_with(run, images, tmp_path):
@@ -947,6 +1010,7 @@ BAD_SETTINGS = {
     "validate_every": [-1],
     "validation_images": [1, -1],
     "validation_steps": [0, 1001],
+    "validation_guidance": [-1, math.inf, "2"],
     "workers": [-1],
 }
 

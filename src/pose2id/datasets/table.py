@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,8 +170,8 @@ def table_of_folder(
         folder: with images at any depth.
         identity: "name": file names begin with identity, `_c` and camera, as Market1501 has them
             (`0002_c1s1_000451_03.jpg`); identities -1 (junk) and 0 (distractors) are no people and left out. "folder":
-            every person has a folder, whose name is the identity; the camera is the number after `_c` in a file's name,
-            or in `c1_...`, if there is one.
+            every person has one folder, whose name is the identity; the camera is the number after `_c` in a file's
+            name, or in `c1_...`, if there is one.
         keypoints: directory with `NAME.json`, or OpenPose's `NAME_keypoints.json`, for the image NAME, which is the
             path below `folder` without suffix, in any format that `poses.read` reads. An image without such a file, or
             with nobody in it, has no pose; nor has one that is broken, or whose file is, which a warning says. Of
@@ -181,8 +182,8 @@ def table_of_folder(
     Raises:
         FileNotFoundError: no such folder, or no image files in it.
         TypeError: a detector that cannot be called.
-        ValueError: both keypoints and detector, names that don't fit or are no people's, no keypoints at all; with a
-            detector an image that cannot be read.
+        ValueError: both keypoints and detector, names that don't fit or are no people's, folders of the same name, no
+            keypoints at all; with a detector an image that cannot be read.
     """
     identity = checked_choice(identity, "identity", ("name", "folder"))
     if keypoints is not None and detector is not None:
@@ -238,7 +239,12 @@ def write_people(people: Sequence[Sample], folder: str | os.PathLike[str], *, pr
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of each row that is not blank; a row's line is its first."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise type(error)(
+            f"table must be a CSV file that can be read, and {path} is none: {error.strerror}."
+        ) from error
     try:
         text = content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
@@ -335,6 +341,8 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
             "--identity name) or folders (identity='folder', --identity folder)."
         )
     images = [PersonImage(file, *label) for file, label in labels.items() if label is not None]
+    if identity == "folder":
+        _check_folders(images)
     if identity == "name":
         images = [image for image in images if int(image.identity) > 0]
     if not images:
@@ -342,6 +350,20 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     if len(images) < len(files):
         logger.warning("%d of %d images left out: identities -1 (junk) and 0", len(files) - len(images), len(files))
     return images
+
+
+def _check_folders(images: Sequence[PersonImage]) -> None:
+    """Raise if folders of one name would make one person of several, as person/camera/image does."""
+    folders: dict[str, set[Path]] = defaultdict(set)
+    for image in images:
+        folders[image.identity].add(image.path.parent)
+    for name, places in folders.items():
+        if len(places) > 1:
+            raise ValueError(
+                f"every person must have one folder with images right in it, got {len(places)} folders {name!r}: "
+                f"{_first(sorted(places))}. Move one person's images together; where people's folders hold others, as "
+                "for cameras, move the images up, with c1_ or _c1 in their names for the camera."
+            )
 
 
 def _by_name(file: Path) -> tuple[str, str] | None:

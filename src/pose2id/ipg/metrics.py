@@ -12,7 +12,7 @@ from PIL import Image
 from pose2id._outputs import whole_file
 
 FILE, BOARD = "metrics.jsonl", "tensorboard"
-_RECENT = 100  # steps whose mean is the loss of a run
+RECENT = 100  # steps whose mean is the loss of a run
 
 
 class Metrics:
@@ -22,6 +22,9 @@ class Metrics:
         directory: of the run.
         step: steps that have been done.
         write: False on all processes but the main one: nothing is written.
+
+    Attributes:
+        validations: step to what was measured then, of this start and of those before.
     """
 
     def __init__(self, directory: Path, step: int, *, write: bool) -> None:
@@ -29,6 +32,7 @@ class Metrics:
         # A run that begins anew records what it starts from again.
         kept = [values for values in _recorded(path) if step and values["step"] <= step]
         self._losses = [values["loss"] for values in kept if "loss" in values]
+        self.validations = {values["step"]: values for values in kept if "loss" not in values}
         self._file: Any = None
         if not write:
             return
@@ -43,6 +47,8 @@ class Metrics:
         """Record values of a step."""
         if "loss" in values:
             self._losses.append(values["loss"])
+        else:
+            self.validations[step] = values
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -56,7 +62,7 @@ class Metrics:
 
     def recent_loss(self) -> float:
         """Mean over the last 100 steps."""
-        recent = self._losses[-_RECENT:]
+        recent = self._losses[-RECENT:]
         return sum(recent) / len(recent) if recent else float("nan")
 
     def close(self) -> None:

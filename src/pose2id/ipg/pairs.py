@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,15 +87,7 @@ def select(images: Sequence[PersonImage]) -> Selection:
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = list(pool.map(_look, images))
-    people: dict[str, list[int]] = defaultdict(list)
-    for i, look in enumerate(looks):
-        if not look.problem:
-            people[images[i].identity].append(i)
-    kept: list[int] = []
-    alone: list[int] = []
-    for members in people.values():
-        pair = len(members) > 1 and any(has_valid_pose(images[i].pose) for i in members)
-        (kept if pair else alone).extend(members)
+    kept, alone = _parted(images, [i for i, look in enumerate(looks) if not look.problem])
     targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
     selection = Selection(
         images=[images[i] for i in kept],
@@ -106,11 +98,39 @@ def select(images: Sequence[PersonImage]) -> Selection:
         digests=[looks[i].digest for i in kept],
     )
     if not targets:
-        raise ValueError(
-            "images must hold two images of a person at least, one of them with a valid pose (neck, a hip and "
-            f"{LEAST_KEYPOINTS} keypoints visible), got {len(images)} images of which none can be used. {selection}"
-        )
+        raise ValueError(f"{_rule(images)} {selection}")
     return selection
+
+
+def require_pairs(images: Sequence[PersonImage]) -> None:
+    """Raise the ValueError of `select` if the table alone shows that no pair can be made; no image is read."""
+    if not _parted(images, range(len(images)))[0]:
+        raise ValueError(_rule(images))
+
+
+def _parted(images: Sequence[PersonImage], readable: Iterable[int]) -> tuple[list[int], list[int]]:
+    """Those of people of whom a pair can be made, and the others."""
+    people: dict[str, list[int]] = defaultdict(list)
+    for i in readable:
+        people[images[i].identity].append(i)
+    kept: list[int] = []
+    alone: list[int] = []
+    for members in people.values():
+        pair = len(members) > 1 and any(has_valid_pose(images[i].pose) for i in members)
+        (kept if pair else alone).extend(members)
+    return kept, alone
+
+
+def _rule(images: Sequence[PersonImage]) -> str:
+    """What images must be, and these are not."""
+    valid = sum(has_valid_pose(image.pose) for image in images)
+    several = sum(count > 1 for count in Counter(image.identity for image in images).values())
+    hint = " Add keypoints: `pose2id table --keypoints DIR` or `--detect`." if not valid else ""
+    return (
+        "images must hold two images of a person at least, one of them with a valid pose (neck, a hip and "
+        f"{LEAST_KEYPOINTS} keypoints visible), got {len(images)} images of which none can be used: {valid} have a "
+        f"valid pose, {several} people have two images or more.{hint}"
+    )
 
 
 @dataclass(frozen=True)

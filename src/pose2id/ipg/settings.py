@@ -14,7 +14,15 @@ SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("no", "fp16", "bf16")
 
 # What a run may be continued with another value of: the weights do not depend on it.
-FREE = ("checkpoint_every", "keep_checkpoints", "validate_every", "validation_images", "validation_steps", "workers")
+FREE = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "validate_every",
+    "validation_images",
+    "validation_steps",
+    "validation_guidance",
+    "workers",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class TrainingSettings:
         erase: probability of a reference with a randomly erased rectangle.
         reference_variants: how many augmentations an image has as a reference; None: a new one each time.
         cache: keep VAE latents and identity features on disk, in the run's directory; needs `reference_variants`.
-        ema: decay of an exponential moving average, which the written weights then are; None: none.
+        ema: decay of an exponential moving average, up to 0.99999, which the written weights then are; None: none.
         mixed_precision: "no", "fp16" or "bf16"; weights stay in float32.
         gradient_checkpointing: compute activations again on the way back, to save memory.
         seed: of samples; not of the starting weights.
@@ -51,6 +59,7 @@ class TrainingSettings:
         validate_every: steps between validations, the first one before training; 0: only at the end.
         validation_images: people that a validation generates, 0 or at least 2.
         validation_steps: of its sampler.
+        validation_guidance: of its sampler (classifier-free guidance).
         workers: processes that load images, for each training process.
 
     Raises:
@@ -82,6 +91,7 @@ class TrainingSettings:
     validate_every: int = 1000
     validation_images: int = 4
     validation_steps: int = 20
+    validation_guidance: float = 3.5
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +102,7 @@ class TrainingSettings:
         checked_count(self.validation_steps, "validation_steps", most=1000)
         for name in ("weight_decay", "unconditional_ratio", "noise_offset", "flip", "erase"):
             checked_number(getattr(self, name), name, 0, 1)
+        checked_number(self.validation_guidance, "validation_guidance", 0, 1000)
         checked_number(self.learning_rate, "learning_rate", 1e-12, 1)
         checked_number(self.max_grad_norm, "max_grad_norm", 0, 1e6)
         for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("mixed_precision", PRECISIONS)):
@@ -105,7 +116,7 @@ class TrainingSettings:
         if self.snr_gamma is not None:
             checked_number(self.snr_gamma, "snr_gamma", 1e-3, 1e6)
         if self.ema is not None:
-            checked_number(self.ema, "ema", 0, 1 - 1e-9)
+            checked_number(self.ema, "ema", 0, 0.99999)
         if self.reference_variants is not None:
             checked_count(self.reference_variants, "reference_variants")
         elif self.cache:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -34,17 +35,19 @@ from pose2id.ipg import checkpoints
 from pose2id.ipg.files import contact_sheet, fingerprint, stacked
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.latents import Latents, build, identity_features
-from pose2id.ipg.metrics import Metrics
+from pose2id.ipg.metrics import RECENT, Metrics
 from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
 from pose2id.ipg.optimization import moving_average, new_optimizer, rate, require_optimizer
 from pose2id.ipg.pairs import Pairs, PairSettings, Selection, select
 from pose2id.ipg.pictures import load_poses, load_reference, pixels
 from pose2id.ipg.settings import FREE, TrainingSettings, checked_settings
+from pose2id.ipg.weights import CARD, model_card
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE, LOCK, SAMPLES, LATENTS = "run.json", ".lock", "samples", "latents"
 _MOST_SKIPPED = 100  # steps in a row that a scaler may leave out
+_TELL_EVERY = 60  # seconds, where no bar is shown
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class _Run:
         self.generator = generator.to(accelerator.device, torch.float32)
         self.about = str(selection).splitlines()[0]
         if self.main:
-            logger.info("%s", selection)
+            logger.log(logging.WARNING if selection.unreadable or selection.alone else logging.INFO, "%s", selection)
             self._claim(selection)
         accelerator.wait_for_everyone()
         self.pairs = self._pairs(selection)
@@ -178,20 +181,21 @@ class _Run:
         given = self.settings
         batches = iter(self._loader())
         bar = tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True)
-        with bar, closing(self.metrics):
-            if self.step == 0 and given.validate_every:  # what training starts from
-                self._validate()
+        with bar, closing(self.metrics), self._interruptible():
+            self._validate()  # what training starts from, or what a killed run did not get to
+            told = time.monotonic()
             while self.step < given.steps:
                 loss = self._optimize(batches)
                 self.step += 1
                 self.metrics.add(self.step, loss=loss)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}")
-                last = self.step == given.steps
-                if last or (given.validate_every and self.step % given.validate_every == 0):
-                    self._validate()
-                if last or self.step % given.checkpoint_every == 0:
-                    self._checkpoint()
+                if self.step == given.steps or self.step % given.checkpoint_every == 0:
+                    self._checkpoint()  # first: a validation may take long, or fail
+                self._validate()
+                if self.main and bar.disable and time.monotonic() - told > _TELL_EVERY:
+                    told = time.monotonic()
+                    logger.info("step %d of %d, loss %.4f", self.step, given.steps, self.metrics.recent_loss())
         if self.main:
             self.content["published"] = checkpoints.publish(self.directory, self.content["published"])
             self._describe()
@@ -301,8 +305,7 @@ class _Run:
 
     def _claim(self, selection: Selection) -> None:
         """Make the directory this run's, or see that it is."""
-        if self.directory.exists() and not self.directory.is_dir():
-            raise FileExistsError(f"directory must be one to train in, and {self.directory} is a file.")
+        require_directory(self.directory)
         path = self.directory / RUN_FILE
         fixed = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
         self.content = {
@@ -371,7 +374,7 @@ class _Run:
         differing = [name for name in fixed if name not in free and began["settings"].get(name) != fixed[name]]
         if differing:
             shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
-            raise ValueError(f"settings must be those that {where}: {shown}. Train in another directory.")
+            raise ValueError(f"settings must be those that {where}: {shown}. {self._instead(differing)}")
         if began["images"] != content["images"]:
             raise ValueError(
                 f"images must be those that {where}, got others, or in another order, or with other poses, or some of "
@@ -382,6 +385,17 @@ class _Run:
                 f"generator must be the one that {where}, got one of another identity encoder, VAE, scheduler, "
                 "image_size or architecture. Train in another directory."
             )
+
+    def _instead(self, differing: Sequence[str]) -> str:
+        """What to do about other settings."""
+        if list(differing) != ["steps"]:
+            return "Train in another directory."
+        if self.settings.schedule == "constant":
+            return f"Pass steps={self.settings.steps} if it is to go on to as many."
+        return (
+            "With a cosine they are fixed: train in another directory, starting from the weights in "
+            f"{self.directory / checkpoints.WEIGHTS}."
+        )
 
     def _take_lock(self) -> None:
         """Keep other processes from training in the directory."""
@@ -430,31 +444,60 @@ class _Run:
         listed = {name: value for name, value in asdict(self.settings).items() if name not in (*FREE, "steps")}
         settings = "".join(f"* {name}: {value}\n" for name, value in listed.items())
         height, width = self.generator.image_size
-        seen = "" if self.diagnostics is None else f" Identity retention {self.diagnostics.retention:.3f}."
+        validation = self.metrics.validations.get(self.step)
+        seen = "" if validation is None else f" Identity retention {validation['retention']:.3f}."
         return (
             f"## Training\n\nTrained with pose2id {pose2id.__version__} for {self.step} steps, {height} x {width} "
-            f"pixels, on {self.about}. Mean loss of the last 100 steps {self.metrics.recent_loss():.4f}.{seen}\n\n"
-            f"{settings}"
+            f"pixels, on {self.about}. Mean loss of the last {min(RECENT, self.step)} steps "
+            f"{self.metrics.recent_loss():.4f}.{seen}\n\n{settings}"
         )
 
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Say what is lost when somebody stops the run."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.main:
+                known = checkpoints.found(self.directory)
+                where = f"step {checkpoints.step_of(known[-1])}, its newest checkpoint" if known else "its beginning"
+                logger.warning("interrupted at step %d; started again, the run goes on from %s", self.step, where)
+            raise
+
     def _validate(self) -> None:
-        if self.main and self.validation:
-            with self._averaged() as generator:
-                self.diagnostics = self._generated(generator)
-            self.metrics.add(
-                self.step,
-                retention=self.diagnostics.retention,
-                own_cosine=self.diagnostics.own_cosine,
-                other_cosine=self.diagnostics.other_cosine,
-            )
-        self.accelerator.wait_for_everyone()
+        """Validate if it is time to, and this step has not been validated; the checkpoint's model card tells."""
+        every = self.settings.validate_every
+        due = self.step == self.settings.steps or (every and self.step % every == 0)
+        if due and self.main and self.validation:
+            validated = self.step in self.metrics.validations
+            if not validated:
+                with self._averaged() as generator:
+                    self.diagnostics = self._generated(generator)
+                self.metrics.add(
+                    self.step,
+                    retention=self.diagnostics.retention,
+                    own_cosine=self.diagnostics.own_cosine,
+                    other_cosine=self.diagnostics.other_cosine,
+                )
+            known = checkpoints.found(self.directory)
+            published = validated and self.content["published"] == self.step
+            if known and checkpoints.step_of(known[-1]) == self.step and not published:
+                card = model_card(self.content["sources"], self.content["license"], self._notes())
+                with whole_file(known[-1] / checkpoints.WEIGHTS / CARD) as unfinished:
+                    unfinished.write_text(card, encoding="utf-8")
+        if due:
+            self.accelerator.wait_for_everyone()
 
     def _generated(self, generator: IdentityGenerator) -> GenerationDiagnostics:
         """Contact sheets of the validation's people, and how well the identity encoder knows them again."""
         references = [load_reference(image, "validation image") for image in self.validation]
         drawings = [drawing for _, drawing in load_poses("standard")]
         pictures = generator.generate(
-            references, num_inference_steps=self.settings.validation_steps, size=None, progress=False
+            references,
+            num_inference_steps=self.settings.validation_steps,
+            guidance_scale=self.settings.validation_guidance,
+            size=None,
+            progress=False,
         )
         folder = self.directory / SAMPLES
         folder.mkdir(exist_ok=True)
@@ -498,6 +541,13 @@ class _Run:
             yield self.generator.replaced(**{name: getattr(parts, name) for name in TRAINED}, **origin)
         finally:
             parts.train()
+
+
+def require_directory(directory: str | os.PathLike[str]) -> None:
+    """Raise a FileExistsError if something else is where a run's directory is to be."""
+    path = Path(directory).expanduser()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"directory must be one to train in, and {path} is a file.")
 
 
 def _accelerator(settings: TrainingSettings, device: str | None) -> Any:

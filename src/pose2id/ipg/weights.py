@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 VAE_REPO = "stabilityai/sd-vae-ft-mse"
 TINY = "tiny"
-CONFIG_FILE = "pose2id.json"
+CONFIG_FILE, CARD = "pose2id.json", "README.md"
 OPENRAIL = "creativeml-openrail-m"
 OTHER = "other"
 _FORMAT = 1
@@ -303,7 +303,7 @@ def save(
     try:
         unfinished.mkdir()
         (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
-        (unfinished / "README.md").write_text(_model_card(sources, terms, notes), encoding="utf-8")
+        (unfinished / CARD).write_text(model_card(sources, terms, notes), encoding="utf-8")
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -576,7 +576,8 @@ def _mismatch(module: nn.Module, tensors: Mapping[str, Tensor], unused: str) -> 
     )
 
 
-def _model_card(sources: Mapping[str, str], name: str, notes: str) -> str:
+def model_card(sources: Mapping[str, str], name: str, notes: str = "") -> str:
+    """Markdown with the Hub's metadata: what the weights are, their licence and sources, and notes at the end."""
     origin = "".join(f"* {repository} at commit {commit}\n" for repository, commit in sources.items())
     card = _MODEL_CARD.format(license=name, terms=_TERMS.get(name, _OTHER_TERMS.format(license=name)))
     return card + (f"\n## Made from\n\n{origin}" if origin else "") + (f"\n{notes}" if notes else "")
