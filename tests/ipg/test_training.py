@@ -571,6 +571,20 @@ def test_a_full_disk_when_weights_are_published(short, run, tmp_path):
     assert_equal(weights(short / "weights"), weights(run(directory).weights))
 
 
+def test_weights_that_cannot_be_replaced_stay(short, run, tmp_path, monkeypatch):
+    shutil.copytree(short, tmp_path / "run")
+    shutil.copytree(short / "step-00000001", tmp_path / "run" / "step-00000003")
+    monkeypatch.setattr("pathlib.Path.replace", no_space)
+    with pytest.raises(OSError, match="training is complete"):
+        checkpoints.publish(tmp_path / "run", 2)
+    assert_equal(weights(short / "weights"), weights(tmp_path / "run" / "weights"))
+    assert not list((tmp_path / "run").glob(".unfinished-*"))
+    monkeypatch.undo()
+    assert checkpoints.publish(tmp_path / "run", 2) == 3
+    assert_equal(weights(short / "step-00000001" / "weights"), weights(tmp_path / "run" / "weights"))
+    assert not list((tmp_path / "run").glob(".unfinished-*"))
+
+
 class Code:
     def __reduce__(self):
         return print, ("run",)

@@ -121,6 +121,8 @@ def publish(directory: Path, published: int | None) -> int:
         unfinished.replace(target)
         _to_disk(directory)
     except OSError as error:
+        if doomed.exists() and not target.exists():
+            doomed.rename(target)
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise OSError(
             f"training is complete, but its weights cannot be copied to {target}: {reason}. They are in "

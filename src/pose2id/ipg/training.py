@@ -192,6 +192,7 @@ class _Run:
                 bar.set_postfix(loss=f"{loss:.4f}")
                 if self.step == given.steps or self.step % given.checkpoint_every == 0:
                     self._checkpoint()  # first: a validation may take long, or fail
+                    told = time.monotonic()
                 self._validate()
                 if self.main and bar.disable and time.monotonic() - told > _TELL_EVERY:
                     told = time.monotonic()
