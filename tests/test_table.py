@@ -297,13 +297,13 @@ def test_names_that_do_not_fit(folder):
 
 
 def test_folders_that_are_people(folder, monkeypatch):
-    root = folder("anna/a.jpg", "anna/x_c3s2.jpg", "team/bert/c12_1.jpg", "team/bert/pic3_1.jpg", "0/c1.jpg")
+    root = folder("anna/a.jpg", "anna/x_c3s2.jpg", "bert/c12_1.jpg", "bert/pic3_1.jpg", "0/c1.jpg")
     assert table_of_folder(root, identity="folder") == [
         PersonImage(root / "0" / "c1.jpg", "0"),
         PersonImage(root / "anna" / "a.jpg", "anna"),
         PersonImage(root / "anna" / "x_c3s2.jpg", "anna", "3"),
-        PersonImage(root / "team" / "bert" / "c12_1.jpg", "bert", "12"),
-        PersonImage(root / "team" / "bert" / "pic3_1.jpg", "bert"),
+        PersonImage(root / "bert" / "c12_1.jpg", "bert", "12"),
+        PersonImage(root / "bert" / "pic3_1.jpg", "bert"),
     ]
     monkeypatch.chdir(root)
     assert table_of_folder(".", identity="folder")[1] == PersonImage(Path("anna/a.jpg"), "anna")
@@ -317,6 +317,13 @@ def test_folders_in_folders_that_would_make_one_person_of_two(folder):
     with pytest.raises(ValueError, match=r"got 2 folders 'cam1': .*anna.cam1, .*bert.cam1\. Move"):
         table_of_folder(root, identity="folder")
     assert len(table_of_folder(root / "bert", identity="folder")) == 2
+
+
+def test_folders_at_different_depths(folder):
+    root = folder("anna/cam1/a.jpg", "anna/cam2/a.jpg", "bert/a.jpg")
+    with pytest.raises(ValueError, match=r"must all be at one depth, .* got .*anna.cam2.a\.jpg, .*bert.a\.jpg\. Move"):
+        table_of_folder(root, identity="folder")
+    assert [image.identity for image in table_of_folder(root / "anna", identity="folder")] == ["cam1", "cam2"]
 
 
 def test_folders_without_people(folder, tmp_path):

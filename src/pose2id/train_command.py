@@ -86,19 +86,16 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: given.pop(name) for name, _, _ in SETTINGS if name in given}
     from pose2id.datasets import read_table  # noqa: PLC0415 - all of these take seconds to import
     from pose2id.ipg import starting, training  # noqa: PLC0415
-    from pose2id.ipg.pairs import require_pairs  # noqa: PLC0415
     from pose2id.ipg.settings import checked_settings  # noqa: PLC0415
     from pose2id.ipg.weights import json_object  # noqa: PLC0415
 
     logging.getLogger(training.__name__).setLevel(logging.INFO)  # what is trained on, and what was left out
-    # All that can be checked before gigabytes are downloaded.
-    checked_settings(settings)
+    checked = checked_settings(settings)
     images = read_table(args.table)
-    require_pairs(images)
-    training.require_directory(args.out)
     validation = given.pop("validation", None)
     shown = None if validation is None else read_table(validation)
     device = given.pop("device", None)
+    training.require_ready(checked, images, args.out, device)  # before gigabytes are downloaded
     unet = given.get("unet")
     if isinstance(unet, str) and unet.endswith(".json"):
         given["unet"] = json_object(Path(unet), "--unet")

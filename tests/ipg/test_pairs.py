@@ -362,7 +362,7 @@ def test_nothing_is_left(images, tmp_path, what):
     if what == "no files":  # a table doesn't tell
         require_pairs(given)
     else:
-        with pytest.raises(ValueError, match="images must hold two images of a person at least.* of which none can"):
+        with pytest.raises(ValueError, match=r"images must hold two images of a person at least.* of which none can"):
             require_pairs(given)
 
 

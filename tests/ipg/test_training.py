@@ -11,6 +11,7 @@ import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -201,7 +202,7 @@ def test_what_is_written(whole):
     ]
     card = (result.weights / "README.md").read_text()
     assert "* learning_rate: 0.001" in card
-    assert "* steps" not in card  # which may be more than were done
+    assert "* steps: 4\n" in card  # which the cosine depends on
     assert "for 4 steps, 16 x 8 pixels, on 9 images of 3 people" in card
     found = result.diagnostics.retention
     assert f"Mean loss of the last 4 steps {result.loss:.4f}. Identity retention {found:.3f}.\n" in card
@@ -216,6 +217,11 @@ def test_weights_are_the_average(whole):
     assert_equal({name: last["average"][f"module.{name}"] for name in trained}, trained)
     assert_equal(weights(directory / "step-00000004" / "weights"), weights(result.weights))
     assert not torch.equal(last["parts"]["denoising_unet.conv_out.weight"], trained["denoising_unet.conv_out.weight"])
+
+
+def test_steps_that_rates_do_not_depend_on_are_no_setting_of_weights(short):
+    for path in (short / "weights", short / "step-00000001" / "weights"):
+        assert "* steps" not in (path / "README.md").read_text()
 
 
 def test_weights_without_an_average(short):
@@ -263,16 +269,25 @@ def test_the_first_validation_is_of_what_training_starts_from(run, tmp_path, ema
     assert first[1]["own_cosine"] != pytest.approx(first[0]["own_cosine"], abs=1e-5)
 
 
-def test_licence_and_sources_are_those_of_the_first_start(run, tmp_path):
+def test_licence_and_sources_are_those_of_the_first_start(run, tmp_path, caplog):
     first = miniature().replaced(sources={"user/weights": "0123"})
     run(tmp_path / "run", first)
     directory = until(tmp_path / "run", 1, tmp_path / "copy")
-    result = run(directory, miniature().replaced(license="other"))
+    result = run(directory, miniature().replaced(license="other", round_bank=not first.round_bank))
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [re.search(r"goes on with the (\w+) that it began with", text)[1] for text in told] == [
+        "license",
+        "sources",
+        "round_bank",
+    ]
     card = (result.weights / "README.md").read_text()
     assert "\nlicense: creativeml-openrail-m\n" in card
     assert "user/weights at commit 0123" in card
     loaded = IdentityGenerator.from_pretrained(result.weights, device="cpu")
     assert (loaded.license, loaded.sources) == ("creativeml-openrail-m", {"user/weights": "0123"})
+    assert loaded.round_bank == first.round_bank
+    starts = [json.loads((path / "run.json").read_text())["start"] for path in (tmp_path / "run", directory)]
+    assert starts[0] == starts[1]
 
 
 def test_a_bank_that_is_rounded_otherwise_has_no_part_in_training(short, run, tmp_path):
@@ -576,13 +591,101 @@ def test_weights_that_cannot_be_replaced_stay(short, run, tmp_path, monkeypatch)
     shutil.copytree(short / "step-00000001", tmp_path / "run" / "step-00000003")
     monkeypatch.setattr("pathlib.Path.replace", no_space)
     with pytest.raises(OSError, match="training is complete"):
-        checkpoints.publish(tmp_path / "run", 2)
+        checkpoints.publish(tmp_path / "run")
     assert_equal(weights(short / "weights"), weights(tmp_path / "run" / "weights"))
-    assert not list((tmp_path / "run").glob(".unfinished-*"))
+    assert hidden(tmp_path / "run") == {".lock"}
     monkeypatch.undo()
-    assert checkpoints.publish(tmp_path / "run", 2) == 3
+    checkpoints.publish(tmp_path / "run")
     assert_equal(weights(short / "step-00000001" / "weights"), weights(tmp_path / "run" / "weights"))
-    assert not list((tmp_path / "run").glob(".unfinished-*"))
+    assert hidden(tmp_path / "run") == {".lock"}
+
+
+def hidden(directory):
+    return {str(path.relative_to(directory)) for path in directory.rglob(".*")}
+
+
+def test_killed_between_old_weights_and_new(short, run, tmp_path, monkeypatch):
+    """The old ones come back at the next start."""
+    shutil.copytree(short, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_settle_previous", lambda _: None)
+        replace_path = Path.replace
+
+        def killed(path, target):
+            if Path(target).name == "weights":
+                raise SystemExit
+            return replace_path(path, target)
+
+        patch.setattr("pathlib.Path.replace", killed)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", steps=3)
+    assert not (tmp_path / "run" / "weights").exists()
+    with pytest.raises(ValueError, match="validation"):
+        run(tmp_path / "run", steps=4, validation=["nowhere.png"], validation_images=2)
+    assert_equal(weights(short / "weights"), weights(tmp_path / "run" / "weights"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["published"] is None
+    run(tmp_path / "run", steps=3)
+    assert_equal(weights(tmp_path / "run" / "step-00000003" / "weights"), weights(tmp_path / "run" / "weights"))
+    assert hidden(tmp_path / "run") == {".lock"}
+
+
+def test_killed_after_new_weights(short, run, tmp_path, monkeypatch):
+    """They are not taken for those of another step."""
+    shutil.copytree(short, tmp_path / "run")
+    publish = checkpoints.publish
+
+    def killed(directory):
+        publish(directory)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "publish", killed)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", steps=3, keep_checkpoints=9)
+    shutil.rmtree(tmp_path / "run" / "step-00000003")
+    assert_equal(weights(short / "weights"), weights(run(tmp_path / "run", steps=2).weights))
+
+
+def test_killed_while_a_model_card_is_written(run, tmp_path, monkeypatch):
+    settings = {"validation_images": 2, "validation_steps": 1}
+    run(tmp_path / "run", **settings)
+    (tmp_path / "run" / "step-00000002" / "weights" / ".README.md.0123456789abcdef").write_text("half")
+    run(tmp_path / "run", **settings, steps=3)
+    assert hidden(tmp_path / "run") == {".lock"}
+
+
+def test_a_finished_run_that_is_validated_later(short, run, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    result = run(tmp_path / "run", validation_images=2, validation_steps=1)
+    cards = [path / "README.md" for path in (result.weights, tmp_path / "run" / "step-00000002" / "weights")]
+    assert cards[0].read_text() == cards[1].read_text()
+    assert f"Identity retention {result.diagnostics.retention:.3f}." in cards[0].read_text()
+    # From then on nothing touches them.
+    for card in cards:
+        card.write_text("My own words.")
+    again = run(tmp_path / "run", validation_images=2, validation_steps=1)
+    assert again.diagnostics is None
+    assert [card.read_text() for card in cards] == ["My own words."] * 2
+
+
+def test_a_lost_record_takes_nothing_from_the_model_card(run, tmp_path):
+    settings = {"validation_images": 2, "validation_steps": 1}
+    result = run(tmp_path / "run", **settings)
+    card = (result.weights / "README.md").read_text()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    run(tmp_path / "run", **settings)
+    for path in (result.weights, tmp_path / "run" / "step-00000002" / "weights"):
+        assert (path / "README.md").read_text() == card
+
+
+def test_samples_of_later_steps_are_dropped(run, tmp_path):
+    settings = {"checkpoint_every": 2, "validate_every": 3, "validation_images": 2, "validation_steps": 1}
+    run(tmp_path / "run", steps=4, **settings)
+    directory = until(tmp_path / "run", 2, tmp_path / "copy")
+    run(directory, steps=4, **{**settings, "validate_every": 0})
+    assert sorted(path.name for path in (directory / "samples").iterdir()) == ["step-00000000.png", "step-00000004.png"]
+    assert [step for (step,) in on_board(directory)["samples"]] == [0, 4]
+    assert [line["step"] for line in lines(directory)] == [0, 1, 2, 3, 4, 4]
 
 
 class Code:
@@ -611,7 +714,9 @@ def test_a_damaged_checkpoint(short, run, tmp_path, capsys, damage):
         assert_equal(weights(short / "weights"), weights(run(directory).weights))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": 5, "images": ""}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"settings": 5, "images": ""}', '{"settings": {}, "images": "", "generator": ""}']
+)
 def test_a_damaged_description_is_named(short, run, tmp_path, content):
     directory = until(short, 1, tmp_path / "run")
     (directory / "run.json").write_text(content)
@@ -674,7 +779,7 @@ def test_an_empty_directory_and_one_below_none(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "what", ["fewer", "another order", "another pose", "another identity", "another size", "other pixels"]
+    "what", ["fewer", "another order", "another pose", "another identity", "another size", "another byte"]
 )
 def test_other_images_are_refused(short, run, images, tmp_path, what):
     directory = until(short, 1, tmp_path / "run")
@@ -744,7 +849,7 @@ def test_a_finished_run_goes_on_to_more_steps(run, tmp_path, ema):
     assert result.step == 4
     assert losses(tmp_path / "run") == losses(tmp_path / "at once")
     assert_equal(weights(expected.weights), weights(result.weights))
-    assert "for 4 steps" in (result.weights / "README.md").read_text()
+    assert (result.weights / "README.md").read_text() == (expected.weights / "README.md").read_text()
     assert_equal(weights(result.weights), weights(run(tmp_path / "run", steps=4, ema=ema).weights))
 
     # Stopped on the way there, even at the very end, it keeps the weights that it had.
@@ -774,6 +879,11 @@ def test_nobody_has_more_steps_who_did_not_ask_for_them(short, images, tmp_path)
     settings = {name: value for name, value in SHORT.items() if name != "steps"}
     with pytest.raises(ValueError, match=r"steps 2 then, 80000 now\. Pass steps=80000 if"):
         train(miniature(), images, tmp_path / "run", device="cpu", **settings)
+    # What is refused leaves no trace in the run's file.
+    longer = {**SHORT, "steps": 9, "validation_images": 2}
+    with pytest.raises(ValueError, match="validation"):
+        train(miniature(), images, tmp_path / "run", device="cpu", validation=["nowhere.png"], **longer)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["steps"] == 2
 
 
 def test_weights_of_another_step_are_replaced(short, run, tmp_path):
@@ -812,7 +922,7 @@ def test_steps_that_were_done_are_not_undone(short, run, tmp_path):
 def test_a_cosine_ends_where_it_was_to(run, tmp_path):
     run(tmp_path / "run", schedule="cosine")
     with pytest.raises(
-        ValueError, match=r"steps 2 then, 3 now\. With a cosine .* from the weights in .*run.weights\.$"
+        ValueError, match=r"steps 2 then, 3 now\. With a cosine .* from the weights in .*step-00000002.weights\.$"
     ):
         run(tmp_path / "run", schedule="cosine", steps=3)
     assert (tmp_path / "run" / "weights").exists()
@@ -944,12 +1054,8 @@ def test_interrupted(whole, run, tmp_path, caplog, where):
         patch.setattr(training._Run, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", **WHOLE)
-    message = {
-        "before the first checkpoint": "interrupted at step 0; started again, the run goes on from its beginning",
-        "in a validation": "interrupted at step 2; started again, the run goes on from step 2, its newest checkpoint",
-        "in a step": "interrupted at step 2; started again, the run goes on from step 2, its newest checkpoint",
-    }[where]
-    assert message in caplog.messages
+    known = "its beginning" if "before" in where else "step 2, its newest checkpoint"
+    assert f"interrupted; started again, the run goes on from {known}" in caplog.messages
     result = run(tmp_path / "run", **WHOLE)
     directory = whole[0]
     assert lines(tmp_path / "run") == lines(directory)
@@ -959,6 +1065,7 @@ def test_interrupted(whole, run, tmp_path, caplog, where):
         *(directory / "weights").iterdir(),
     ):
         assert (tmp_path / "run" / path.relative_to(directory)).read_bytes() == path.read_bytes(), path
+    assert on_board(tmp_path / "run") == on_board(directory)
     assert result.diagnostics == whole[1].diagnostics
 
 

@@ -353,7 +353,7 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
 
 
 def _check_folders(images: Sequence[PersonImage]) -> None:
-    """Raise if folders of one name would make one person of several, as person/camera/image does."""
+    """Raise if folders would make one person of several, or several of one, as person/camera/image does."""
     folders: dict[str, set[Path]] = defaultdict(set)
     for image in images:
         folders[image.identity].add(image.path.parent)
@@ -364,6 +364,12 @@ def _check_folders(images: Sequence[PersonImage]) -> None:
                 f"{_first(sorted(places))}. Move one person's images together; where people's folders hold others, as "
                 "for cameras, move the images up, with c1_ or _c1 in their names for the camera."
             )
+    by_depth = {len(image.path.parts): image.path for image in images}
+    if len(by_depth) > 1:
+        raise ValueError(
+            "folders of people must all be at one depth, or cameras would pass for people, got "
+            f"{_first(sorted(by_depth.values()))}. Move them, or make a table of each depth."
+        )
 
 
 def _by_name(file: Path) -> tuple[str, str] | None:

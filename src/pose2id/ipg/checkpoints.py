@@ -20,8 +20,9 @@ import torch
 _PREFIX = "step-"
 _UNFINISHED = ".unfinished-"
 _STATE = "training.pt"
-_HALF_WRITTEN = re.escape(_UNFINISHED) + r"[0-9a-f]{8}|\.(run\.json|metrics\.jsonl|step-\d+\.png)\.[0-9a-f]{16}"
-WEIGHTS = "weights"
+_WHOLE_FILES = r"run\.json|metrics\.jsonl|step-\d+\.png|README\.md"
+_HALF_WRITTEN = re.escape(_UNFINISHED) + rf"[0-9a-f]{{8}}|\.({_WHOLE_FILES})\.[0-9a-f]{{16}}"
+WEIGHTS, _PREVIOUS = "weights", ".previous-weights"
 
 
 def found(directory: Path) -> list[Path]:
@@ -95,34 +96,22 @@ def read(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def publish(directory: Path, published: int | None) -> int:
+def publish(directory: Path) -> None:
     """Copy the newest checkpoint's weights to `weights` in the run's directory, in place of older ones.
-
-    Args:
-        directory: of the run.
-        published: steps of the weights that are there; None: not known, or there are none.
-
-    Returns:
-        Steps of the weights that are there now.
 
     Raises:
         OSError: they could not be written; what was there is as it was.
     """
-    newest, target = found(directory)[-1], directory / WEIGHTS
-    step = step_of(newest)
-    if target.exists() and published == step:
-        return step
-    unfinished, doomed = (directory / f"{_UNFINISHED}{secrets.token_hex(4)}" for _ in range(2))
+    newest, target, previous = found(directory)[-1], directory / WEIGHTS, directory / _PREVIOUS
+    unfinished = directory / f"{_UNFINISHED}{secrets.token_hex(4)}"
     try:
         shutil.copytree(newest / WEIGHTS, unfinished)
         _all_to_disk(unfinished)
         if target.exists():
-            target.rename(doomed)
+            target.rename(previous)
         unfinished.replace(target)
         _to_disk(directory)
     except OSError as error:
-        if doomed.exists() and not target.exists():
-            doomed.rename(target)
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise OSError(
             f"training is complete, but its weights cannot be copied to {target}: {reason}. They are in "
@@ -130,15 +119,23 @@ def publish(directory: Path, published: int | None) -> int:
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(doomed, ignore_errors=True)
-    return step
+        _settle_previous(directory)
 
 
 def remove_unfinished(directory: Path) -> None:
     """Remove what a killed run left half-written: directories, and files of `whole_file`. Nothing else is touched."""
-    for path in (*directory.glob("*"), *directory.glob("*/*")):
+    _settle_previous(directory)
+    for path in (*directory.glob("*"), *directory.glob("*/*"), *directory.glob("*/*/*")):
         if re.fullmatch(_HALF_WRITTEN, path.name):
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def _settle_previous(directory: Path) -> None:
+    """Older weights, which new ones were about to replace: back in their place if these did not come."""
+    previous, target = directory / _PREVIOUS, directory / WEIGHTS
+    if previous.exists() and not target.exists():
+        previous.rename(target)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _all_to_disk(directory: Path) -> None:

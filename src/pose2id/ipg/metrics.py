@@ -1,8 +1,9 @@
-"""What a training run measures: a line of JSON a step, and the same for TensorBoard."""
+"""What a training run measures: a line of JSON a step, a picture of each validation, and the same for TensorBoard."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from pose2id._outputs import whole_file
 
-FILE, BOARD = "metrics.jsonl", "tensorboard"
+FILE, BOARD, SAMPLES = "metrics.jsonl", "tensorboard", "samples"
 RECENT = 100  # steps whose mean is the loss of a run
 
 
@@ -33,6 +34,7 @@ class Metrics:
         kept = [values for values in _recorded(path) if step and values["step"] <= step]
         self._losses = [values["loss"] for values in kept if "loss" in values]
         self.validations = {values["step"]: values for values in kept if "loss" not in values}
+        self._samples = directory / SAMPLES
         self._file: Any = None
         if not write:
             return
@@ -41,24 +43,41 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
 
-        self._board: Any = SummaryWriter(str(directory / BOARD), purge_step=step + 1 if step else 0)
+        # The board has everything of earlier steps (`flush`), and nobody knows what it has of this one.
+        self._board: Any = SummaryWriter(str(directory / BOARD), purge_step=step)
+        for values in kept:
+            if values["step"] == step:
+                self._show(step, values)
+        for picture in self._samples.glob("step-*.png"):
+            if int(picture.stem.removeprefix("step-")) not in self.validations:
+                picture.unlink()
+            elif picture == self._picture(step):
+                with Image.open(picture) as content:
+                    self._show_picture(step, content)
 
     def add(self, step: int, **values: float) -> None:
-        """Record values of a step."""
+        """Record values of a step: the loss, or those of a validation."""
         if "loss" in values:
             self._losses.append(values["loss"])
         else:
             self.validations[step] = values
-        if self._file is None:
-            return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-
-    def add_picture(self, step: int, picture: Image.Image) -> None:
-        """Record a picture, RGB."""
         if self._file is not None:
-            self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._show(step, values)
+
+    def add_validation(self, step: int, sheet: Image.Image, **values: float) -> None:
+        """Record a validation: what was generated, RGB, and how good it is."""
+        self._samples.mkdir(exist_ok=True)
+        with whole_file(self._picture(step)) as unfinished:
+            sheet.save(unfinished, "png")
+        self.add(step, **values)
+        self._show_picture(step, sheet)
+        self.flush()
+
+    def flush(self) -> None:
+        """Have TensorBoard's events written; it keeps them for minutes."""
+        if self._file is not None:
+            self._board.flush()
 
     def recent_loss(self) -> float:
         """Mean over the last 100 steps."""
@@ -70,6 +89,17 @@ class Metrics:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+    def _picture(self, step: int) -> Path:
+        return self._samples / f"step-{step:08d}.png"
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+
+    def _show_picture(self, step: int, picture: Image.Image) -> None:
+        self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
 
 def _recorded(path: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,8 @@ class TrainingSettings:
     configuration.
 
     Attributes:
-        steps: optimizer steps of the whole run. With a constant schedule a run may go on to more of them.
+        steps: optimizer steps of the whole run. With a constant schedule a run may go on to more of them, or end with
+            fewer.
         batch_size: samples of an optimizer step, those of all processes and accumulated parts together.
         gradient_accumulation: parts that a process computes its share of a batch in, to save memory.
         learning_rate: of the optimizer, at its highest.

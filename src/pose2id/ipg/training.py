@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,14 +37,15 @@ from pose2id.ipg.latents import Latents, build, identity_features
 from pose2id.ipg.metrics import RECENT, Metrics
 from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
 from pose2id.ipg.optimization import moving_average, new_optimizer, rate, require_optimizer
-from pose2id.ipg.pairs import Pairs, PairSettings, Selection, select
+from pose2id.ipg.pairs import Pairs, PairSettings, Selection, require_pairs, select
 from pose2id.ipg.pictures import load_poses, load_reference, pixels
+from pose2id.ipg.run_directory import RunDirectory, require_directory
 from pose2id.ipg.settings import FREE, TrainingSettings, checked_settings
 from pose2id.ipg.weights import CARD, model_card
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, LOCK, SAMPLES, LATENTS = "run.json", ".lock", "samples", "latents"
+LATENTS = "latents"
 _MOST_SKIPPED = 100  # steps in a row that a scaler may leave out
 _TELL_EVERY = 60  # seconds, where no bar is shown
 
@@ -89,7 +89,9 @@ def train(
         images: of people with two images or more. An image with a valid pose (`pairs.has_valid_pose`) is a target, any
             other of the same person its reference. Unreadable images and people without a pair are left out, with a
             report in the log.
-        directory: new or empty, or that of a run to go on with; settings and images must be the same then.
+        directory: new or empty, or that of a run to go on with. Images must be the same then, and so must settings, but
+            for those that the weights do not depend on (`settings.FREE`) and, where a constant rate allows it and they
+            are given, `steps`.
         validation: people to be generated in validations: `PersonImage`s, of which each person's first one is taken, or
             images of different people as `IdentityGenerator.generate` takes them. None: people that are trained on.
         device: "cpu" to train there even if there is a GPU; None: what accelerate finds.
@@ -100,30 +102,28 @@ def train(
         Where the weights are, and how well they do.
 
     Raises:
-        FileExistsError: a directory with something else in it.
+        FileExistsError: a directory with something else in it, or with weights of a run whose checkpoints are gone, or
+            that somebody trains in.
         FloatingPointError: the loss is not finite any more; the last checkpoint is kept.
         ImportError: the extra is not installed.
         OSError: a checkpoint that can't be written; older ones are kept.
         TypeError, ValueError: bad input, named; images or settings other than those that the run began with.
     """
     given = checked_settings(settings)
-    require_optimizer(given)
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
-    for i, image in enumerate(images):
-        if not isinstance(image, PersonImage):
-            raise TypeError(
-                f"images[{i}] must be a PersonImage, as pose2id.datasets.read_table gives them, got "
-                f"{type(image).__name__}."
-            )
+    require_ready(given, images, directory, device)
     accelerator = _accelerator(given, device)
-    place = Path(directory).expanduser()
-    lock = FileLock(place / LOCK)
+    place = RunDirectory(Path(directory).expanduser())
     try:
-        run = _Run(accelerator, generator, images, place, lock, given, validation, progress, longer="steps" in settings)
+        run = _Run(accelerator, generator, images, place, given, validation, progress, longer="steps" in settings)
         return run.whole()
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            logger.warning("interrupted; started again, the run goes on from %s", place.newest())
+        raise
     finally:
-        lock.release()
+        place.release()
 
 
 class _Run:
@@ -134,8 +134,7 @@ class _Run:
         accelerator: Any,
         generator: IdentityGenerator,
         images: Sequence[PersonImage],
-        directory: Path,
-        lock: FileLock,
+        directory: RunDirectory,
         settings: TrainingSettings,
         validation: Sequence[Any] | None,
         progress: bool,
@@ -143,8 +142,7 @@ class _Run:
         longer: bool,
     ) -> None:
         self.longer = longer  # whether steps may be others than before
-        self.content: dict[str, Any] = {}  # of the run's file, in the main process
-        self.accelerator, self.directory, self.lock, self.settings = accelerator, directory, lock, settings
+        self.accelerator, self.directory, self.settings = accelerator, directory, settings
         self.main: bool = accelerator.is_main_process
         self.progress = progress and self.main
         parts = accelerator.num_processes * settings.gradient_accumulation
@@ -175,13 +173,15 @@ class _Run:
         self.step = 0
         self.diagnostics: GenerationDiagnostics | None = None
         self._resume()
+        if self.main:
+            directory.write()
 
     def whole(self) -> TrainingResult:
         """All steps that are left."""
         given = self.settings
         batches = iter(self._loader())
         bar = tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True)
-        with bar, closing(self.metrics), self._interruptible():
+        with bar, closing(self.metrics):
             self._validate()  # what training starts from, or what a killed run did not get to
             told = time.monotonic()
             while self.step < given.steps:
@@ -198,10 +198,9 @@ class _Run:
                     told = time.monotonic()
                     logger.info("step %d of %d, loss %.4f", self.step, given.steps, self.metrics.recent_loss())
         if self.main:
-            self.content["published"] = checkpoints.publish(self.directory, self.content["published"])
-            self._describe()
+            self.directory.publish(self.step)
         self.accelerator.wait_for_everyone()
-        final = self.directory / checkpoints.WEIGHTS
+        final = self.directory.path / checkpoints.WEIGHTS
         return TrainingResult(final, self.step, self.metrics.recent_loss(), self.diagnostics)
 
     def _optimize(self, batches: Iterator[dict[str, Tensor]]) -> float:
@@ -288,12 +287,12 @@ class _Run:
             ),
         )
         if given.cache:
-            directory = self.directory / LATENTS
+            directory = self.directory.path / LATENTS
             if self.main:
                 key = hashlib.sha256(
                     json.dumps(
                         [
-                            _digest(selection),
+                            self.directory.content["images"],
                             asdict(pairs.settings),
                             fingerprint(generator, ("vae", "identity_encoder"), bank=False),
                         ]
@@ -306,107 +305,21 @@ class _Run:
 
     def _claim(self, selection: Selection) -> None:
         """Make the directory this run's, or see that it is."""
-        require_directory(self.directory)
-        path = self.directory / RUN_FILE
-        fixed = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        self.content = {
-            "settings": fixed,
+        given, generator = self.settings, self.generator
+        content = {
+            "settings": {name: value for name, value in asdict(given).items() if name not in FREE},
             "images": _digest(selection),
-            "generator": _architecture(self.generator),
-            # Of what the first start began with, whatever generator a later one has.
-            "start": fingerprint(self.generator, TRAINED, bank=False),
-            "license": self.generator.license,
-            "sources": self.generator.sources,
-            "published": None,
+            "generator": _architecture(generator),
+            "start": fingerprint(generator, TRAINED, bank=False),
+            "license": generator.license,
+            "sources": generator.sources,
+            "round_bank": generator.round_bank,
         }
-        if not path.exists():
-            # A first start that was killed may have left the run's file unfinished, and its lock, and nothing else.
-            there = self.directory.iterdir() if self.directory.exists() else ()
-            if any(other.name != LOCK and not other.match(f".{RUN_FILE}.*") for other in there):
-                raise FileExistsError(
-                    f"{self.directory} must be new, empty, or the directory of a run, and holds something else. Choose "
-                    "another."
-                )
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-        else:
-            self._take_lock()
-            began = _run_file(path)
-            if known := checkpoints.found(self.directory):
-                self._check_same(began)
-                self._check_steps(known[-1], began)
-                for name in ("start", "license", "sources", "published"):
-                    self.content[name] = began.get(name, self.content[name])
-            elif (self.directory / checkpoints.WEIGHTS).exists():
-                raise FileExistsError(
-                    f"{self.directory} has weights of a run whose checkpoints are gone: it can't go on, and beginning "
-                    "anew would replace them. Train in another directory."
-                )
-            elif began.get("start") != self.content["start"]:
-                logger.warning(
-                    "%s has no checkpoint and begins anew, with other weights than it began with before. Training "
-                    "changes a generator in place: load it anew to start where the first attempt did.",
-                    self.directory,
-                )
-            checkpoints.remove_unfinished(self.directory)
-        self._describe()
-
-    def _describe(self) -> None:
-        with whole_file(self.directory / RUN_FILE) as unfinished:
-            unfinished.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-
-    def _check_steps(self, checkpoint: Path, began: Mapping[str, Any]) -> None:
-        """Raise if a run is to have fewer steps than it has; tell if it is to have others than it was to have."""
-        done, steps, before = checkpoints.step_of(checkpoint), self.settings.steps, began["settings"].get("steps")
-        if steps < done:
-            raise ValueError(
-                f"steps must be at least the {done} that the run in {self.directory} has done, got {steps}. Weights of "
-                "earlier steps are in its older checkpoints, as far as they were kept."
-            )
-        if steps != before:
-            logger.info("the run in %s goes on to %d steps, where it was to have %s", self.directory, steps, before)
-
-    def _check_same(self, began: Mapping[str, Any]) -> None:
-        """Raise if a run is to go on as another one."""
-        content = self.content
-        fixed, where = content["settings"], f"the run in {self.directory} began with"
         # With another schedule, another number of steps would have had other rates.
-        free = ("steps",) if self.longer and self.settings.schedule == "constant" else ()
-        differing = [name for name in fixed if name not in free and began["settings"].get(name) != fixed[name]]
-        if differing:
-            shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
-            raise ValueError(f"settings must be those that {where}: {shown}. {self._instead(differing)}")
-        if began["images"] != content["images"]:
-            raise ValueError(
-                f"images must be those that {where}, got others, or in another order, or with other poses, or some of "
-                "them can't be read any more. Train in another directory."
-            )
-        if began["generator"] != content["generator"]:
-            raise ValueError(
-                f"generator must be the one that {where}, got one of another identity encoder, VAE, scheduler, "
-                "image_size or architecture. Train in another directory."
-            )
-
-    def _instead(self, differing: Sequence[str]) -> str:
-        """What to do about other settings."""
-        if list(differing) != ["steps"]:
-            return "Train in another directory."
-        if self.settings.schedule == "constant":
-            return f"Pass steps={self.settings.steps} if it is to go on to as many."
-        return (
-            "With a cosine they are fixed: train in another directory, starting from the weights in "
-            f"{self.directory / checkpoints.WEIGHTS}."
-        )
-
-    def _take_lock(self) -> None:
-        """Keep other processes from training in the directory."""
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise FileExistsError(f"{self.directory} is being trained in by another process. Wait for it.") from error
+        self.directory.claim(content, free=("steps",) if self.longer and given.schedule == "constant" else ())
 
     def _resume(self) -> None:
-        known = checkpoints.found(self.directory)
+        known = checkpoints.found(self.directory.path)
         if known:
             state = checkpoints.read(known[-1])
             self.step = checkpoints.step_of(known[-1])
@@ -418,7 +331,7 @@ class _Run:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             if self.main:
                 logger.info("going on from step %d", self.step)
-        self.metrics = Metrics(self.directory, self.step, write=self.main)
+        self.metrics = Metrics(self.directory.path, self.step, write=self.main)
 
     def _checkpoint(self) -> None:
         if self.main:
@@ -431,8 +344,9 @@ class _Run:
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             with self._averaged() as generator:
+                self.metrics.flush()
                 checkpoints.write(
-                    self.directory,
+                    self.directory.path,
                     self.step,
                     state,
                     partial(generator.save_pretrained, notes=self._notes()),
@@ -442,7 +356,8 @@ class _Run:
 
     def _notes(self) -> str:
         """Of the model card: how these weights were trained."""
-        listed = {name: value for name, value in asdict(self.settings).items() if name not in (*FREE, "steps")}
+        hidden = (*FREE, "steps") if self.settings.schedule == "constant" else FREE
+        listed = {name: value for name, value in asdict(self.settings).items() if name not in hidden}
         settings = "".join(f"* {name}: {value}\n" for name, value in listed.items())
         height, width = self.generator.image_size
         validation = self.metrics.validations.get(self.step)
@@ -453,44 +368,38 @@ class _Run:
             f"{self.metrics.recent_loss():.4f}.{seen}\n\n{settings}"
         )
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Say what is lost when somebody stops the run."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.main:
-                known = checkpoints.found(self.directory)
-                where = f"step {checkpoints.step_of(known[-1])}, its newest checkpoint" if known else "its beginning"
-                logger.warning("interrupted at step %d; started again, the run goes on from %s", self.step, where)
-            raise
-
     def _validate(self) -> None:
         """Validate if it is time to, and this step has not been validated; the checkpoint's model card tells."""
         every = self.settings.validate_every
         due = self.step == self.settings.steps or (every and self.step % every == 0)
         if due and self.main and self.validation:
-            validated = self.step in self.metrics.validations
-            if not validated:
+            new = self.step not in self.metrics.validations
+            if new:
                 with self._averaged() as generator:
-                    self.diagnostics = self._generated(generator)
-                self.metrics.add(
-                    self.step,
-                    retention=self.diagnostics.retention,
-                    own_cosine=self.diagnostics.own_cosine,
-                    other_cosine=self.diagnostics.other_cosine,
+                    sheet, self.diagnostics = self._generated(generator)
+                names = ("retention", "own_cosine", "other_cosine")
+                self.metrics.add_validation(
+                    self.step, sheet, **{name: getattr(self.diagnostics, name) for name in names}
                 )
-            known = checkpoints.found(self.directory)
-            published = validated and self.content["published"] == self.step
-            if known and checkpoints.step_of(known[-1]) == self.step and not published:
-                card = model_card(self.content["sources"], self.content["license"], self._notes())
-                with whole_file(known[-1] / checkpoints.WEIGHTS / CARD) as unfinished:
-                    unfinished.write_text(card, encoding="utf-8")
+            known = checkpoints.found(self.directory.path)
+            if known and checkpoints.step_of(known[-1]) == self.step:
+                self._tell(known[-1], new)
         if due:
             self.accelerator.wait_for_everyone()
 
-    def _generated(self, generator: IdentityGenerator) -> GenerationDiagnostics:
-        """Contact sheets of the validation's people, and how well the identity encoder knows them again."""
+    def _tell(self, checkpoint: Path, new: bool) -> None:
+        """Have a checkpoint's model card say what its validation found, unless it has been given out with that."""
+        content = self.directory.content
+        given_out = content["published"] == self.step and not new
+        if given_out or not math.isfinite(self.metrics.recent_loss()):  # whose record somebody removed
+            return
+        content["published"] = None
+        with whole_file(checkpoint / checkpoints.WEIGHTS / CARD) as unfinished:
+            card = model_card(content["sources"], content["license"], self._notes())
+            unfinished.write_text(card, encoding="utf-8")
+
+    def _generated(self, generator: IdentityGenerator) -> tuple[Image.Image, GenerationDiagnostics]:
+        """A contact sheet of the validation's people, and how well the identity encoder knows them again."""
         references = [load_reference(image, "validation image") for image in self.validation]
         drawings = [drawing for _, drawing in load_poses("standard")]
         pictures = generator.generate(
@@ -500,22 +409,17 @@ class _Run:
             size=None,
             progress=False,
         )
-        folder = self.directory / SAMPLES
-        folder.mkdir(exist_ok=True)
         sheets = [
             contact_sheet(*shown) for shown in zip(references, [drawings] * len(references), pictures, strict=True)
         ]
-        sheet = stacked(sheets)
-        with whole_file(folder / f"step-{self.step:08d}.png") as unfinished:
-            sheet.save(unfinished, "png")
-        self.metrics.add_picture(self.step, sheet)
         size = tuple(generator.identity_encoder.image_size)
 
         def features(some: Sequence[Image.Image]) -> Tensor:
             seen = torch.stack([pixels(picture, size) for picture in some]).to(generator.device)
             return identity_features(generator, seen)
 
-        return generation_diagnostics(features(references), torch.stack([features(poses) for poses in pictures]))
+        generated = torch.stack([features(poses) for poses in pictures])
+        return stacked(sheets), generation_diagnostics(features(references), generated)
 
     def _validation_images(self, selection: Selection, given: Sequence[Any] | None) -> list[Any]:
         count = self.settings.validation_images
@@ -538,24 +442,23 @@ class _Run:
         """A generator of the weights that are written: the average, if there is one."""
         parts = self.accelerator.unwrap_model(self.parts) if self.average is None else self.average.module
         try:
-            origin = {name: self.content[name] for name in ("license", "sources")}
+            origin = {name: self.directory.content[name] for name in ("license", "sources", "round_bank")}
             yield self.generator.replaced(**{name: getattr(parts, name) for name in TRAINED}, **origin)
         finally:
             parts.train()
 
 
-def require_directory(directory: str | os.PathLike[str]) -> None:
-    """Raise a FileExistsError if something else is where a run's directory is to be."""
-    path = Path(directory).expanduser()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"directory must be one to train in, and {path} is a file.")
-
-
-def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
+def require_ready(
+    settings: TrainingSettings,
+    images: Sequence[PersonImage],
+    directory: str | os.PathLike[str],
+    device: str | None = None,
+) -> None:
+    """Raise what `train` would, as far as it shows without weights and without a look at the images themselves."""
+    require_optimizer(settings)
     try:
+        import accelerate  # noqa: F401, PLC0415
         import tensorboard  # noqa: F401, PLC0415
-        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # noqa: PLC0415
-        from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
     if device not in (None, "cpu"):
@@ -563,6 +466,20 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
             f"device must be 'cpu' or None, which takes a GPU where there is one, got {device!r}. CUDA_VISIBLE_DEVICES "
             "chooses among GPUs."
         )
+    for i, image in enumerate(images):
+        if not isinstance(image, PersonImage):
+            raise TypeError(
+                f"images[{i}] must be a PersonImage, as pose2id.datasets.read_table gives them, got "
+                f"{type(image).__name__}."
+            )
+    require_pairs(images)
+    require_directory(directory)
+
+
+def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # noqa: PLC0415
+    from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
+
     # Where a process's samples all happen to be unconditional, its reference UNet takes no part.
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
     # The others wait while the first process fills the cache, validates, or writes tens of gigabytes.
@@ -583,16 +500,6 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
     if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate leaves it out
         raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'.")
     return accelerator
-
-
-def _run_file(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content["settings"], dict) and {"images", "generator"} <= content.keys():
-            return content
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise ValueError(f"{path} is damaged, and says no more what the run is. Train in another directory.")
 
 
 def _architecture(generator: IdentityGenerator) -> str:
