@@ -674,6 +674,7 @@ def test_a_lost_record_takes_nothing_from_the_model_card(run, tmp_path):
     card = (result.weights / "README.md").read_text()
     (tmp_path / "run" / "metrics.jsonl").unlink()
     run(tmp_path / "run", **settings)
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
     for path in (result.weights, tmp_path / "run" / "step-00000002" / "weights"):
         assert (path / "README.md").read_text() == card
 
@@ -682,8 +683,13 @@ def test_samples_of_later_steps_are_dropped(run, tmp_path):
     settings = {"checkpoint_every": 2, "validate_every": 3, "validation_images": 2, "validation_steps": 1}
     run(tmp_path / "run", steps=4, **settings)
     directory = until(tmp_path / "run", 2, tmp_path / "copy")
+    (directory / "samples" / "step-best.png").touch()
     run(directory, steps=4, **{**settings, "validate_every": 0})
-    assert sorted(path.name for path in (directory / "samples").iterdir()) == ["step-00000000.png", "step-00000004.png"]
+    assert sorted(path.name for path in (directory / "samples").iterdir()) == [
+        "step-00000000.png",
+        "step-00000004.png",
+        "step-best.png",
+    ]
     assert [step for (step,) in on_board(directory)["samples"]] == [0, 4]
     assert [line["step"] for line in lines(directory)] == [0, 1, 2, 3, 4, 4]
 

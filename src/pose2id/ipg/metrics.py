@@ -49,11 +49,12 @@ class Metrics:
             if values["step"] == step:
                 self._show(step, values)
         for picture in self._samples.glob("step-*.png"):
-            if int(picture.stem.removeprefix("step-")) not in self.validations:
+            number = picture.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
                 picture.unlink()
-            elif picture == self._picture(step):
-                with Image.open(picture) as content:
-                    self._show_picture(step, content)
+        if step in self.validations and self._picture(step).exists():
+            with Image.open(self._picture(step)) as content:
+                self._show_picture(step, content)
 
     def add(self, step: int, **values: float) -> None:
         """Record values of a step: the loss, or those of a validation."""
