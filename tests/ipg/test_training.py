@@ -629,6 +629,18 @@ def test_killed_between_old_weights_and_new(short, run, tmp_path, monkeypatch):
     assert hidden(tmp_path / "run") == {".lock"}
 
 
+def test_killed_before_old_checkpoints_were_removed(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "prune", lambda directory, _: checkpoints.found(directory)[2:] and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", steps=3, keep_checkpoints=2)
+    assert len(checkpoints.found(tmp_path / "run")) == 3
+    run(tmp_path / "run", steps=3, keep_checkpoints=2)
+    assert [checkpoints.step_of(path) for path in checkpoints.found(tmp_path / "run")] == [2, 3]
+    run(tmp_path / "run", steps=3, keep_checkpoints=1)  # a finished run stays as it is
+    assert len(checkpoints.found(tmp_path / "run")) == 2
+
+
 def test_killed_after_new_weights(short, run, tmp_path, monkeypatch):
     """They are not taken for those of another step."""
     shutil.copytree(short, tmp_path / "run")

@@ -72,11 +72,16 @@ def write(
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    prune(directory, keep)
+    return target
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest."""
     for old in found(directory)[:-keep]:
         # Renamed first: what is half removed must not pass for a checkpoint.
         doomed = old.rename(directory / f"{_UNFINISHED}{secrets.token_hex(4)}")
         shutil.rmtree(doomed, ignore_errors=True)
-    return target
 
 
 def read(checkpoint: Path) -> dict[str, Any]:

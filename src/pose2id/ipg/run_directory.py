@@ -90,10 +90,14 @@ class RunDirectory:
         with whole_file(self.path / RUN_FILE) as unfinished:
             unfinished.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
 
-    def publish(self, steps: int) -> None:
-        """Give out the newest checkpoint's weights, which are of so many steps, unless they are given out already."""
+    def publish(self, steps: int, *, keep: int) -> None:
+        """Give out the newest checkpoint's weights, which are of so many steps, unless they are given out already.
+
+        Only the `keep` newest checkpoints stay: a kill after the last one may have left more.
+        """
         if self.content["published"] == steps and (self.path / checkpoints.WEIGHTS).exists():
             return
+        checkpoints.prune(self.path, keep)
         self.content["published"] = None  # a kill on the way must not leave weights of which something false is said
         self.write()
         checkpoints.publish(self.path)

@@ -198,7 +198,7 @@ class _Run:
                     told = time.monotonic()
                     logger.info("step %d of %d, loss %.4f", self.step, given.steps, self.metrics.recent_loss())
         if self.main:
-            self.directory.publish(self.step)
+            self.directory.publish(self.step, keep=given.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         final = self.directory.path / checkpoints.WEIGHTS
         return TrainingResult(final, self.step, self.metrics.recent_loss(), self.diagnostics)
