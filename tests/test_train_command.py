@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from pose2id import IdentityGenerator, train_command
 from pose2id.cli import main
 from pose2id.datasets import SyntheticPedestrians, read_table, write_people
-from pose2id.ipg import checkpoints, starting, training
+from pose2id.ipg import checkpoints, run_directory, starting, training
 from pose2id.ipg.objective import Objective
 from pose2id.ipg.settings import TrainingSettings
 from pose2id.ipg.weights import VAE_REPO
@@ -48,7 +48,8 @@ def _as_before():
     torch.set_num_threads(1)  # small networks
     yield
     torch.set_num_threads(threads)
-    logging.getLogger(training.__name__).setLevel(logging.NOTSET)
+    for module in (training, run_directory):
+        logging.getLogger(module.__name__).setLevel(logging.NOTSET)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -296,6 +297,13 @@ def test_a_whole_run_interrupted_and_gone_on_with(command, weights, tmp_path, ca
     assert "going on from step 1" in caplog.text
     assert same(tensors(tmp_path / "run" / "weights"), trained)
     assert capsys.readouterr().out == shown.replace("/whole/", "/run/")
+
+
+def test_a_longer_run_is_told(command, capsys, caplog):
+    assert command(**SHORT) == 0
+    assert command(**{**SHORT, "steps": 3}) == 0
+    assert "goes on to 3 steps, where it was to have 2" in caplog.text
+    assert "3 steps, loss" in capsys.readouterr().out
 
 
 def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):

@@ -85,11 +85,12 @@ def run(args: argparse.Namespace) -> None:
     given = {name: options[name] for name, _, _ in (*STARTING, *SETTINGS) if name in options}
     settings = {name: given.pop(name) for name, _, _ in SETTINGS if name in given}
     from pose2id.datasets import read_table  # noqa: PLC0415 - all of these take seconds to import
-    from pose2id.ipg import starting, training  # noqa: PLC0415
+    from pose2id.ipg import run_directory, starting, training  # noqa: PLC0415
     from pose2id.ipg.settings import checked_settings  # noqa: PLC0415
     from pose2id.ipg.weights import json_object  # noqa: PLC0415
 
-    logging.getLogger(training.__name__).setLevel(logging.INFO)  # what is trained on, and what was left out
+    for module in (training, run_directory):  # what is trained on, what was left out, where the run goes on
+        logging.getLogger(module.__name__).setLevel(logging.INFO)
     checked = checked_settings(settings)
     images = read_table(args.table)
     validation = given.pop("validation", None)

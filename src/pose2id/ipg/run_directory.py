@@ -58,13 +58,12 @@ class RunDirectory:
         """
         require_directory(self.path)
         self.content = {"format": _FORMAT, **content, "published": None}
-        new = not (self.path / RUN_FILE).exists()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise FileExistsError(f"{self.path} is being trained in by another process. Wait for it.") from error
-        if new:
+        if not (self.path / RUN_FILE).exists():
             self.write()
             return
         began = _read(self.path / RUN_FILE)
