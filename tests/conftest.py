@@ -31,6 +31,12 @@ def _isolate_hub_client():
 _isolate_hub_client()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    # Before any fixture: models made in tests have the same weights in each run, so that a failure comes back.
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread_for_miniatures(request):
     # Small networks gain nothing from threads, and lose minutes to them where other processes want the cores.
