@@ -8,7 +8,7 @@ import pytest
 
 import pose2id
 
-HEAVY = ["diffusers", "faiss", "matplotlib", "sklearn", "torchvision", "timm"]
+HEAVY = ["diffusers", "faiss", "matplotlib", "scipy", "sklearn", "torchvision", "timm"]
 
 
 def run(code):
@@ -32,7 +32,8 @@ def test_that_check_can_fail():
 
 def test_import_adds_under_half_a_second_to_torch():
     for statement in ("import pose2id", "from pose2id import Centralizer, evaluate, id2_score, k_reciprocal, nfc"):
-        code = f"import time, torch; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+        # Of the processor: what else runs on the machine does not count.
+        code = f"import time, torch; start = time.process_time(); {statement}; print(time.process_time() - start)"
         assert min(float(run(code)) for _ in range(3)) < 0.5, statement
 
 

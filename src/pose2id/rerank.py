@@ -15,7 +15,6 @@ from typing import Any, Protocol, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from pose2id._inputs import (
@@ -378,6 +377,8 @@ def _encodings(images: _Distances, ranking: NDArray[np.int64], k1: int, k2: int)
 
 def _lists(ranking: NDArray[np.int64]) -> Any:
     """Neighbour lists as a sparse 0/1 matrix: row i has ones at its list's columns."""
+    from scipy import sparse  # noqa: PLC0415 - slow to import
+
     n, length = ranking.shape
     kind = np.int32 if ranking.size < 2**31 else np.int64
     indices, start = ranking.ravel().astype(kind), np.arange(0, ranking.size + 1, length, dtype=kind)
@@ -386,6 +387,8 @@ def _lists(ranking: NDArray[np.int64]) -> Any:
 
 def _expanded_reciprocal(ranking: NDArray[np.int64], k1: int) -> Any:
     """R*(i, k1): reciprocal neighbours, with those of each member whose own half-length set lies mostly inside."""
+    from scipy import sparse  # noqa: PLC0415 - slow to import
+
     nearest = _lists(ranking[:, : k1 + 1])
     half = _lists(ranking[:, : round(k1 / 2) + 1])  # Python and numpy both round halves to even
     reciprocal, half = nearest.multiply(nearest.T).tocsr(), half.multiply(half.T).tocsr()
