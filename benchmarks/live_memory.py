@@ -8,11 +8,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +27,7 @@ def peaks(call: Callable[[], Any], modules: Mapping[str, nn.Module]) -> dict[str
         module.register_forward_pre_hook(lambda *_, name=name: live.turn_of(name)) for name, module in modules.items()
     ]
     try:
-        with torch.no_grad(), live, _FusedAttention():
+        with torch.no_grad(), live, _fused_attention():
             call()
     finally:
         for hook in hooks:
@@ -35,23 +35,15 @@ def peaks(call: Callable[[], Any], modules: Mapping[str, nn.Module]) -> dict[str
     return live.peaks
 
 
-def kept(call: Callable[[], Any], module: nn.Module) -> int:
-    """Bytes of what a forward pass keeps for the way back, beside the module's weights.
+def step_peak(loss: Callable[[], torch.Tensor]) -> int:
+    """Most bytes alive, of tensors that a loss and its way back make, gradients of weights among them.
 
-    The call is on the meta device; with gradient checkpointing what it keeps is what will be computed again from.
+    The loss is on the meta device. Gradients that are there before stay, and are not counted.
     """
-    seen = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-    alive: list[torch.Tensor] = []  # or another storage would get the number of one that is gone
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in seen:
-            seen.add(tensor.untyped_storage()._cdata)
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
-        call()
-    return sum(tensor.untyped_storage().nbytes() for tensor in alive)
+    live = _Live()
+    with live, _fused_attention():
+        loss().backward()
+    return live.peaks[""]
 
 
 class _Live(TorchDispatchMode):
@@ -94,11 +86,12 @@ def _copied(func: Any, args: Any) -> int:
     return 0 if args[0].is_contiguous(memory_format=torch.channels_last) else int(args[0].nbytes)
 
 
-class _FusedAttention(TorchFunctionMode):
+def _fused_attention() -> Any:
     """Attention in one kernel, as CUDA has it: there is no matrix of all pairs."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {})) if func is not F.scaled_dot_product_attention else _Kernel.apply(*args[:3])
+    # Not a function mode of torch, which would be off on the way back, where checkpointing computes again.
+    return mock.patch.object(
+        F, "scaled_dot_product_attention", lambda query, key, value, *_, **__: _Kernel.apply(query, key, value)
+    )
 
 
 class _Kernel(torch.autograd.Function):
@@ -111,3 +104,7 @@ class _Kernel(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, length))
         return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])

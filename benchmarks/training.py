@@ -100,26 +100,36 @@ def counted(batch_size: int) -> dict[str, int]:
         timesteps = torch.empty(batch_size, dtype=torch.int64)
         features = torch.empty(batch_size, generator.identity_encoder.feature_dim)
 
-    def loss() -> None:
+    def loss() -> torch.Tensor:
         unconditional = torch.zeros(batch_size, dtype=torch.bool)  # a sample without a reference keeps less
-        trained(latents, timesteps, images, latents, features, unconditional).square().mean()
+        return trained(latents, timesteps, images, latents, features, unconditional).square().mean()
+
+    def of_a_step() -> list[int]:
+        """The most that a step's gradients and activations take; and with gradients that stay from part to part."""
+        trained.zero_grad()
+        return [live_memory.step_peak(loss), learnt + live_memory.step_peak(loss)]
 
     every = sum(parameter.nbytes for parameter in trained.parameters())
     learnt = sum(parameter.nbytes for parameter in trained.parameters() if parameter.requires_grad)
     frozen = sum(
         parameter.nbytes for part in (generator.vae, generator.identity_encoder) for parameter in part.parameters()
     )
-    table = {
-        "weights that are trained": every,
-        "their gradients": learnt,
+    plain = of_a_step()
+    trained.reference_unet.enable_gradient_checkpointing()
+    trained.denoising_unet.enable_gradient_checkpointing()
+    checkpointed = of_a_step()
+    return {
+        "weights": every,
         "Adam's two numbers a weight": 2 * learnt,
         "the same of adamw8bit": learnt // 2,
         "VAE and identity encoder": frozen,
-        f"activations of {batch_size} samples": live_memory.kept(loss, trained),
+        "gradients alone": learnt,
+        f"gradients and activations of {batch_size} samples": plain[0],
+        "with --gradient-checkpointing": checkpointed[0],
+        "where gradients stay (accumulation, several GPUs)": plain[1],
+        "where they stay, with --gradient-checkpointing": checkpointed[1],
+        "--ema": every,
     }
-    trained.reference_unet.enable_gradient_checkpointing()
-    trained.denoising_unet.enable_gradient_checkpointing()
-    return {**table, "the same with --gradient-checkpointing": live_memory.kept(loss, trained), "--ema": every}
 
 
 def _full_size() -> IdentityGenerator:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from pose2id import Centralizer
@@ -210,6 +212,37 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # rotated by a quarter
     picture.save(tmp_path / "a.jpg", exif=exif)
     assert load_image(tmp_path / "a.jpg", "x").size == (8, 4)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_made_upright_once(tmp_path, pictures, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pictures[0]).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as picture:
+        expected = ImageOps.exif_transpose(picture)
+        for item in (tmp_path / "a.png", picture):
+            found = load_image(item, "x")
+            assert found.size == expected.size
+            assert found.tobytes() == expected.tobytes()
+            assert load_image(found, "x").tobytes() == expected.tobytes()
+        assert picture.getexif()[0x0112] == orientation
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of corrupt EXIF data
+def test_what_is_wrong_in_exif_does_not_matter(tmp_path, pictures):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "a maker of cameras", 72.0
+    exif.get_ifd(0x8769)[0x9003] = "2026:01:01 00:00:00"
+    Image.fromarray(pictures[0]).save(tmp_path / "a.jpg", exif=exif)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    size = load_image(tmp_path / "a.jpg", "x").size
+    start = whole.index(b"Exif")
+    for place, value in itertools.product(range(start, start + len(exif.tobytes())), (0, 1, 5, 13, 30)):
+        damaged = bytearray(whole)
+        damaged[place] = value
+        (tmp_path / "b.jpg").write_bytes(damaged)
+        assert load_image(tmp_path / "b.jpg", "x").size in (size, size[::-1])
 
 
 @pytest.mark.parametrize(

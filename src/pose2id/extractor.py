@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,6 +25,15 @@ from pose2id._inputs import checked_choice, checked_count
 PARTS_NDIM = 3
 _IMAGE_NDIM = 3
 _BATCH_NDIM = 4
+_TURNS = {  # EXIF's orientation to what makes a picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 INPUTS = ("batch", "images")
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -322,9 +331,11 @@ def load_image(item: Any, name: str) -> Image.Image:
     if isinstance(item, (str, os.PathLike)):
         try:
             with Image.open(item) as picture:
-                return _as_rgb(picture, f"{name} ({os.fspath(item)})")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG is a SyntaxError
+                picture.load()
+                picture.getexif()
+        except Exception as error:  # a damaged file can fail in any way
             raise ValueError(f"{name} cannot be read: {os.fspath(item)} ({error}).") from error
+        return _as_rgb(picture, f"{name} ({os.fspath(item)})")
     if isinstance(item, Image.Image):
         return _as_rgb(item, name)
     array = item
@@ -357,9 +368,14 @@ def content_key(picture: Image.Image) -> str:
 def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} must have 8 bits a channel, got mode {picture.mode!r}. Scale it to 0..255 first.")
+    # Not ImageOps.exif_transpose, which writes the other fields anew, and fails where a camera left nonsense in them.
+    orientation: Any = picture.getexif().get(ExifTags.Base.Orientation)
+    turn = _TURNS.get(orientation)
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")  # else Pillow warns of some palettes
-    return ImageOps.exif_transpose(picture).convert("RGB")
+    upright = (picture if turn is None else picture.transpose(turn)).convert("RGB")
+    upright.info.clear()  # of the orientation, too: nobody must turn it once more
+    return upright
 
 
 def _batch(

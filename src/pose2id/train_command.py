@@ -60,7 +60,7 @@ STARTING: tuple[tuple[str, Any, str], ...] = (
     ("revision", str, "of the weights (main)"),
     ("cache_dir", str, "where downloads are kept (the Hub client's)"),
     ("local_files_only", bool, "download nothing (off)"),
-    ("device", str, "cpu, to train there even if there is a GPU"),
+    ("device", str, "cpu, even if there is a GPU, or cuda, and nowhere else (a GPU if there is one)"),
     ("validation", str, "TABLE of images to validate with (people that are trained on)"),
 )
 

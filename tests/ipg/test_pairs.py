@@ -82,6 +82,7 @@ def test_a_sample_depends_on_its_number_and_the_seed_alone(selection, variants):
     assert not torch.equal(elsewhere[0]["noise"], samples[0]["noise"])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 def test_workers_draw_the_same_samples(selection):
     some = pairs(selection)
     order = [[5, 0], [16, 3], [2, 9]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import math
 import re
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from filelock import FileLock
 from miniature import UNET, assert_equal, lines, losses, miniature, people, state, weights
 from PIL import Image
 
-from pose2id.ipg import IdentityGenerator, checkpoints, training
+from pose2id.ipg import IdentityGenerator, TransReID, checkpoints, latents, training
 from pose2id.ipg.latents import identity_features
 from pose2id.ipg.metrics import Metrics
 from pose2id.ipg.objective import TRAINED, Objective, TrainedParts
@@ -309,7 +310,30 @@ def test_a_directory_below_home(run, tmp_path, monkeypatch):
 def test_accelerates_environment_changes_nothing(short, run, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state(reset_partial_state=True)  # or what the other run found there would still hold
     assert_equal(weights(short / "weights"), weights(run(tmp_path / "run").weights))
+    assert state(tmp_path / "run", 2)["parts"].keys() == state(short, 2)["parts"].keys()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_in_shards_are_refused(run, tmp_path, monkeypatch, kind):
+    from accelerate import Accelerator, DistributedType  # noqa: PLC0415
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(ValueError, match=f"accelerate must be set up for one process or several .*got {kind}"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_on_request(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be 'cpu' or None where torch finds no CUDA device, got 'cuda'"):
+        run(tmp_path / "run", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="device must be what accelerate is set up for, 'cpu', or None, got 'cuda'"):
+        run(tmp_path / "run", device="cuda")
 
 
 def test_the_loss_of_a_process_that_writes_nothing(short):
@@ -418,6 +442,29 @@ def test_half_precision(short, run, tmp_path):
     assert {tensor.dtype for tensor in state(tmp_path / "run", 2)["parts"].values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("ends", ["well", "in an error"])
+def test_the_generator_generates_again_afterwards(run, tmp_path, monkeypatch, ends):
+    if ends == "in an error":
+        monkeypatch.setattr(Objective, "loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    generator = miniature()
+    with nullcontext() if ends == "well" else pytest.raises(FloatingPointError):
+        run(tmp_path / "run", generator, gradient_checkpointing=True)
+    for name, part in generator.parts.items():
+        assert not any(module.training for module in part.modules())
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+        assert name not in TRAINED or not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def test_parts_that_cannot_be_written(run, tmp_path):
+    class Own(TransReID):
+        pass
+
+    encoder = Own((16, 8), patch_size=4, stride=4, dim=8, depth=2, heads=2)
+    with pytest.raises(TypeError, match="identity_encoder must be a TransReID to be saved, got Own"):
+        run(tmp_path / "run", miniature().replaced(identity_encoder=encoder))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_generator_in_half_precision_is_trained_in_single(run, tmp_path):
     generator = miniature().to(dtype=torch.bfloat16)
     run(tmp_path / "run", generator, steps=1)
@@ -443,6 +490,21 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(whole, run, tmp_path, step)
     for i, moments in expected["optimizer"]["state"].items():
         assert_equal(moments, last["optimizer"]["state"][i])
     assert {path.name for path in directory.iterdir()} == {path.name for path in whole[0].iterdir()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are mapped")
+def test_a_resumed_run_holds_no_checkpoint(whole, run, tmp_path, monkeypatch):
+    """On a CPU an optimizer's numbers would stay those of the file, and so its room on the disk, when it is removed."""
+    add, seen = Metrics.add, []
+
+    def asked(self, step, **values):
+        seen.append("training.pt" in Path("/proc/self/maps").read_text())
+        add(self, step, **values)
+
+    monkeypatch.setattr(Metrics, "add", asked)
+    run(until(whole[0], 2, tmp_path / "run"), **WHOLE)
+    assert seen
+    assert not any(seen)
 
 
 def test_a_finished_run_stays_as_it_is(whole, run, tmp_path):
@@ -498,6 +560,13 @@ def test_latents_of_other_frozen_parts_are_not_taken(run, tmp_path):
     assert losses(directory) == losses(tmp_path / "other")
 
 
+def test_latents_are_on_the_disk_before_their_key(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(latents, "to_disk", lambda folder: seen.append(sorted(path.name for path in folder.iterdir())))
+    run(tmp_path / "run", cache=True, reference_variants=2)
+    assert seen == [["features.npy", "references.npy", "targets.npy"]]
+
+
 def test_damaged_latents_are_made_anew(run, tmp_path):
     settings = {"cache": True, "reference_variants": 2}
     run(tmp_path / "run", **settings)
@@ -524,8 +593,8 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def half_saved(content, path):
-    path.write_bytes(b"half")
+def half_saved(content, file):
+    file.write(b"half")
     no_space()
 
 
@@ -558,6 +627,17 @@ def test_a_full_disk(short, run, tmp_path, monkeypatch, what):
 
     monkeypatch.undo()
     assert_equal(weights(short / "weights"), weights(run(directory).weights))
+
+
+def test_a_device_that_fails_is_no_full_disk(run, tmp_path, monkeypatch):
+    def failing(content, file):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(RuntimeError, match=r"^CUDA error"):
+        run(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("*step*")] == []
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [".lock"]
 
 
 def test_a_full_disk_at_the_first_checkpoint(run, tmp_path):
@@ -843,6 +923,12 @@ def test_other_settings_are_refused(short, run, tmp_path, changed, shown):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # bitsandbytes' own
+def test_numbers_of_numpy(short, run, tmp_path):
+    result = run(tmp_path / "run", steps=np.int64(2), learning_rate=np.float64(1e-3), batch_size=np.int32(2))
+    assert_equal(weights(short / "weights"), weights(result.weights))
+    assert (tmp_path / "run" / "run.json").read_bytes() == (short / "run.json").read_bytes()
+
+
 def test_8_bit_states_are_kept_as_well(run, tmp_path):
     pytest.importorskip("bitsandbytes")
     settings = {"steps": 3, "optimizer": "adamw8bit"}
@@ -1020,6 +1106,57 @@ def test_a_gradient_that_is_no_number(run, tmp_path, value, max_grad_norm):
     assert not (tmp_path / "run" / "weights").exists()
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+def scaled(request, monkeypatch):
+    """Losses are scaled as with fp16 on a GPU, for the optimizer's form that is taken there and for the other one."""
+    original = training._accelerator
+
+    def accelerator(*given):
+        made = original(*given)
+        made.scaler = torch.amp.GradScaler("cpu")
+        made.unscale_gradients = lambda: [made.scaler.unscale_(some.optimizer) for some in made._optimizers]
+        return made
+
+    monkeypatch.setattr(training, "_accelerator", accelerator)
+    monkeypatch.setattr(
+        training,
+        "new_optimizer",
+        lambda given, parameters: torch.optim.Adam(parameters, given.learning_rate, fused=request.param),
+    )
+
+
+def with_infinite_gradients(steps):
+    """A generator of which a gradient is infinite in these steps, and the loss never."""
+    generator, seen = miniature(), []
+    bias = generator.denoising_unet.conv_out.bias.requires_grad_()
+
+    def spoilt(gradient):
+        seen.append(1)
+        return gradient * (math.inf if len(seen) in steps else 1)
+
+    bias.register_hook(spoilt)
+    return generator
+
+
+@pytest.mark.usefixtures("scaled")
+def test_with_a_scaler_a_step_may_be_left_out(run, tmp_path):
+    result = run(tmp_path / "run", with_infinite_gradients({2, 3, 5}), steps=6, checkpoint_every=1, keep_checkpoints=6)
+    assert result.step == 6
+    after = [state(tmp_path / "run", step)["parts"] for step in range(1, 7)]
+    name = "pose_encoder.conv_out.weight"
+    moved = [not torch.equal(one[name], other[name]) for one, other in itertools.pairwise(after)]
+    assert moved == [False, False, True, False, True]
+
+
+@pytest.mark.usefixtures("scaled")
+def test_with_a_scaler_not_all_steps_may_be_left_out(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_MOST_SKIPPED", 3)
+    generator = with_infinite_gradients({1, 3, 4, 5, 6, 7, 8})
+    with pytest.raises(FloatingPointError, match="in each of 3 steps up to the end of step 5 is"):
+        run(tmp_path / "run", generator, steps=8)
+    assert checkpoints.step_of(checkpoints.found(tmp_path / "run")[-1]) == 4
+
+
 def test_a_weight_that_is_no_number(run, tmp_path):
     generator = miniature()
     with torch.no_grad():
@@ -1175,8 +1312,8 @@ def test_every_setting_is_checked():
         ({"table": []}, "images must hold two images of a person"),
         ({"table": ["a.png"]}, r"images\[0\] must be a PersonImage.*got str"),
         ({"generator": "tiny"}, "generator must be an IdentityGenerator, got str"),
-        ({"device": "gpu"}, "device must be 'cpu' or None.*got 'gpu'"),
-        ({"device": "cuda:1"}, "device must be 'cpu' or None.*got 'cuda:1'"),
+        ({"device": "gpu"}, "device must be 'cpu', 'cuda' or None.*got 'gpu'"),
+        ({"device": "cuda:1"}, "device must be 'cpu', 'cuda' or None.*got 'cuda:1'.*CUDA_VISIBLE_DEVICES"),
         ({"mixed_precision": "fp16"}, "mixed_precision"),
         ({"validation": [np.zeros((16, 8, 3), np.uint8)], "validation_images": 4}, "validation must show at least 2"),
         ({"validation": ["nowhere.png"] * 2, "validation_images": 4}, r"validation.*nowhere\.png"),

@@ -203,10 +203,24 @@ TOGETHER = {
 }
 
 
+def free_port():
+    """Below those that systems give away when asked for any: nobody else gets it in the meantime."""
+    port = 10_000 + os.getpid() % 10_000
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            port += 1
+
+
 def two_processes(trainers, directory, settings):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
     pids = [
         trainers.start(directory, settings, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)

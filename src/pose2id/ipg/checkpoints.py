@@ -59,13 +59,11 @@ def write(
     try:
         unfinished.mkdir()
         save_weights(unfinished / WEIGHTS)
-        torch.save(dict(state), unfinished / _STATE)
-        _all_to_disk(unfinished)
+        _save(state, unfinished / _STATE)
+        to_disk(unfinished)
         unfinished.replace(target)
         _to_disk(directory)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, RuntimeError) as error:  # torch raises the latter when a disk is full
+    except OSError as error:
         raise OSError(
             f"the checkpoint of step {step} cannot be written to {directory}: {error}. Older checkpoints are as they "
             "were; make room and start the run again, it goes on from the newest."
@@ -76,6 +74,17 @@ def write(
     return target
 
 
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    """`torch.save`; the RuntimeError that it makes of a full disk is an OSError again, one of a device stays."""
+    try:
+        with path.open("xb") as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def prune(directory: Path, keep: int) -> None:
     """Remove all checkpoints but the newest."""
     for old in found(directory)[:-keep]:
@@ -84,15 +93,15 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def read(checkpoint: Path) -> dict[str, Any]:
-    """The state that was written, on the CPU.
+def read(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The state that was written, on the CPU; `mapped`: its tensors are read from the file when they are used.
 
     Raises:
         ValueError: a damaged or missing file; with what to do.
     """
     path = checkpoint / _STATE
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except PermissionError:
         raise
     except Exception as error:  # a damaged file can fail in any way
@@ -111,7 +120,7 @@ def publish(directory: Path) -> None:
     unfinished = directory / f"{_UNFINISHED}{secrets.token_hex(4)}"
     try:
         shutil.copytree(newest / WEIGHTS, unfinished)
-        _all_to_disk(unfinished)
+        to_disk(unfinished)
         if target.exists():
             target.rename(previous)
         unfinished.replace(target)
@@ -143,7 +152,7 @@ def _settle_previous(directory: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _all_to_disk(directory: Path) -> None:
+def to_disk(directory: Path) -> None:
     """Wait until a directory has reached the disk: a rename may get there before its content does."""
     for path in (*directory.rglob("*"), directory):
         _to_disk(path)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pose2id._outputs import whole_file, write_npy
+from pose2id.ipg.checkpoints import to_disk
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pairs import Pairs
 
@@ -91,6 +92,7 @@ def build(
 
         for name, images, of_one, encode in files:
             write_npy(directory / name, (len(images), *of_one), np.dtype(np.float32), encoded(images, encode))
+    to_disk(directory)  # or a key might outlive a power failure that what it vouches for did not
     with whole_file(directory / _KEY) as unfinished:
         unfinished.write_text(content, encoding="utf-8")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,29 +97,33 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "keep_checkpoints"):
-            checked_count(getattr(self, name), name)
+            self._become(name, checked_count)
         for name in ("warmup_steps", "seed", "validate_every", "validation_images", "workers"):
-            checked_count(getattr(self, name), name, least=0)
-        checked_count(self.validation_steps, "validation_steps", most=1000)
+            self._become(name, checked_count, least=0)
+        self._become("validation_steps", checked_count, most=1000)
         for name in ("weight_decay", "unconditional_ratio", "noise_offset", "flip", "erase"):
-            checked_number(getattr(self, name), name, 0, 1)
-        checked_number(self.validation_guidance, "validation_guidance", 0, 1000)
-        checked_number(self.learning_rate, "learning_rate", 1e-12, 1)
-        checked_number(self.max_grad_norm, "max_grad_norm", 0, 1e6)
+            self._become(name, checked_number, low=0, high=1)
+        self._become("validation_guidance", checked_number, low=0, high=1000)
+        self._become("learning_rate", checked_number, low=1e-12, high=1)
+        self._become("max_grad_norm", checked_number, low=0, high=1e6)
         for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("mixed_precision", PRECISIONS)):
-            checked_choice(getattr(self, name), name, choices)
+            self._become(name, checked_choice, choices=choices)
         for name in ("cache", "gradient_checkpointing"):
             checked_flag(getattr(self, name), name)
         self._check_options()
 
+    def _become(self, name: str, checked: Callable[..., Any], **limits: Any) -> None:
+        """Keep a value as Python's own, whatever it came as: JSON knows no numpy numbers."""
+        object.__setattr__(self, name, checked(getattr(self, name), name, **limits))
+
     def _check_options(self) -> None:
         """What may be None, and what goes together."""
         if self.snr_gamma is not None:
-            checked_number(self.snr_gamma, "snr_gamma", 1e-3, 1e6)
+            self._become("snr_gamma", checked_number, low=1e-3, high=1e6)
         if self.ema is not None:
-            checked_number(self.ema, "ema", 0, 0.99999)
+            self._become("ema", checked_number, low=0, high=0.99999)
         if self.reference_variants is not None:
-            checked_count(self.reference_variants, "reference_variants")
+            self._become("reference_variants", checked_count)
         elif self.cache:
             raise ValueError(
                 "reference_variants must be a number with cache=True, got None: endless augmentations can't be kept. "

@@ -41,13 +41,14 @@ from pose2id.ipg.pairs import Pairs, PairSettings, Selection, require_pairs, sel
 from pose2id.ipg.pictures import load_poses, load_reference, pixels
 from pose2id.ipg.run_directory import RunDirectory, require_directory
 from pose2id.ipg.settings import FREE, TrainingSettings, checked_settings
-from pose2id.ipg.weights import CARD, model_card
+from pose2id.ipg.weights import CARD, model_card, require_saveable
 
 logger = logging.getLogger(__name__)
 
 LATENTS = "latents"
 _MOST_SKIPPED = 100  # steps in a row that a scaler may leave out
 _TELL_EVERY = 60  # seconds, where no bar is shown
+_DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")  # as accelerate calls them
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def train(
             are given, `steps`.
         validation: people to be generated in validations: `PersonImage`s, of which each person's first one is taken, or
             images of different people as `IdentityGenerator.generate` takes them. None: people that are trained on.
-        device: "cpu" to train there even if there is a GPU; None: what accelerate finds.
+        device: "cpu" to train there even if there is a GPU, "cuda" to train on a GPU or not at all; None: what
+            accelerate finds.
         progress: show bars on a terminal.
         **settings: of `settings.TrainingSettings`, by name.
 
@@ -107,11 +109,13 @@ def train(
         FloatingPointError: the loss is not finite any more; the last checkpoint is kept.
         ImportError: the extra is not installed.
         OSError: a checkpoint that can't be written; older ones are kept.
-        TypeError, ValueError: bad input, named; images or settings other than those that the run began with.
+        TypeError, ValueError: bad input, named, such as a generator that `save_pretrained` can't write; images or
+            settings other than those that the run began with.
     """
     given = checked_settings(settings)
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
+    require_saveable(generator.parts, generator.scheduler)  # not when the first checkpoint is due
     require_ready(given, images, directory, device)
     accelerator = _accelerator(given, device)
     place = RunDirectory(Path(directory).expanduser())
@@ -163,9 +167,7 @@ class _Run:
         self.validation = self._validation_images(selection, validation)
         self.objective = Objective(generator.scheduler, settings.snr_gamma)
         trained = TrainedParts(generator).train()
-        if settings.gradient_checkpointing:
-            trained.reference_unet.enable_gradient_checkpointing()
-            trained.denoising_unet.enable_gradient_checkpointing()
+        _checkpoint_gradients(trained, settings.gradient_checkpointing)
         self.average = None if settings.ema is None else moving_average(trained, settings.ema)
         optimizer = new_optimizer(settings, [p for p in trained.parameters() if p.requires_grad])
         self.parts, self.optimizer = accelerator.prepare(trained, optimizer)
@@ -181,7 +183,7 @@ class _Run:
         given = self.settings
         batches = iter(self._loader())
         bar = tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True)
-        with bar, closing(self.metrics):
+        with bar, closing(self.metrics), self._training():
             self._validate()  # what training starts from, or what a killed run did not get to
             told = time.monotonic()
             while self.step < given.steps:
@@ -216,10 +218,8 @@ class _Run:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parts.parameters(), given.max_grad_norm or math.inf)
-                    if accelerator.scaler is None:  # which leaves out steps without finite gradients
-                        self._check_finite(float(norm), "norm of the gradient")
+                    self._check_gradient(float(norm))
                 self.optimizer.step()
-                self._count_skipped()
                 self.optimizer.zero_grad()
             losses.append(loss.detach())
         if self.average is not None:
@@ -228,12 +228,12 @@ class _Run:
         self._check_finite(mean, "loss")
         return mean
 
-    def _count_skipped(self) -> None:
+    def _check_gradient(self, norm: float) -> None:
         """With a scaler, fp16's, steps without finite gradients are left out; now and then that is how it works."""
-        if self.accelerator.sync_gradients:
-            self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
-            if self.skipped == _MOST_SKIPPED:
-                self._check_finite(math.nan, f"gradient of each of {_MOST_SKIPPED} steps up to the end")
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.accelerator.scaler is None or self.skipped == _MOST_SKIPPED:
+            several = f" in each of {self.skipped} steps up to the end" if self.skipped > 1 else ""
+            self._check_finite(norm, f"norm of the gradient{several}")
 
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
@@ -321,7 +321,8 @@ class _Run:
     def _resume(self) -> None:
         known = checkpoints.found(self.directory.path)
         if known:
-            state = checkpoints.read(known[-1])
+            # On a CPU the optimizer would keep the file mapped for as long as it runs.
+            state = checkpoints.read(known[-1], mapped=self.accelerator.device.type != "cpu")
             self.step = checkpoints.step_of(known[-1])
             self.accelerator.unwrap_model(self.parts).load_state_dict(state["parts"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -438,6 +439,16 @@ class _Run:
         return chosen
 
     @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The generator's parts as somebody who generates wants them, afterwards."""
+        parts = self.accelerator.unwrap_model(self.parts)
+        try:
+            yield
+        finally:
+            _checkpoint_gradients(parts, False)
+            parts.eval().requires_grad_(False)
+
+    @contextmanager
     def _averaged(self) -> Iterator[IdentityGenerator]:
         """A generator of the weights that are written: the average, if there is one."""
         parts = self.accelerator.unwrap_model(self.parts) if self.average is None else self.average.module
@@ -461,11 +472,13 @@ def require_ready(
         import tensorboard  # noqa: F401, PLC0415
     except ImportError as error:
         raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
-    if device not in (None, "cpu"):
+    if device not in (None, "cpu", "cuda"):
         raise ValueError(
-            f"device must be 'cpu' or None, which takes a GPU where there is one, got {device!r}. CUDA_VISIBLE_DEVICES "
-            "chooses among GPUs."
+            "device must be 'cpu', 'cuda' or None, which takes a GPU where there is one, got "
+            f"{device!r}. CUDA_VISIBLE_DEVICES chooses among GPUs."
         )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' or None where torch finds no CUDA device, got 'cuda'.")
     for i, image in enumerate(images):
         if not isinstance(image, PersonImage):
             raise TypeError(
@@ -490,6 +503,7 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
             mixed_precision=settings.mixed_precision,
             # Not by number, which an environment variable would overrule.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation),
+            dynamo_backend="no",  # whatever the environment says: compiled parts have other names in checkpoints
             kwargs_handlers=[parallel, patient],
         )
     except ValueError as error:
@@ -499,7 +513,23 @@ def _accelerator(settings: TrainingSettings, device: str | None) -> Any:
         ) from error
     if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate leaves it out
         raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'.")
+    if accelerator.distributed_type not in _DISTRIBUTED:
+        raise ValueError(
+            f"accelerate must be set up for one process or several with all weights each ({', '.join(_DISTRIBUTED)}), "
+            f"got {accelerator.distributed_type.value}: checkpoints are not written from shards. Run `accelerate "
+            "config` again, or pass another file to `accelerate launch --config_file`."
+        )
+    if device == "cuda" and accelerator.device.type != "cuda":
+        raise ValueError(
+            f"device must be what accelerate is set up for, {accelerator.device.type!r}, or None, got 'cuda'. See "
+            "ACCELERATE_USE_CPU in the environment, and `accelerate env`."
+        )
     return accelerator
+
+
+def _checkpoint_gradients(parts: Any, wanted: bool) -> None:
+    for unet in (parts.reference_unet, parts.denoising_unet):
+        unet.enable_gradient_checkpointing() if wanted else unet.disable_gradient_checkpointing()
 
 
 def _architecture(generator: IdentityGenerator) -> str:

@@ -439,6 +439,13 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {"_class_name": kind.__name__, **_public(scheduler.config)}
 
 
+def require_saveable(parts: Mapping[str, nn.Module], scheduler: Any) -> None:
+    """Raise the TypeError of a generator that `save_pretrained` can't write."""
+    for name, part in parts.items():
+        config_of(name, part)
+    scheduler_config(scheduler)
+
+
 def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> Weights:
     content = json_object(config_file)
     if content.get("format") != _FORMAT:
