@@ -128,6 +128,9 @@ def train(
         raise
     finally:
         place.release()
+        for name in TRAINED:  # as somebody who generates wants them
+            generator.parts[name].eval().requires_grad_(False)
+        _checkpoint_gradients(generator, False)
 
 
 class _Run:
@@ -183,7 +186,7 @@ class _Run:
         given = self.settings
         batches = iter(self._loader())
         bar = tqdm(total=given.steps, initial=self.step, unit="step", disable=None if self.progress else True)
-        with bar, closing(self.metrics), self._training():
+        with bar, closing(self.metrics):
             self._validate()  # what training starts from, or what a killed run did not get to
             told = time.monotonic()
             while self.step < given.steps:
@@ -437,16 +440,6 @@ class _Run:
                 "or validation_images=0."
             )
         return chosen
-
-    @contextmanager
-    def _training(self) -> Iterator[None]:
-        """The generator's parts as somebody who generates wants them, afterwards."""
-        parts = self.accelerator.unwrap_model(self.parts)
-        try:
-            yield
-        finally:
-            _checkpoint_gradients(parts, False)
-            parts.eval().requires_grad_(False)
 
     @contextmanager
     def _averaged(self) -> Iterator[IdentityGenerator]:
