@@ -402,7 +402,8 @@ def test_bad_keypoint_files(folder, tmp_path, caplog):
         if image == "broken":
             (root / "2_c1.jpg").write_bytes(b"broken")
         assert [row.pose for row in table_of_folder(root, keypoints=tmp_path)] == [None, None]
-        assert "1 of 2 images have no keypoints in the table" in caplog.text
+        assert "1 of 2 images have no file of keypoints" in caplog.text
+        assert "1 of 2 images have keypoints that cannot be used" in caplog.text
         said = {"whole": "2_c1.json cannot be read as poses", "broken": "image 2_c1.jpg cannot be read"}[image]
         assert said in caplog.text
 

@@ -207,6 +207,7 @@ def test_every_option_arrives(command, taken, table, tmp_path):
         assert str(directory) == str(tmp_path / "run")
         assert trained.pop("device") == "cpu"
         assert trained.pop("validation") == images
+        assert trained.pop("origin") == "the UNet of user/unet, with identity encoder and VAE of user/name"
         trained.pop("progress", None)
         assert trained == ALL
         assert {name: type(value) for name, value in trained.items()} == {n: type(v) for n, v in ALL.items()}
@@ -215,7 +216,21 @@ def test_every_option_arrives(command, taken, table, tmp_path):
 def test_nothing_is_said_for_what_is_not_given(command, taken):
     assert command(weights="w") == 0
     assert taken["start"] == ("w", {"device": "cpu"})
+    assert taken["train"][3].pop("origin") == "w"
     assert {name for name, value in taken["train"][3].items() if value is not None} <= {"progress"}
+
+
+def test_cards_name_no_folders(command, taken, tmp_path):
+    (tmp_path / "secret" / "mine").mkdir(parents=True)
+    (tmp_path / "secret" / "small.json").write_text("{}")
+    for unet, said in (
+        (None, "mine"),
+        (tmp_path / "secret" / "small.json", "random UNets, with identity encoder and VAE of mine"),
+        (tmp_path / "secret" / "mine", "the UNet of mine, with identity encoder and VAE of mine"),
+    ):
+        taken.clear()
+        assert command(weights=tmp_path / "secret" / "mine", **({} if unet is None else {"unet": unet})) == 0
+        assert taken["train"][3]["origin"] == said
 
 
 def test_flags_go_before_the_file(command, taken):
@@ -255,7 +270,7 @@ def test_image_sizes_and_networks_of_a_file(command, taken, tmp_path):
     assert taken["start"][1]["unet"] == UNET
     (tmp_path / "unet.json").write_text(json.dumps(UNET))
     assert command(unet=tmp_path / "unet.json") == 0
-    assert taken["start"][1]["unet"] == UNET
+    assert taken["start"][1]["unet"] == str(tmp_path / "unet.json")
 
 
 def tensors(directory):
@@ -271,7 +286,7 @@ def test_a_whole_run_interrupted_and_gone_on_with(command, weights, tmp_path, ca
     shown = capsys.readouterr().out
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert shown == (
-        f"2 steps, loss {np.mean(losses):.4f} (mean of the last 100)\nweights: {tmp_path / 'whole' / 'weights'}\n"
+        f"2 steps, loss {np.mean(losses):.4f} (mean of the last 2)\nweights: {tmp_path / 'whole' / 'weights'}\n"
     )
     assert "4 images of 2 people: 4 targets" in caplog.text
     trained = tensors(tmp_path / "whole" / "weights")

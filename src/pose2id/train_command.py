@@ -85,11 +85,10 @@ def run(args: argparse.Namespace) -> None:
     given = {name: options[name] for name, _, _ in (*STARTING, *SETTINGS) if name in options}
     settings = {name: given.pop(name) for name, _, _ in SETTINGS if name in given}
     from pose2id.datasets import read_table  # noqa: PLC0415 - all of these take seconds to import
-    from pose2id.ipg import run_directory, starting, training  # noqa: PLC0415
+    from pose2id.ipg import latents, metrics, run_directory, starting, training  # noqa: PLC0415
     from pose2id.ipg.settings import checked_settings  # noqa: PLC0415
-    from pose2id.ipg.weights import json_object  # noqa: PLC0415
 
-    for module in (training, run_directory):  # what is trained on, what was left out, where the run goes on
+    for module in (training, run_directory, latents):  # what is trained on, left out and done meanwhile
         logging.getLogger(module.__name__).setLevel(logging.INFO)
     checked = checked_settings(settings)
     images = read_table(args.table)
@@ -97,19 +96,27 @@ def run(args: argparse.Namespace) -> None:
     shown = None if validation is None else read_table(validation)
     device = given.pop("device", None)
     training.require_ready(checked, images, args.out, device)  # before gigabytes are downloaded
-    unet = given.get("unet")
-    if isinstance(unet, str) and unet.endswith(".json"):
-        given["unet"] = json_object(Path(unet), "--unet")
     if isinstance(given.get("image_size"), str):  # a flag
         given["image_size"] = size(given["image_size"], "--image-size")
-    generator = starting.start(given.pop("weights", "yuanc3/Pose2ID"), device="cpu", **given)
-    result = training.train(generator, images, args.out, validation=shown, device=device, **settings)
+    weights = given.pop("weights", "yuanc3/Pose2ID")
+    generator = starting.start(weights, device="cpu", **given)
+    origin = _origin(weights, given.get("unet"))
+    result = training.train(generator, images, args.out, validation=shown, origin=origin, device=device, **settings)
     if os.environ.get("RANK", "0") != "0":  # one of several processes says it
         return
-    print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last 100)")
+    print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last {min(metrics.RECENT, result.step)})")
     if result.diagnostics is not None:
         print(result.diagnostics)
     print(f"weights: {result.weights}")
+
+
+def _origin(weights: str, unet: Any) -> str:
+    """What training starts from, in words; of files and directories the name alone, cards are for everybody."""
+    names = [Path(place).name if Path(place).exists() else place for place in (weights, unet) if isinstance(place, str)]
+    if unet is None:
+        return names[0]
+    unets = f"the UNet of {names[1]}" if isinstance(unet, str) and not unet.endswith(".json") else "random UNets"
+    return f"{unets}, with identity encoder and VAE of {names[0]}"
 
 
 def size(text: str, name: str) -> tuple[int, int]:

@@ -263,7 +263,7 @@ def test_latents_are_built_once_for_a_key(selection, tmp_path):
     def written():
         return {name for name in files if (tmp_path / "latents" / name).stat().st_mtime_ns != before[name]}
 
-    build(tmp_path / "latents", some, None, key="a", progress=False)
+    build(tmp_path / "latents", some, generator, key="a", progress=False)
     assert written() == set()
     build(tmp_path / "latents", some, generator, key="b", progress=False)
     assert written() == set(files)
@@ -273,6 +273,23 @@ def test_latents_are_built_once_for_a_key(selection, tmp_path):
     build(tmp_path / "latents", some, generator, key="b", progress=False)
     assert sorted(path.name for path in (tmp_path / "latents").iterdir()) == files
     Latents(tmp_path / "latents", some).take(0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["targets.npy", "references.npy", "features.npy"])
+@pytest.mark.parametrize("damage", ["cut off", "garbage", "missing", "another's"])
+def test_damaged_latents_are_built_again(selection, tmp_path, name, damage):
+    some = pairs(selection, identity_size=(16, 8), variants=1)
+    build(tmp_path / "latents", some, miniature(), key="a", progress=False)
+    file = tmp_path / "latents" / name
+    whole = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "another's":
+        np.save(file, np.zeros((3, 2), np.float32))
+    else:
+        file.write_bytes(whole[: len(whole) // 2] if damage == "cut off" else b"garbage")
+    build(tmp_path / "latents", some, miniature(), key="a", progress=False)
+    assert file.read_bytes() == whole
 
 
 def test_valid_poses():
@@ -341,13 +358,21 @@ def test_a_report_is_not_endless(images, tmp_path):
     assert "; ...)" in report
 
 
-@pytest.mark.parametrize("what", ["no images", "one image each", "no poses", "no files"])
+def test_no_image_can_be_read(images, tmp_path):
+    missing = [replace(image, path=tmp_path / image.path.name) for image in images]
+    with pytest.raises(ValueError, match="images must be files that can be read, got 9 of which none can") as caught:
+        select(missing)
+    assert str(missing[0].path) in str(caught.value)
+    assert "Relative paths in a table are taken from the table's folder" in str(caught.value)
+    require_pairs(missing)  # a table alone doesn't tell
+
+
+@pytest.mark.parametrize("what", ["no images", "one image each", "no poses"])
 def test_nothing_is_left(images, tmp_path, what):
     given = {
         "no images": [],
         "one image each": images[::3],
         "no poses": [replace(image, pose=None) for image in images],
-        "no files": [replace(image, path=tmp_path / image.path.name) for image in images],
     }[what]
     with pytest.raises(ValueError, match="images must hold two images of a person at least") as caught:
         select(given)
@@ -356,15 +381,10 @@ def test_nothing_is_left(images, tmp_path, what):
         "no images": "0 have a valid pose, 0 people have two images or more",
         "one image each": "3 have a valid pose, 0 people have two images or more. 0 images",
         "no poses": "0 have a valid pose, 3 people have two images or more. Add keypoints: `pose2id table --keypoints",
-        "no files": "have a valid pose, 3 people have two images or more. 0 images",
     }
     assert told[what] in str(caught.value)
-    assert ("unreadable: 9 (" in str(caught.value)) == (what == "no files")
-    if what == "no files":  # a table doesn't tell
+    with pytest.raises(ValueError, match=r"images must hold two images of a person at least.* of which none can"):
         require_pairs(given)
-    else:
-        with pytest.raises(ValueError, match=r"images must hold two images of a person at least.* of which none can"):
-            require_pairs(given)
 
 
 def test_images_may_move(selection, images, tmp_path):

@@ -141,6 +141,28 @@ def test_from_a_configuration(weights):
     assert not torch.equal(other.denoising_unet.conv_in.weight, generator.denoising_unet.conv_in.weight)
 
 
+def test_from_a_file_of_a_configuration(weights, tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps(UNET))
+    expected = starting.start(weights, unet=UNET)
+    for given in (tmp_path / "small.json", str(tmp_path / "small.json")):
+        found = starting.start(weights, unet=given)
+        assert_equal(expected.denoising_unet.state_dict(), found.denoising_unet.state_dict())
+    with pytest.raises(FileNotFoundError, match=r"unet .*none\.json must be a file of JSON, and there is none"):
+        starting.start("nobody/nothing", unet=tmp_path / "none.json")  # said before weights are looked for
+
+
+def test_channels_of_a_configuration_are_the_vaes():
+    tiny_unet = {**UNET, "sample_size": 16}
+    generator = starting.start("tiny", unet=tiny_unet, num_tokens=2)
+    assert generator.latent_shape[0] == 8
+    for unet in (generator.reference_unet, generator.denoising_unet):
+        assert (unet.config.in_channels, unet.config.out_channels) == (8, 8)
+    with pytest.raises(
+        ValueError, match=r"latent_channels and denoising_unet\.config\.in_channels must be equal, got 8 and 4"
+    ):
+        starting.start("tiny", unet={**tiny_unet, "in_channels": 4}, num_tokens=2)
+
+
 def test_published_sizes_are_the_defaults(weights):
     generator = starting.start(weights, unet=UNET)
     assert generator.identity_tokens.num_tokens == 20

@@ -291,6 +291,14 @@ def test_licence_and_sources_are_those_of_the_first_start(run, tmp_path, caplog)
     assert starts[0] == starts[1]
 
 
+def test_where_a_run_began_is_on_its_cards(run, tmp_path, caplog):
+    run(tmp_path / "run", origin="somewhere")
+    directory = until(tmp_path / "run", 1, tmp_path / "copy")
+    result = run(directory, origin="elsewhere")
+    assert "goes on with the origin that it began with, 'somewhere'" in caplog.text
+    assert " Started from somewhere. Mean loss" in (result.weights / "README.md").read_text()
+
+
 def test_a_bank_that_is_rounded_otherwise_has_no_part_in_training(short, run, tmp_path):
     generator = miniature()
     generator.round_bank = not generator.round_bank
@@ -1279,7 +1287,7 @@ BAD_SETTINGS = {
     "erase": [-1, 2],
     "reference_variants": [0, 1.5],
     "cache": ["yes", 1, True],
-    "ema": [1, -0.1, "0.9"],
+    "ema": [1, 0, 0.0, -0.1, "0.9"],
     "mixed_precision": ["float16", None],
     "gradient_checkpointing": [1],
     "seed": [-1, 0.5],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -186,6 +187,17 @@ def test_rtmlib(rtmlib):
     assert detect([IMAGE], device=torch.device("cuda", 1)) == [expected]
     assert detect([IMAGE], Body()) == [expected]
     assert Body.made == (("onnxruntime", "cpu"), ("onnxruntime", "cuda:1"), ("onnxruntime", "cpu"))
+
+
+def test_weights_that_cannot_be_downloaded(rtmlib, monkeypatch):
+    def unreachable(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(Body, "__init__", unreachable)
+    with pytest.raises(
+        OSError, match=r"weights of rtmlib's detector cannot be downloaded \(Name or service not known\)"
+    ):
+        detect([IMAGE])
 
 
 def test_that_rtmlib_has_these_signatures():

@@ -64,9 +64,14 @@ def write(
         unfinished.replace(target)
         _to_disk(directory)
     except OSError as error:
+        older = (
+            "Older checkpoints are as they were, the run goes on from the newest"
+            if found(directory)
+            else "It is the first"
+        )
         raise OSError(
-            f"the checkpoint of step {step} cannot be written to {directory}: {error}. Older checkpoints are as they "
-            "were; make room and start the run again, it goes on from the newest."
+            f"the checkpoint of step {step} cannot be written to {directory}: {error}. {older}; make room and start "
+            "the run again."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pose2id._outputs import whole_file, write_npy
 from pose2id.ipg.checkpoints import to_disk
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pairs import Pairs
+
+logger = logging.getLogger(__name__)
 
 _KEY = "key.json"
 _TARGETS, _REFERENCES, _FEATURES = "targets.npy", "references.npy", "features.npy"
@@ -67,10 +70,6 @@ def build(
         OSError: it cannot be written; nothing is left that would pass for whole.
     """
     content = json.dumps({"key": key})
-    if (directory / _KEY).is_file() and (directory / _KEY).read_text(encoding="utf-8") == content:
-        return
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
     selection, variants = pairs.selection, pairs.settings.variants or 0
     shape = generator.latent_shape
     targets = _Images(pairs, "target", [(i, 0) for i in selection.targets])
@@ -82,19 +81,36 @@ def build(
         (_REFERENCES, references, shape, generator.encode_images),
         (_FEATURES, identities, (generator.identity_tokens.feature_dim,), encode_identity),
     ]
+    shapes = {name: (len(images), *of_one) for name, images, of_one, _ in files}
+    if _is_whole(directory, content, shapes):
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    logger.info("latents and features of %d images, computed once and kept in %s", len(selection.images), directory)
     total = sum(len(images) for _, images, _, _ in files)
-    with tqdm(total=total, unit="img", disable=None if progress else True) as bar:
+    with tqdm(total=total, desc="latents", unit="img", disable=None if progress else True) as bar:
 
         def encoded(images: _Images, encode: Callable[[Tensor], Tensor]) -> Iterator[NDArray[np.float32]]:
             for batch in DataLoader(images, batch_size=_BATCH, num_workers=workers):
                 yield encode(batch.to(generator.device)).cpu().numpy()
                 bar.update(len(batch))
 
-        for name, images, of_one, encode in files:
-            write_npy(directory / name, (len(images), *of_one), np.dtype(np.float32), encoded(images, encode))
+        for name, images, _, encode in files:
+            write_npy(directory / name, shapes[name], np.dtype(np.float32), encoded(images, encode))
     to_disk(directory)  # or a key might outlive a power failure that what it vouches for did not
     with whole_file(directory / _KEY) as unfinished:
         unfinished.write_text(content, encoding="utf-8")
+
+
+def _is_whole(directory: Path, content: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a directory holds what its key says."""
+    try:
+        if (directory / _KEY).read_text(encoding="utf-8") != content:
+            return False
+        # A file that was cut off has no map.
+        return all(np.load(directory / name, mmap_mode="r").shape == shape for name, shape in shapes.items())
+    except (OSError, ValueError):
+        return False
 
 
 @torch.no_grad()

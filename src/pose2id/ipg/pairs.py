@@ -87,12 +87,18 @@ def select(images: Sequence[PersonImage]) -> Selection:
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = list(pool.map(_look, images))
+    unreadable = [look.problem for look in looks if look.problem]
+    if images and len(unreadable) == len(images):
+        raise ValueError(
+            f"images must be files that can be read, got {len(images)} of which none can: {_some(unreadable)} Relative "
+            "paths in a table are taken from the table's folder."
+        )
     kept, alone = _parted(images, [i for i, look in enumerate(looks) if not look.problem])
     targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
     selection = Selection(
         images=[images[i] for i in kept],
         targets=targets,
-        unreadable=[look.problem for look in looks if look.problem],
+        unreadable=unreadable,
         alone=[images[i] for i in alone],
         without_pose=len(kept) - len(targets),
         digests=[looks[i].digest for i in kept],

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE, LOCK = "run.json", ".lock"
 _FORMAT = 1
 # Of what the first start began with, whatever generator a later one is given: the checkpoints' weights come from it.
-_ORIGIN = ("license", "sources", "round_bank")
+_ORIGIN = ("license", "sources", "round_bank", "origin")
 _KEYS = frozenset({"format", "settings", "images", "generator", "start", "published", *_ORIGIN})
 
 
@@ -33,8 +33,8 @@ class RunDirectory:
         path: as given.
         content: of `run.json`. "settings", "images" (a digest) and "generator" (a digest of what training does not
             change) must be the same at every start; "start" (a digest of the weights that training began with),
-            "license", "sources" and "round_bank" stay the first start's; "published" says of how many steps the weights
-            are that the run has given out, None: not known, or there are none.
+            "license", "sources", "round_bank" and "origin" stay the first start's; "published" says of how many steps
+            the weights are that the run has given out, None: not known, or there are none.
     """
 
     def __init__(self, path: Path) -> None:

@@ -120,6 +120,8 @@ class TrainingSettings:
         """What may be None, and what goes together."""
         if self.snr_gamma is not None:
             self._become("snr_gamma", checked_number, low=1e-3, high=1e6)
+        if self.ema == 0:
+            raise ValueError(f"ema must be None for weights without an average, got {self.ema!r}.")
         if self.ema is not None:
             self._become("ema", checked_number, low=0, high=0.99999)
         if self.reference_variants is not None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -38,8 +39,8 @@ def start(
             theirs, and without `unet` everything else too: fine-tuning.
         unet: what both UNets begin as, in place of the weights' own, which are then neither needed nor downloaded: a
             directory or repository of Stable Diffusion ("stable-diffusion-v1-5/stable-diffusion-v1-5";
-            "user/name@commit" pins it), or a configuration of `diffusers.UNet2DConditionModel`, for random weights.
-            Tokens and pose encoder are then new.
+            "user/name@commit" pins it), or a configuration of `diffusers.UNet2DConditionModel`, or the name of a
+            .json file of one, for random weights. Tokens and pose encoder are then new.
         num_tokens: of new identity tokens; None: 20, as published. Only with `unet`.
         image_size: (height, width) in place of the weights', in multiples of the VAE's downscaling.
         license: of the UNets that come out, as the Hub names it; model cards have it. None: that of the UNets which
@@ -61,6 +62,8 @@ def start(
             )
         generator = IdentityGenerator.from_pretrained(repo_or_dir, dtype=torch.float32, device=device, **options)
         return generator.replaced(**changes) if changes else generator
+    if isinstance(unet, (str, os.PathLike)) and os.fspath(unet).endswith(".json"):
+        unet = weights.json_object(Path(unet), "unet")
     source = weights.open_weights(repo_or_dir, without=TRAINED, **options)
     sources: dict[str, str] = {}
     if not isinstance(unet, Mapping):
@@ -96,7 +99,8 @@ def fresh(
     Args:
         identity_encoder: with `image_size` and `feature_dim`; frozen in training.
         vae: frozen in training.
-        unet: a UNet, or the configuration of one with random weights.
+        unet: a UNet, or the configuration of one with random weights; its `in_channels` and `out_channels` are by
+            default the VAE's.
         num_tokens: of the identity.
         pose_channels: of the pose encoder's levels, one for each of the VAE's; None: 16, 32, 64, ..., as published.
         scheduler: None: the published one, DDIM with v-prediction and zero terminal SNR.
@@ -111,7 +115,8 @@ def fresh(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(checked_count(seed, "seed", least=0))
         if isinstance(unet, Mapping):
-            unet = _new_unet(unet)
+            channels = vae.config.latent_channels
+            unet = _new_unet({"in_channels": channels, "out_channels": channels, **unet})
             options = {"license": weights.OTHER, **options}
         levels = range(len(vae.config.block_out_channels))
         pose_encoder = PoseEncoder(unet.config.block_out_channels[0], pose_channels or [16 * 2**i for i in levels])

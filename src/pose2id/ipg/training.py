@@ -74,6 +74,7 @@ def train(
     directory: str | os.PathLike[str],
     *,
     validation: Sequence[Any] | None = None,
+    origin: str = "",
     device: str | None = None,
     progress: bool = True,
     **settings: Any,
@@ -95,6 +96,7 @@ def train(
             are given, `steps`.
         validation: people to be generated in validations: `PersonImage`s, of which each person's first one is taken, or
             images of different people as `IdentityGenerator.generate` takes them. None: people that are trained on.
+        origin: what the generator is started from, in words; the weights' model card says it.
         device: "cpu" to train there even if there is a GPU, "cuda" to train on a GPU or not at all; None: what
             accelerate finds.
         progress: show bars on a terminal.
@@ -120,7 +122,8 @@ def train(
     accelerator = _accelerator(given, device)
     place = RunDirectory(Path(directory).expanduser())
     try:
-        run = _Run(accelerator, generator, images, place, given, validation, progress, longer="steps" in settings)
+        longer = "steps" in settings
+        run = _Run(accelerator, generator, images, place, given, validation, progress, longer=longer, origin=origin)
         return run.whole()
     except KeyboardInterrupt:
         if accelerator.is_main_process:
@@ -147,8 +150,9 @@ class _Run:
         progress: bool,
         *,
         longer: bool,
+        origin: str,
     ) -> None:
-        self.longer = longer  # whether steps may be others than before
+        self.longer, self.origin = longer, origin  # the former: whether steps may be others than before
         self.accelerator, self.directory, self.settings = accelerator, directory, settings
         self.main: bool = accelerator.is_main_process
         self.progress = progress and self.main
@@ -317,6 +321,7 @@ class _Run:
             "license": generator.license,
             "sources": generator.sources,
             "round_bank": generator.round_bank,
+            "origin": self.origin,
         }
         # With another schedule, another number of steps would have had other rates.
         self.directory.claim(content, free=("steps",) if self.longer and given.schedule == "constant" else ())
@@ -364,11 +369,13 @@ class _Run:
         listed = {name: value for name, value in asdict(self.settings).items() if name not in hidden}
         settings = "".join(f"* {name}: {value}\n" for name, value in listed.items())
         height, width = self.generator.image_size
+        origin = self.directory.content["origin"]
+        began = f" Started from {origin}." if origin else ""
         validation = self.metrics.validations.get(self.step)
         seen = "" if validation is None else f" Identity retention {validation['retention']:.3f}."
         return (
             f"## Training\n\nTrained with pose2id {pose2id.__version__} for {self.step} steps, {height} x {width} "
-            f"pixels, on {self.about}. Mean loss of the last {min(RECENT, self.step)} steps "
+            f"pixels, on {self.about}.{began} Mean loss of the last {min(RECENT, self.step)} steps "
             f"{self.metrics.recent_loss():.4f}.{seen}\n\n{settings}"
         )
 
@@ -379,6 +386,7 @@ class _Run:
         if due and self.main and self.validation:
             new = self.step not in self.metrics.validations
             if new:
+                logger.info("validating step %d: pictures of %d people", self.step, len(self.validation))
                 with self._averaged() as generator:
                     sheet, self.diagnostics = self._generated(generator)
                 names = ("retention", "own_cosine", "other_cosine")

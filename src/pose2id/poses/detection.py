@@ -6,6 +6,7 @@ Images cross to the detector as OpenCV has them, (H, W, 3) uint8 BGR, and come b
 from __future__ import annotations
 
 from typing import Any, Protocol
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -83,7 +84,13 @@ def _rtmlib_body(device: str) -> Detector:
             'Poses are detected with the extra "pose": pip install "pose2id[pose]"; or pass a model of your own '
             f"({error})."
         ) from error
-    detector: Detector = Body(backend="onnxruntime", device=device)
+    try:
+        detector: Detector = Body(backend="onnxruntime", device=device)
+    except URLError as error:
+        raise OSError(
+            f"the weights of rtmlib's detector cannot be downloaded ({error.reason}). Connect for the first use, or "
+            "take keypoints from files."
+        ) from error
     return detector
 
 
