@@ -112,11 +112,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _origin(weights: str, unet: Any) -> str:
     """What training starts from, in words; of files and directories the name alone, cards are for everybody."""
-    names = [Path(place).name if Path(place).exists() else place for place in (weights, unet) if isinstance(place, str)]
+
+    def named(place: str) -> str:
+        return Path(place).name if Path(place).exists() else place
+
     if unet is None:
-        return names[0]
-    unets = f"the UNet of {names[1]}" if isinstance(unet, str) and not unet.endswith(".json") else "random UNets"
-    return f"{unets}, with identity encoder and VAE of {names[0]}"
+        return named(weights)
+    drawn = not isinstance(unet, str) or unet.endswith(".json")  # a configuration
+    unets = "random UNets" if drawn else f"the UNet of {named(unet)}"
+    return f"{unets}, with identity encoder and VAE of {named(weights)}"
 
 
 def size(text: str, name: str) -> tuple[int, int]:

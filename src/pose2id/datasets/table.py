@@ -401,11 +401,12 @@ def _stored_poses(images: Sequence[PersonImage], folder: Path, directory: Path, 
         except ValueError as error:
             poses.append(None)
             problems.append(str(error))
-    missing = [str(file) for file in files if not file.is_file()]
-    for what, some in (("have no file of keypoints", missing), ("have keypoints that cannot be used", problems)):
-        if some:
-            shown = "; ".join(some[:_SHOWN]) + ("; ..." if len(some) > _SHOWN else "")
-            logger.warning("%d of %d images %s: %s", len(some), len(images), what, shown)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        logger.warning("%d of %d images have no file of keypoints: %s", len(missing), len(images), _first(missing))
+    if problems:
+        shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
+        logger.warning("%d of %d images have keypoints that cannot be used: %s", len(problems), len(images), shown)
     return poses
 
 
