@@ -576,6 +576,19 @@ def test_cuda_equals_cpu(kind, backend, rng):
     np.testing.assert_array_equal(found.cpu().numpy(), nearest_neighbors(x, 3, backend="torch"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("n", [4, 30])
+def test_copies_of_long_rows_tie_on_cuda(n, normalize, rng):
+    # A GPU cuts sums of few long rows into pieces, those of many into others: equal rows must tie all the same.
+    x = rng.standard_normal((n, 20_000))
+    x[n // 2 :] = x[rng.integers(0, 2, n - n // 2)]
+    expected = nearest_neighbors(x, n, normalize=normalize, backend="torch")
+    for max_memory in (None, 4 << 20):
+        found = nearest_neighbors(torch.from_numpy(x).cuda(), n, normalize=normalize, max_memory=max_memory)
+        np.testing.assert_array_equal(found.cpu(), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

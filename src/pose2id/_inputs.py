@@ -18,7 +18,7 @@ from torch import Tensor
 
 FeatureArray = TypeVar("FeatureArray", "NDArray[Any]", Tensor)
 
-_TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FEATURE_NDIM = 2
 _PARTS_NDIM = 3
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
@@ -166,10 +166,32 @@ class JoinedRows(Rows):
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """(B,) Euclidean norms of rows (B, D), scaled by the largest entry so that no square overflows or vanishes."""
+    """(B,) Euclidean norms of rows (B, D), scaled by the largest entry so that no square overflows or vanishes.
+
+    The same on every device, to the last digit: what is compared with what must not depend on where.
+    """
     peak = rows.abs().amax(1)
-    norms: Tensor = peak * torch.linalg.vector_norm(rows / torch.where(peak > 0, peak, 1.0)[:, None], dim=1)
-    return norms
+    scaled = rows / torch.where(peak > 0, peak, 1.0)[:, None]
+    return peak * square_root(sum_last(scaled.square_()))
+
+
+def sum_last(values: Tensor) -> Tensor:
+    """Sums over the last dimension of `values`, which are overwritten.
+
+    Halves are added until one column is left: one order of sums, whatever the shape, the device and the number of
+    threads, so that equal rows have equal sums. torch's own sum cuts a row in as many pieces as suit the processor.
+    """
+    width = values.shape[-1]
+    while width > 1:
+        half = width // 2
+        values[..., :half] += values[..., width - half : width]
+        width -= half
+    return values[..., 0]
+
+
+def square_root(values: Tensor) -> Tensor:
+    """Correctly rounded square roots, as CUDA's are; torch's own on CPUs may be off in the last digit."""
+    return torch.from_numpy(np.sqrt(values.numpy())) if values.device.type == "cpu" else values.sqrt()
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:
@@ -305,7 +327,7 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
 
 def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
     if isinstance(features, Tensor):
-        floating = features.dtype in _TORCH_DTYPES and features.layout == torch.strided
+        floating = features.dtype in FLOAT_DTYPES and features.layout == torch.strided
         features = features.detach()
     elif isinstance(features, np.ndarray) and not isinstance(features, np.ma.MaskedArray):
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pose2id._inputs import BLOCK_BYTES, blocks, row_norms
+from pose2id._inputs import BLOCK_BYTES, blocks, row_norms, sum_last
 from pose2id.distance import squared_euclidean
 
 FLOAT32_ROUNDING = 2.0**-24
@@ -189,10 +189,8 @@ class Space:
         """Float64 squared distances of pairs of positions, scaled as `copy` is, so that no square overflows."""
         result = torch.empty(len(first), dtype=torch.float64, device=self.device)
         for part in blocks(len(first), self.block_bytes // (2 * self._read_bytes)):
-            # A single long row would be summed in pieces, one a thread; two rows are not.
-            pairs = slice(part.start, part.stop) if part.stop - part.start > 1 else [part.start] * 2
-            difference = (self._read(first[pairs]) - self._read(second[pairs])) / self._scale
-            result[part] = difference.square().sum(1)[: part.stop - part.start]
+            difference = self._read(first[part]).sub_(self._read(second[part])).div_(self._scale)
+            result[part] = sum_last(difference.square_())
         return result
 
     def _centred64(self, positions: slice | Tensor) -> Tensor:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pose2id._inputs import Rows, blocks, row_norms
+from pose2id._inputs import Rows, blocks, row_norms, square_root, sum_last
 from pose2id._space import ExactBest
 from pose2id.distance import full_precision
 from pose2id.neighbors import distinct, plan_memory
@@ -184,26 +183,19 @@ class _Space:
         """Float64 distances of pairs of positions, divided by the scale, so that no square overflows."""
         result = torch.empty(len(first), dtype=torch.float64, device=first.device)
         for chunk in blocks(len(first), self._block_bytes // (48 * self._rows.dim)):
-            # A single long row would be summed in pieces, one a thread; two rows are not.
-            pairs = slice(chunk.start, chunk.stop) if chunk.stop - chunk.start > 1 else [chunk.start] * 2
-            weights = _root(self._visibility[first[pairs]] * self._visibility[second[pairs]])
-            difference = self._read(first[pairs]).sub_(self._read(second[pairs])).div_(self._scale)
-            lengths = torch.where(weights > 0, _root(difference.square_().sum(2)), 0.0)
+            weights = square_root(self._visibility[first[chunk]] * self._visibility[second[chunk]])
+            difference = self._read(first[chunk]).sub_(self._read(second[chunk])).div_(self._scale)
+            lengths = torch.where(weights > 0, square_root(sum_last(difference.square_())), 0.0)
             total, weight = torch.zeros_like(lengths[:, 0]), torch.zeros_like(lengths[:, 0])
             for p in range(self._rows.parts):  # one order of sums everywhere
                 total += weights[:, p] * lengths[:, p]
                 weight += weights[:, p]
-            result[chunk] = torch.where(weight > 0, total / weight, torch.inf)[: chunk.stop - chunk.start]
+            result[chunk] = torch.where(weight > 0, total / weight, torch.inf)
         return result
 
     def _read(self, positions: slice | Tensor) -> Tensor:
         """(B, P, D) float64 rows."""
         return self._rows.by_part(self._rows.read(self._kept[positions], torch.float64))
-
-
-def _root(values: Tensor) -> Tensor:
-    # torch's own on CPUs may be off in the last digit, and differently in another release.
-    return values.sqrt() if values.is_cuda else torch.from_numpy(np.sqrt(values.numpy()))
 
 
 def _lowest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
