@@ -570,20 +570,28 @@ def test_with_the_generator_itself(images):
 
 
 @pytest.mark.gpu
-def test_fused_where_the_model_is(images):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_fused_where_the_model_is(in_parts, images):
     def model_on(device):
-        model = Model(lambda parts: (parts, parts.mean(2)))
-        model.register_parameter("where", nn.Parameter(torch.zeros(1, device=device)))
+        model = Model(
+            (lambda parts: (parts, parts[..., 0].sigmoid())) if in_parts else (lambda parts: parts.flatten(1))
+        )
+        model.register_parameter("where", nn.Parameter(torch.zeros(1, dtype=torch.float64, device=device)))
         return model
 
-    def extractor_of(model):
-        return lambda batch, cams: model.eval()(batch, cams=cams)
-
     cams = torch.arange(11.0)
-    expected = centralizer_of(extractor_of(model_on("cpu")), batch_size=4)(images, cams=cams)
-    found = centralizer_of(extractor_of(model_on("cuda")), batch_size=4, device="cuda")(images, cams=cams)
-    assert found.is_cuda
-    torch.testing.assert_close(found.cpu(), expected)
+    model = model_on("cuda")
+    expected = centralizer_of(model_on("cpu"), batch_size=4)(images, cams=cams, return_visibility=True)
+    found = centralizer_of(model, batch_size=4)(images, cams=cams, return_visibility=True)
+    # Of a model inside a lambda nothing is known: the device must be given.
+    hidden = centralizer_of(lambda batch, cams: model.eval()(batch, cams=cams), batch_size=4, device="cuda")
+    assert hidden(images, cams=cams).is_cuda
+    torch.testing.assert_close(hidden(images, cams=cams), found[0], atol=0, rtol=0)
+    for given, wanted in zip(found, expected, strict=True):
+        assert (given is None) == (wanted is None)
+        if wanted is not None:
+            assert given.is_cuda
+            torch.testing.assert_close(given.cpu(), wanted, atol=1e-12, rtol=0)
 
 
 class TestFailures:

@@ -64,6 +64,54 @@ def test_pictures_of_every_kind_give_the_same_features(pictures, tmp_path):
     torch.testing.assert_close(found.norm(dim=1), torch.ones(7))
 
 
+class Seen(nn.Module):
+    """Tells of what dtype its batches are; its parameters are of the given dtypes."""
+
+    def __init__(self, *dtypes):
+        super().__init__()
+        for i, dtype in enumerate(dtypes):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.zeros(2).to(dtype), requires_grad=False))
+        self.seen = set()
+
+    def forward(self, images):
+        self.seen.add(images.dtype)
+        return images.float().mean((2, 3))
+
+    def embed(self, images):
+        return self(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_batches_have_the_dtype_of_the_parameters(dtype, pictures):
+    tensors = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    for quantised in ([], [torch.int8], [torch.float8_e4m3fn]):
+        model = Seen(*quantised, dtype, torch.float32)
+        for extractor in (model, model.embed):
+            Centralizer(extractor, transform="transreid").extract(pictures)
+            for given in (tensors, tensors.half(), tensors.double()):
+                Centralizer(extractor, flip=True).extract(given)
+        assert model.seen == {dtype}
+
+
+@pytest.mark.parametrize("dtypes", [[], [torch.int8], [torch.float8_e4m3fn]])
+def test_batches_of_other_callables_are_as_they_come(dtypes, pictures):
+    tensors = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    for kind in (torch.float16, torch.float64):
+        without, hidden = Seen(*dtypes), Seen(torch.float32)
+        for extractor in (without, lambda batch, model=hidden: model(batch)):
+            Centralizer(extractor).extract(tensors.to(kind))
+        assert without.seen == hidden.seen == {kind}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision(dtype, pictures):
+    model = TinyModel().eval()
+    expected = by_hand(model, pictures)
+    found = Centralizer(model.to(dtype), transform="transreid").extract(pictures)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
 def test_without_a_transform_tensors_reach_the_model_as_they_are_and_unshared(rng):
     batch = torch.from_numpy(rng.standard_normal((5, 3, 4, 2))).float()
     before = batch.clone()

@@ -85,7 +85,8 @@ class Centralizer:
             `pose2id.extractor.Preprocess(size, mean, std)`. None: images are tensors that the model takes as they are.
         inputs: "batch", or "images" for an extractor that reads paths or (H, W, 3) uint8 RGB arrays itself.
         batch_size: images per call of the extractor.
-        device: where batches go; None: where the model is. The model is never moved.
+        device: where batches go; None: where the model is. The model is never moved. A module's batches come in the
+            dtype of its parameters, half precision too.
         backend: "auto", "faiss" or "torch": who searches neighbours.
         max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
         generator: makes pictures of the person on an image in other poses: a `pose2id.IdentityGenerator`, or any

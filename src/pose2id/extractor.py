@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id._inputs import checked_choice, checked_count
+from pose2id._inputs import FLOAT_DTYPES, checked_choice, checked_count
 
 PARTS_NDIM = 3
 _IMAGE_NDIM = 3
@@ -86,7 +86,9 @@ class Preprocess:
         height, width = self.size
         resized = image.convert("RGB").resize((width, height), _RESAMPLING[self.interpolation])
         pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        # Of the CPU, whatever torch's default device is.
+        mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
 
 _HALF = (0.5, 0.5, 0.5)
@@ -132,6 +134,8 @@ def extract(
         inputs: "batch", or "images" for an extractor that takes a list of paths or (H, W, 3) uint8 RGB arrays.
         batch_size: images per call.
         device: where batches go; None: where the module's parameters are, else the CPU. The model is never moved.
+            A module's batches come in the dtype of its parameters, half precision too; any other callable gets what the
+            transform returns.
         flip: add the feature of the image mirrored left to right: f(x) + f(mirror(x)), from a second call with the same
             side inputs. Tensors are mirrored after the transform; for `inputs="images"` files are read for it.
         progress: show a bar on a terminal.
@@ -190,6 +194,7 @@ class Extraction:
     inputs: str
     batch_size: int
     device: torch.device
+    dtype: torch.dtype | None
     flip: bool
     bar: tqdm
     _form: list[str] = field(default_factory=list)
@@ -233,7 +238,7 @@ class Extraction:
         names = [name(i) for i in index]
         batch: Any
         if self.inputs == "batch":
-            batch = _batch(items, names, self.transform, self.device)
+            batch = _batch(items, names, self.transform).to(self.device, self.dtype)
         else:
             batch = [_native(item, called) for item, called in zip(items, names, strict=True)]
         # Made before the first call: that may write into its batch, and into the features it has returned.
@@ -276,9 +281,10 @@ def extracting(
     inputs = checked_choice(inputs, "inputs", INPUTS)
     batch_size = checked_count(batch_size, "batch_size")
     checked = checked_transform(transform, inputs)
-    target = _device_of(extractor) if device is None else checked_device(device)
+    home, dtype = _computes_in(extractor)
+    target = home if device is None else checked_device(device)
     with _evaluating(extractor), tqdm(total=total, unit="img", disable=None if progress else True) as bar:
-        yield Extraction(extractor, checked, inputs, batch_size, target, checked_flag(flip, "flip"), bar)
+        yield Extraction(extractor, checked, inputs, batch_size, target, dtype, checked_flag(flip, "flip"), bar)
 
 
 def checked_transform(transform: Any, inputs: str) -> Callable[[Image.Image], Tensor] | None:
@@ -378,9 +384,7 @@ def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     return upright
 
 
-def _batch(
-    items: list[Any], names: list[str], transform: Callable[[Image.Image], Tensor] | None, device: torch.device
-) -> Tensor:
+def _batch(items: list[Any], names: list[str], transform: Callable[[Image.Image], Tensor] | None) -> Tensor:
     tensors: list[Tensor] = []
     for item, name in zip(items, names, strict=True):
         if transform is not None:
@@ -402,7 +406,7 @@ def _batch(
             )
         tensors.append(tensor)
     # Stacked into new memory: some models normalise their input in place.
-    return torch.stack(tensors).to(device)
+    return torch.stack(tensors)
 
 
 def _native(item: Any, name: str) -> Any:
@@ -439,10 +443,13 @@ def _check_finite(finite: Any, name: Callable[[int], str]) -> None:
         )
 
 
-def _device_of(extractor: Any) -> torch.device:
+def _computes_in(extractor: Any) -> tuple[torch.device, torch.dtype | None]:
+    """Where the module behind an extractor is, and in what dtype its parameters are; None: nothing says."""
     module = _module_of(extractor)
-    parameter = None if module is None else next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    parameters = [] if module is None else list(module.parameters())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    # Parameters may be quantised to dtypes that no batch comes in: integers, 8-bit floats.
+    return device, next((parameter.dtype for parameter in parameters if parameter.dtype in FLOAT_DTYPES), None)
 
 
 def _module_of(extractor: Any) -> nn.Module | None:
