@@ -1,7 +1,8 @@
 """`IdentityGenerator`: pictures of the person on a reference image, in given poses.
 
 The parts meet here, in the order of the paper's figure: identity encoder and tokens, VAE and reference UNet, pose
-encoder, denoising UNet and scheduler, VAE. Tensors of images are RGB floats (B, 3, H, W) in [0, 1] at every door.
+encoder, denoising UNet and scheduler, VAE. Tensors of images are RGB floats (B, 3, H, W) in [0, 1] at every door. They
+may come from any device; what comes back is on the generator's.
 """
 
 from __future__ import annotations
@@ -508,6 +509,7 @@ class IdentityGenerator:
         unconditional = self.unconditional_tokens() if sampler.guided(guidance_scale) else None
         # Steps add up in at least single precision: a half holds too few digits for the sum of many small changes.
         noise = latents.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        pose_features = pose_features.to(self.device)
         pictures = (
             len(references) * len(pose_features) if batch_size is None else checked_count(batch_size, "batch_size")
         )
@@ -541,7 +543,7 @@ class IdentityGenerator:
     @torch.no_grad()
     def encode_identity(self, images: Tensor) -> Tensor:
         """Identity tokens (B, N, D) of images (B, 3, *identity_encoder.image_size) in [0, 1]."""
-        return self._tokens((images * 2 - 1).to(self.dtype))
+        return self._tokens((images * 2 - 1).to(self.device, self.dtype))
 
     @torch.no_grad()
     def unconditional_tokens(self) -> Tensor:
@@ -565,7 +567,7 @@ class IdentityGenerator:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w), the mean of the VAE's distribution, of images (B, 3, H, W) in [0, 1]."""
-        scaled = (images * 2 - 1).to(self.vae.dtype)
+        scaled = (images * 2 - 1).to(self.device, self.vae.dtype)
         with self._at_work("vae"):
             means: list[Tensor] = [self.vae.encode(part).latent_dist.mean for part in scaled.split(_VAE_BATCH)]
         latents: Tensor = torch.cat(means) * self.vae.config.scaling_factor
@@ -576,13 +578,15 @@ class IdentityGenerator:
         """Pose features (P, C, h, w) of drawn poses (P, 3, H, W) in [0, 1]; one set serves any number of references."""
         _check_shape(images, "images", (len(images), 3, *self.image_size))
         with self._at_work("pose_encoder"):
-            features: list[Tensor] = [self.pose_encoder(part.to(self.dtype)) for part in images.split(_VAE_BATCH)]
+            features: list[Tensor] = [
+                self.pose_encoder(part.to(self.device, self.dtype)) for part in images.split(_VAE_BATCH)
+            ]
         return torch.cat(features)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], of at least single precision, of scaled latents (B, 4, h, w)."""
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        scaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
         wide = torch.promote_types(self.vae.dtype, torch.float32)
         with self._at_work("vae"):
             # Into new memory at once: a compiled decoder may write its next output over the last one.
