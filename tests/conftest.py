@@ -16,6 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 HUB = Hub()
 
+# For tests that compile: PyTorch's compiler warns of PyTorch's own code when it is imported, and, for float32 on a GPU
+# with tensor cores, of what those could do.
+COMPILES = (
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled:UserWarning",
+)
+
 
 def _isolate_hub_client():
     # huggingface_hub reads these when it is imported, so they are set before any test can import it: no test reaches

@@ -199,7 +199,7 @@ def _means(
         rows = Rows(means, "means", normalize=True)
     lengths = rows.norms if with_lengths else None
     neighbors = search(rows, qe_k - 1, backend, max_memory)
-    for block in rows.blocks(min(BLOCK_BYTES, checked_memory(max_memory))):
+    for block in rows.blocks(min(BLOCK_BYTES, checked_memory(max_memory)) // 2):  # up to 8 copies of a block are alive
         unit = rows.read(block, torch.float64)
         own = unit if lengths is None else lengths[block, None] * unit
         yield block, (own + _neighbors_sum(unit, rows, neighbors[block], alpha, lengths)) / min(qe_k, rows.n)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT
+from conftest import COMPILES, ROOT
 from PIL import Image
 from torch import nn
 
@@ -242,6 +242,7 @@ def test_out_of_memory_again(people, batch_size, tried_before):
     assert tried == tried_before
 
 
+@pytest.mark.filterwarnings(*COMPILES)
 def test_a_compiled_generator_gives_the_same_pictures(people):
     options = {**OPTIONS, "output": "tensor", "progress": False}
     expected = tiny.generator().generate(people[:1], standard()[:2], **options)
@@ -582,6 +583,7 @@ def test_half_precision_against_full(generator, dtype, least, vae):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 45), (torch.bfloat16, 33), (torch.float32, 50)])
 @pytest.mark.parametrize("how", ["plain", "compiled", "offloaded"])
+@pytest.mark.filterwarnings(*COMPILES)
 def test_on_cuda(generator, people, dtype, least, how, record_property):
     options = {"size": None, "output": "tensor", "progress": False}
     expected = generator.generate(people[:2], standard()[:2], **options)

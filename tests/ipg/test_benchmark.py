@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import COMPILES, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -65,6 +65,7 @@ def test_weights_are_the_same_in_every_dtype():
         ("--count-memory --batch 8 16 --dtype bf16 fp32", 4),
     ],
 )
+@pytest.mark.filterwarnings(*COMPILES)
 def test_every_table(options, rows, tmp_path, capsys, monkeypatch):
     # Processes of their own take seconds to start.
     monkeypatch.setattr(generation, "resident_peak", lambda *_: None)

@@ -74,7 +74,7 @@ def assert_from(unet, stock, *, head=True):
 
 
 def test_fine_tuning(weights):
-    generator = starting.start(weights)
+    generator = starting.start(weights, device="cpu")
     before = miniature()
     for name, part in generator.parts.items():
         assert_equal(before.parts[name].state_dict(), part.state_dict())
@@ -112,7 +112,7 @@ def test_weights_in_half_precision_become_single(tmp_path):
     miniature().to(dtype=torch.float16).save_pretrained(tmp_path / "half")
     generator = starting.start(tmp_path / "half", device="cpu")
     assert generator.dtype == torch.float32
-    other = starting.start(tmp_path / "half", unet=UNET)
+    other = starting.start(tmp_path / "half", unet=UNET, device="cpu")
     assert {parameter.dtype for part in other.parts.values() for parameter in part.parameters()} == {torch.float32}
 
 
@@ -124,7 +124,8 @@ def test_image_size(weights, unet):
 
 
 def test_from_a_configuration(weights):
-    generator = starting.start(weights, unet={**UNET, "cross_attention_dim": 12}, num_tokens=3, seed=4)
+    options = {"unet": {**UNET, "cross_attention_dim": 12}, "num_tokens": 3, "device": "cpu"}
+    generator = starting.start(weights, **options, seed=4)
     before = miniature()
     for name in ("identity_encoder", "vae"):
         assert_equal(before.parts[name].state_dict(), generator.parts[name].state_dict())
@@ -133,12 +134,22 @@ def test_from_a_configuration(weights):
     assert generator.pose_encoder.downscale == 2
     assert generator.image_size == (16, 8)
     assert generator.round_bank is False
-    same = starting.start(weights, unet={**UNET, "cross_attention_dim": 12}, num_tokens=3, seed=4)
-    other = starting.start(weights, unet={**UNET, "cross_attention_dim": 12}, num_tokens=3, seed=5)
+    same = starting.start(weights, **options, seed=4)
+    other = starting.start(weights, **options, seed=5)
     for name in TRAINED:
         assert_equal(generator.parts[name].state_dict(), same.parts[name].state_dict())
     assert not torch.equal(other.identity_tokens.proj_motion.weight, tokens.proj_motion.weight)
     assert not torch.equal(other.denoising_unet.conv_in.weight, generator.denoising_unet.conv_in.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unet", [None, UNET], ids=["fine-tuning", "from scratch"])
+def test_the_gpu_is_the_default(weights, unet):
+    on_cpu = starting.start(weights, unet=unet, device="cpu")
+    on_cuda = starting.start(weights, unet=unet)
+    for name, part in on_cuda.parts.items():
+        assert {tensor.device.type for tensor in part.state_dict().values()} <= {"cuda"}
+        assert_equal(on_cpu.parts[name].state_dict(), part.cpu().state_dict())
 
 
 def test_from_a_file_of_a_configuration(weights, tmp_path):
@@ -230,7 +241,7 @@ def test_a_new_generator_of_given_parts(stock):
 
 
 def test_from_a_directory_of_stable_diffusion(weights, stock, diffusion):
-    generator = starting.start(weights, unet=diffusion)
+    generator = starting.start(weights, unet=diffusion, device="cpu")
     assert_from(generator.denoising_unet, stock)
     assert_from(generator.reference_unet, stock, head=False)
     assert generator.dtype == torch.float32
@@ -244,7 +255,7 @@ def online(hub, weights, diffusion):
 
 
 def test_from_the_hub(hub, online, stock, tmp_path):
-    generator = starting.start(REPO, unet=DIFFUSION, cache_dir=tmp_path)
+    generator = starting.start(REPO, unet=DIFFUSION, cache_dir=tmp_path, device="cpu")
     assert_from(generator.denoising_unet, stock)
     assert generator.sources == online
     # Neither the weights that are not needed, nor the rest of a diffusion model.
@@ -253,7 +264,7 @@ def test_from_the_hub(hub, online, stock, tmp_path):
     assert asked_for(hub, REPO) == needed
     hub.requests.clear()
     hub.stop()
-    again = starting.start(REPO, unet=DIFFUSION, cache_dir=tmp_path, local_files_only=True)
+    again = starting.start(REPO, unet=DIFFUSION, cache_dir=tmp_path, device="cpu", local_files_only=True)
     for name in PARTS:
         assert_equal(generator.parts[name].state_dict(), again.parts[name].state_dict())
     assert again.sources == online
@@ -273,7 +284,7 @@ def test_fine_tuning_from_the_hub(hub, online, tmp_path):
 
 def test_a_pinned_unet(hub, online, stock, tmp_path):
     hub.add(DIFFUSION, {"unet/config.json": b"{}"})
-    generator = starting.start(REPO, unet=f"{DIFFUSION}@{online[DIFFUSION]}", cache_dir=tmp_path)
+    generator = starting.start(REPO, unet=f"{DIFFUSION}@{online[DIFFUSION]}", cache_dir=tmp_path, device="cpu")
     assert_from(generator.denoising_unet, stock)
     assert generator.sources == online
     with pytest.raises(ValueError, match="unet"):

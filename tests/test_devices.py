@@ -1,0 +1,450 @@
+"""A caller's tensors on the GPU, on the CPU or on both: results are those of the CPU, and lie where they should."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import runpy
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import COMPILES, ROOT
+from PIL import Image
+from torch import Tensor, nn
+
+import pose2id
+from pose2id import Centralizer, datasets
+from pose2id.cli import main
+from pose2id.datasets import SyntheticPedestrians
+from pose2id.extractor import Preprocess
+from pose2id.ipg import IdentityGenerator
+from pose2id.poses import standard
+
+Q, G, P, D, M = 20, 90, 4, 16, 3
+pytestmark = pytest.mark.gpu
+
+
+def people(rng):
+    """Features of a few people each, from which every input is made, and what belongs to them: on the CPU."""
+    centres = rng.standard_normal((12, P * D))
+    pids = rng.integers(1, 12, Q + G)
+    rows = torch.from_numpy(centres[pids] + 0.7 * rng.standard_normal((Q + G, P * D)))
+    generated = rows[:, None] + 0.5 * torch.from_numpy(rng.standard_normal((Q + G, M, P * D)))
+    shown = torch.from_numpy(rng.random((Q + G, P)))
+    shown[:, 0] = 1
+    labels = {"pids": torch.from_numpy(pids), "camids": torch.from_numpy(rng.integers(0, 3, Q + G))}
+    shown_generated = torch.from_numpy(rng.random((Q, M, P)))
+    distances = torch.cdist(rows, rows)
+    return {
+        "feats": {
+            "q": rows[:Q],
+            "g": rows[Q:],
+            "q_parts": rows[:Q].view(Q, P, D),
+            "g_parts": rows[Q:].view(G, P, D),
+            "q_generated": generated[:Q],
+            "q_part_generated": generated[:Q].view(Q, M, P, D),
+            "qg": distances[:Q, Q:],
+            "qq": distances[:Q, :Q],
+            "gg": distances[Q:, Q:],
+        },
+        "rest": {
+            "labels": [labels["pids"][:Q], labels["pids"][Q:], labels["camids"][:Q], labels["camids"][Q:]],
+            "visible": [shown[:Q], shown[Q:]],
+            "shown_generated": shown_generated,
+        },
+    }
+
+
+# f: features and distances; r: what belongs to them, labels and visibility.
+CALLS = {
+    "aqe": lambda f, r: pose2id.aqe(f["q"], f["g"], qe_times=2),
+    "database_augmentation": lambda f, r: pose2id.database_augmentation(f["g"], qe_times=2),
+    "evaluate": lambda f, r: pose2id.evaluate(f["q"], f["g"], *r["labels"]),
+    "evaluate, parts": lambda f, r: pose2id.evaluate(
+        f["q_parts"], f["g_parts"], *r["labels"], q_visibility=r["visible"][0], g_visibility=r["visible"][1]
+    ),
+    "evaluate_rank": lambda f, r: pose2id.evaluate_rank(f["qg"], *r["labels"]),
+    "fuse": lambda f, r: pose2id.fuse(f["q"], f["q_generated"]),
+    "fuse, parts": lambda f, r: pose2id.fuse(f["q_parts"], f["q_part_generated"], visibility=r["shown_generated"]),
+    "generation_diagnostics": lambda f, r: pose2id.generation_diagnostics(f["q"], f["q_generated"]),
+    "id2_score": lambda f, r: pose2id.id2_score(f["g"], r["labels"][1]),
+    "identity_density": lambda f, r: pose2id.identity_density(f["g"], r["labels"][1], convention="printed"),
+    "k_reciprocal": lambda f, r: pose2id.k_reciprocal(f["q"], f["g"], k1=8, k2=3),
+    "k_reciprocal, nearest": lambda f, r: pose2id.k_reciprocal(f["q"], f["g"], k1=8, k2=3, topk=7),
+    "nearest_neighbors": lambda f, r: pose2id.nearest_neighbors(f["g"], 5),
+    "nfc": lambda f, r: pose2id.nfc(f["g"], 3, 2),
+    "nfc, parts": lambda f, r: pose2id.nfc(f["g_parts"], visibility=r["visible"][1]),
+    "nfc_diagnostics": lambda f, r: pose2id.nfc_diagnostics(f["g"], camids=r["labels"][3]),
+    "part_distances": lambda f, r: pose2id.part_distances(f["q_parts"], f["g_parts"], *r["visible"]),
+    "query_expansion": lambda f, r: pose2id.query_expansion(f["q"], f["g"], qe_times=2),
+    "re_ranking": lambda f, r: pose2id.re_ranking(f["qg"], f["qq"], f["gg"], k1=8, k2=3),
+    "Centralizer.enhance": lambda f, r: Centralizer().enhance(f["q"], f["g"]),
+    "Centralizer.enhance, joint": lambda f, r: Centralizer().enhance(f["q"], f["g"], joint=True),
+    "Centralizer.enhance, parts": lambda f, r: Centralizer().enhance(
+        f["q_parts"], f["g_parts"], joint=True, query_visibility=r["visible"][0], gallery_visibility=r["visible"][1]
+    ),
+    "Centralizer.fuse": lambda f, r: Centralizer(eta=0.5).fuse(f["q"], f["q_generated"]),
+}
+# What returns features or distances, rather than figures.
+ARRAYS = [name for name in CALLS if not name.startswith(("evaluate", "generation_d", "id", "nfc_d"))]
+
+
+def changed(inputs, change):
+    """The same inputs, each array changed."""
+    if isinstance(inputs, dict):
+        return {name: changed(value, change) for name, value in inputs.items()}
+    return [changed(value, change) for value in inputs] if isinstance(inputs, list) else change(inputs)
+
+
+def on(device, dtype=None):
+    def move(array):
+        return array.to(device, dtype if dtype is not None and array.is_floating_point() else None)
+
+    return move
+
+
+def parts_of(result):
+    """What a result is made of: arrays and numbers, by name."""
+    if dataclasses.is_dataclass(result):
+        return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return dict(enumerate(result)) if isinstance(result, tuple) else {"": result}
+
+
+def check(found, expected, device, tolerance):
+    """Everything equal, and tensors where they should be."""
+    found, expected = parts_of(found), parts_of(expected)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        given = found[name]
+        assert type(given) is type(wanted)
+        if isinstance(given, Tensor):
+            assert given.device.type == device
+            assert given.dtype == wanted.dtype
+            torch.testing.assert_close(given.cpu(), wanted, atol=tolerance, rtol=tolerance, equal_nan=True)
+        elif wanted is not None:
+            np.testing.assert_allclose(given, wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_every_function_is_here():
+    functions = {name for name in pose2id.__all__ if inspect.isfunction(getattr(pose2id, name))}
+    assert functions <= CALLS.keys()
+
+
+@pytest.mark.parametrize("places", [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")], ids="-".join)
+@pytest.mark.parametrize("name", CALLS)
+def test_features_and_labels_may_be_apart(name, places, rng):
+    inputs = people(rng)
+    expected = CALLS[name](inputs["feats"], inputs["rest"])
+    feats, rest = changed(inputs["feats"], on(places[0])), changed(inputs["rest"], on(places[1]))
+    before = changed(feats, torch.clone)
+    check(CALLS[name](feats, rest), expected, places[0], 1e-6)
+    for key, array in feats.items():
+        assert torch.equal(array, before[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_every_precision(name, dtype, rng):
+    inputs = people(rng)
+    feats = changed(inputs["feats"], on("cpu", dtype))
+    expected = CALLS[name](feats, inputs["rest"])
+    found = CALLS[name](changed(feats, on("cuda")), inputs["rest"])
+    # Features are rounded to the dtype that they came in; in between it is float32 at least, in re-ranking at most.
+    tolerance = 2 * torch.finfo(dtype).eps if name in ARRAYS else 0
+    double = dtype == torch.float64 and not name.startswith("k_reciprocal")
+    check(found, expected, "cuda", max(tolerance, 1e-12 if double else 1e-5))
+
+
+def column_by_column(array):
+    return array.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def every_other(array):
+    wide = torch.zeros(2 * array.shape[0], *array.shape[1:], dtype=array.dtype, device=array.device)
+    wide[::2] = array
+    return wide[::2]
+
+
+def expanded_from_a_row(array):
+    """All rows one: memory of a single row."""
+    return array[:1].expand(array.shape)
+
+
+@pytest.mark.parametrize("layout", [column_by_column, every_other, expanded_from_a_row])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_layout(name, layout, rng):
+    inputs = people(rng)
+    feats = changed(inputs["feats"], layout)
+    expected = CALLS[name](changed(feats, torch.Tensor.contiguous), inputs["rest"])
+    found = CALLS[name](changed(inputs["feats"], lambda array: layout(array.cuda())), inputs["rest"])
+    check(found, expected, "cuda", 1e-6)
+
+
+@pytest.fixture
+def gpu_by_default():
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("place", ["cuda", "cpu", "numpy"])
+@pytest.mark.parametrize("name", CALLS)
+def test_another_default_device(name, place, rng, gpu_by_default):
+    with torch.device("cpu"):
+        inputs = people(rng)
+        if place == "numpy":
+            inputs = changed(inputs, torch.Tensor.numpy)
+        expected = CALLS[name](inputs["feats"], inputs["rest"])
+    moved = inputs if place == "numpy" else changed(inputs, on(place))
+    check(CALLS[name](moved["feats"], moved["rest"]), expected, place, 1e-6)
+    assert torch.empty(0).is_cuda
+
+
+PAIRS = {
+    "aqe": ("q", "g"),
+    "evaluate": ("q", "g"),
+    "k_reciprocal": ("q", "g"),
+    "part_distances": ("q_parts", "g_parts"),
+    "query_expansion": ("q", "g"),
+    "Centralizer.enhance": ("q", "g"),
+}
+
+
+@pytest.mark.parametrize("other", ["cpu", "numpy"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_features_of_one_call_on_two_devices(name, other, rng):
+    inputs = people(rng)
+    query, gallery = PAIRS[name]
+    feats = {**inputs["feats"], query: inputs["feats"][query].cuda()}
+    if other == "numpy":
+        feats[gallery] = feats[gallery].numpy()
+    with pytest.raises(ValueError, match=r"must be on one device, got cuda:0, cpu"):
+        CALLS[name](feats, inputs["rest"])
+
+
+BOUNDED = {
+    "database_augmentation": lambda x, y, **memory: pose2id.database_augmentation(y, **memory),
+    "nearest_neighbors": lambda x, y, **memory: pose2id.nearest_neighbors(y, 5, **memory),
+    "nfc": lambda x, y, **memory: pose2id.nfc(y, **memory),
+    "nfc, parts": lambda x, y, **memory: pose2id.nfc(y.view(len(y), 8, -1), **memory),
+    "nfc_diagnostics": lambda x, y, **memory: pose2id.nfc_diagnostics(y, **memory),
+    "evaluate": lambda x, y, **memory: pose2id.evaluate(x, y, range(len(x)), [i % 50 for i in range(len(y))], **memory),
+    "part_distances": lambda x, y, **memory: pose2id.part_distances(
+        x.view(len(x), 8, -1), y.view(len(y), 8, -1), **memory
+    ),
+}
+
+
+@pytest.mark.parametrize("max_memory", [6 << 20, 48 << 20])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_max_memory_is_kept_on_the_device(name, max_memory):
+    drawn = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 512, generator=drawn).cuda() for n in (60, 3000))
+    BOUNDED[name](x, y, max_memory=max_memory)  # what a library keeps for itself from its first call on
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = BOUNDED[name](x, y, max_memory=max_memory)
+    own = result.nbytes if isinstance(result, Tensor) else 0
+    assert torch.cuda.max_memory_allocated() - before - own <= max_memory
+
+
+class Normed(nn.Module):
+    """A small ReID model, whose first layer asks for its own dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, images, scale=None):
+        features = self.norm(self.conv(images)).mean((2, 3))
+        return features if scale is None else features * scale[:, None].to(features.dtype)
+
+
+@pytest.fixture
+def pictures(rng):
+    return [Image.fromarray(rng.integers(0, 256, (32, 16, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+class Mirrors:
+    """In place of a generator: the pictures of an image are the image itself, and it mirrored."""
+
+    def generate_iter(self, images, poses, *, progress, **options):
+        for image in images:
+            yield [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)][: len(poses)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("default", ["cpu", "cuda"])
+def test_a_model_on_the_gpu_in_every_precision(dtype, default, pictures):
+    model = Normed().to(dtype)
+    scale = torch.linspace(1, 2, 5)
+    options = {"transform": "transreid", "generator": Mirrors(), "poses": standard()[:2], "batch_size": 2, "flip": True}
+    expected = Centralizer(model.float(), **options)(pictures, scale=scale)
+    model.to(dtype).train().cuda()
+    centralizer = Centralizer(model, **options)
+    try:
+        torch.set_default_device(default)
+        found = centralizer(pictures, scale=scale)
+        raw = centralizer.extract(pictures, normalize=False, scale=scale)
+        generated = centralizer.extract_generated(pictures, scale=scale)
+        diagnostics = centralizer.diagnose(pictures, scale=scale)
+    finally:
+        torch.set_default_device(None)
+    assert found.is_cuda
+    assert found.dtype == raw.dtype == generated.dtype == dtype
+    assert model.training
+    error = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
+    torch.testing.assert_close(found.cpu().float(), expected, atol=error, rtol=0)
+    torch.testing.assert_close(centralizer.fuse(raw, generated), found, atol=error, rtol=0)
+    assert diagnostics.own_cosine > 0.9
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_tensors_as_images(place, pictures):
+    batch = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in pictures])
+    model = Normed()
+    expected = Centralizer(model).extract(batch)
+    found = Centralizer(model.cuda()).extract(batch.to(place))
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=0)
+    resized = Centralizer(model, transform="transreid").extract(batch.to(place))
+    torch.testing.assert_close(resized, Centralizer(model, transform="transreid").extract(pictures))
+
+
+def test_the_encoder_of_a_generator_as_the_model(pictures):
+    generator = IdentityGenerator.from_pretrained("tiny")
+    encoder = generator.identity_encoder
+    assert next(encoder.parameters()).dtype == torch.float16
+    transform = Preprocess(encoder.image_size, (0.5,) * 3, (0.5,) * 3)
+    found = Centralizer(encoder, transform=transform).extract(pictures)
+    assert found.is_cuda
+    assert found.dtype == torch.float16
+    full = IdentityGenerator.from_pretrained("tiny", dtype=torch.float32, device="cpu").identity_encoder
+    expected = Centralizer(full, transform=transform).extract(pictures)
+    torch.testing.assert_close(found.cpu().float(), expected, atol=1e-2, rtol=0)
+
+
+STAGES = {
+    "encode_identity": lambda generator, r: generator.encode_identity(r["identity_images"]),
+    "encode_images": lambda generator, r: generator.encode_images(r["references"]),
+    "encode_poses": lambda generator, r: generator.encode_poses(r["drawings"]),
+    "decode": lambda generator, r: generator.decode(r["latents"][0]),
+    "sample": lambda generator, r: generator.sample(
+        r["identity_images"],
+        r["references"],
+        generator.encode_poses(r["drawings"]),
+        r["latents"],
+        num_inference_steps=2,
+    ),
+    "sample of poses elsewhere": lambda generator, r: generator.sample(
+        r["identity_images"],
+        r["references"],
+        generator.encode_poses(r["drawings"]).cpu(),
+        r["latents"],
+        num_inference_steps=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_tensors_for_the_stages_of_generation(stage, place, offload, rng):
+    generator = tiny.generator()
+    inputs = {
+        "identity_images": rng.random((1, 3, *generator.identity_encoder.image_size)),
+        "references": rng.random((1, 3, *generator.image_size)),
+        "drawings": rng.random((2, 3, *generator.image_size)),
+        "latents": rng.standard_normal((1, 2, *generator.latent_shape)),
+    }
+    inputs = {name: torch.from_numpy(values).float() for name, values in inputs.items()}
+    expected = STAGES[stage](generator, inputs)
+    if offload:
+        generator.enable_model_cpu_offload()
+    else:
+        generator.to("cuda")
+    found = STAGES[stage](generator, changed(inputs, on(place)))
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_generation_with_another_default_device(pictures, gpu_by_default):
+    options = {"num_inference_steps": 2, "output": "tensor", "progress": False}
+    with torch.device("cpu"):
+        expected = tiny.generator().generate(pictures[:2], standard()[:2], **options)
+    # Built where modules are built by default; and what was built on the CPU stays there.
+    found = tiny.generator().generate(pictures[:2], standard()[:2], **options)
+    with torch.device("cpu"):
+        on_cpu = tiny.generator()
+    again = on_cpu.generate(pictures[:2], standard()[:2], **options)
+    assert on_cpu.device.type == found.device.type == "cpu"
+    torch.testing.assert_close(again, expected, atol=0, rtol=0)
+    assert float((found - expected).abs().mean()) < 1 / 255
+    loaded = IdentityGenerator.from_pretrained("tiny", device="cpu")
+    assert {tensor.device.type for part in loaded.parts.values() for tensor in part.state_dict().values()} == {"cpu"}
+
+
+def test_feature_maps(rng):
+    from pose2id.plots import feature_maps, new_figure  # noqa: PLC0415 - an extra
+
+    inputs = people(rng)
+    offsets = []
+    for place in ("cpu", "cuda"):
+        axes = new_figure(4, 4).subplots()
+        feature_maps([axes], {"gallery": inputs["feats"]["g"].to(place)}, inputs["rest"]["labels"][1].to(place))
+        offsets.append(axes.collections[0].get_offsets())
+    np.testing.assert_allclose(*offsets)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "people").mkdir()
+    pictures[0].save(tmp_path / "people" / "0.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--dtype", "bfloat16"], ["--dtype", "float32", "--batch-size", "3"], ["--offload"]]
+)
+def test_generate(more, folder, capsys):
+    command = ["generate", "people", "--out", "out", "--weights", "tiny", "--steps", "1", "--device", "cuda", *more]
+    assert main([*command, "--dry-run"]) == 0
+    assert "on cuda" in capsys.readouterr().out
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "8 were there already" in capsys.readouterr().out
+    assert len(list((folder / "out").rglob("*.png"))) == 8
+
+
+def test_train(folder, capsys, caplog):
+    pytest.importorskip("accelerate").state.AcceleratorState._reset_state(reset_partial_state=True)
+    datasets.write_people(SyntheticPedestrians(3, num_cameras=1, images_per_camera=2), "cameras", progress=False)
+    command = ["train", "cameras/table.csv", "--out", "run", "--weights", "tiny", "--steps", "2", "--batch-size", "2"]
+    command += ["--validation-images", "2", "--validation-steps", "1", "--checkpoint-every", "1", "--device", "cuda"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert "2 steps, loss" in capsys.readouterr().out
+    assert (folder / "run" / "weights" / "pose2id.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "printed"),
+    [
+        ("neighbors", "exact --n 400 --dim 16 --k 2 --runs 1 --device cuda", "400"),
+        (
+            "generation",
+            "--throughput --baseline --size tiny --poses 2 --steps 2 --runs 1 --batch 2 --device cuda",
+            "fp16",
+        ),
+        ("training", "--tiny --steps 6 --device cuda", "samples/s"),
+    ],
+)
+@pytest.mark.filterwarnings(*COMPILES)
+def test_benchmarks(script, words, printed, folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *words.split()])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")
+    assert printed in capsys.readouterr().out
