@@ -3,6 +3,7 @@
     python benchmarks/generation.py --throughput --compile --baseline    # without --baseline the default on CUDA
     python benchmarks/generation.py --step                               # one step of 2 poses: the default elsewhere
     python benchmarks/generation.py --count-memory                       # counted on shapes, for CUDA, without one
+    python benchmarks/generation.py --count-operators                    # likewise: a denoising step's, and its copies
     python benchmarks/generation.py --throughput --baseline --size tiny  # only to see that it runs
 
 Speed: both sides in turn, medians, after their float32 pictures of the same noise were compared. A picture's time is
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,7 @@ from published_generation import PublishedSchedule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIB = 2**30
+COPIES = ("clone", "_to_copy", "copy_")
 GUIDANCE = 3.5
 VAE = {
     "latent_channels": 4,
@@ -355,8 +358,7 @@ def count_memory(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for dtype in args.dtype:
         generator = generator_of(empty_parts(args.size), args.size).to(dtype=DTYPES[dtype])
         weigh = {name: sum(tensor.nbytes for tensor in part.parameters()) for name, part in generator.parts.items()}
-        for part in generator.parts.values():
-            nn.Module.to(part, memory_format=torch.channels_last)  # as on CUDA
+        lay_out_as_on_cuda(generator)
         networks = {**generator.parts, "vae encoder": generator.vae.encoder, "vae decoder": generator.vae.decoder}
         del networks["vae"]
         for batch in args.batch:
@@ -374,24 +376,58 @@ def count_memory(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
+def lay_out_as_on_cuda(generator: IdentityGenerator) -> None:
+    for part in generator.parts.values():
+        nn.Module.to(part, memory_format=torch.channels_last)
+
+
+def count_operators(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A denoising step's operators: all, the copies among them by what asks for one, and divisions by 1."""
+    for dtype in args.dtype:
+        generator = generator_of(empty_parts(args.size), args.size).to(dtype=DTYPES[dtype])
+        lay_out_as_on_cuda(generator)
+        for guidance in (1.0, GUIDANCE):
+
+            def steps(number: int, generator: IdentityGenerator = generator, guidance: float = guidance) -> Counter:
+                options = {"num_inference_steps": number, "guidance_scale": guidance}
+                return live_memory.operators(partial(in_shapes, generator, 1, args.poses, args.poses, **options))
+
+            steps(1)  # which computes the unconditional tokens, once for all
+            step = steps(2) - steps(1)
+            copies = {module: count for (name, module), count in step.items() if name in COPIES}
+            yield {
+                "dtype": dtype,
+                "guidance": guidance,
+                "operators": step.total(),
+                "copies": sum(copies.values()),
+                "for group norms": copies.pop("GroupNorm", 0),
+                "after transformers": copies.pop("Transformer2DModel", 0),
+                "of dtype": sum(copies.values()),
+                "divisions by 1": step["div", "ResnetBlock2D"],
+            }
+
+
 @torch.no_grad()
-def in_shapes(generator: IdentityGenerator, images: int, poses: int, batch: int) -> Tensor:
-    """One step of a generator on the meta device, and all that comes before and after it."""
+def in_shapes(
+    generator: IdentityGenerator, images: int, poses: int, batch: int, num_inference_steps: int = 1, **options: Any
+) -> Tensor:
+    """Steps of a generator on the meta device, one by default, and all that comes before and after them."""
     zeros = partial(torch.zeros, device=generator.device, dtype=generator.dtype)
     return generator.sample(
         zeros(images, 3, *generator.identity_encoder.image_size),
         zeros(images, 3, *generator.image_size),
         generator.encode_poses(zeros(poses, 3, *generator.image_size)),
         zeros(images, poses, *generator.latent_shape),
-        num_inference_steps=1,
+        num_inference_steps=num_inference_steps,
         batch_size=batch,
+        **options,
     )
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    for name in ("throughput", "step", "count-memory"):
+    for name in ("throughput", "step", "count-memory", "count-operators"):
         what.add_argument(f"--{name}", dest="what", action="store_const", const=name)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16 and fp16 on CUDA, else fp32")
     parser.add_argument("--batch", nargs="+", type=int, help="pictures per forward (default: 8 to 64 on CUDA, else 8)")
@@ -409,7 +445,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cuda = args.device.type == "cuda"
     args.what = args.what or ("throughput" if cuda else "step")
-    as_on_cuda = cuda or args.what == "count-memory"
+    as_on_cuda = cuda or args.what.startswith("count")
     args.dtype = args.dtype or (["bf16", "fp16"] if cuda else ["bf16"] if as_on_cuda else ["fp32"])
     args.batch = args.batch or ([8, 16, 32, 64] if as_on_cuda else [8])
     args.poses = args.poses or (2 if args.what == "step" else 8)
@@ -439,7 +475,13 @@ def main(argv: list[str] | None = None) -> None:
     }
     print("# " + ", ".join(f"{name} {value}" for name, value in header.items()), file=sys.stderr)
     rows = []
-    for row in {"throughput": throughput, "step": step, "count-memory": count_memory}[args.what](args):
+    tables = {
+        "throughput": throughput,
+        "step": step,
+        "count-memory": count_memory,
+        "count-operators": count_operators,
+    }
+    for row in tables[args.what](args):
         if not rows:
             print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
         print(f"| {' | '.join('-' if value is None else str(value) for value in row.values())} |", flush=True)

@@ -1,11 +1,13 @@
-"""What generation and training need of a GPU's memory, counted without one: bytes of tensors, on shapes alone.
+"""What generation and training ask of a GPU, counted without one, on shapes alone: bytes of tensors, and operators.
 
-Not counted: what an allocator adds by rounding and fragmentation, workspaces of cuDNN, and the CUDA context.
+Not counted: what an allocator adds by rounding and fragmentation, workspaces of cuDNN, and the CUDA context; nor the
+kernels within an operator, such as cuDNN's own changes of layout.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
@@ -13,6 +15,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +47,42 @@ def step_peak(loss: Callable[[], torch.Tensor]) -> int:
     with live, _fused_attention():
         loss().backward()
     return live.peaks[""]
+
+
+def operators(call: Callable[[], Any]) -> Counter[tuple[str, str]]:
+    """How often the call, on the meta device, runs an operator: by its name, and the class of the module that asks.
+
+    Views are not counted. An attention is one operator, "new_empty". Outside of any module: "".
+    """
+    counts = _Counts()
+    hooks = [
+        register_module_forward_pre_hook(lambda module, *_: counts.modules.append(type(module).__name__)),
+        register_module_forward_hook(lambda *_: counts.modules.pop() and None),
+    ]
+    try:
+        with torch.no_grad(), counts, _fused_attention():
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts.found
+
+
+class _Counts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, str]] = Counter()
+        self.modules: list[str] = [""]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Views move nothing. Numbers of the scheduler's tables are on the CPU.
+        view = func.is_view or func is torch.ops.aten._unsafe_view.default
+        if not view and any(_is_tensor(item) and item.is_meta for item in tree_leaves((args, kwargs))):
+            self.found[func.overloadpacket.__name__, self.modules[-1]] += 1
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and args[1].is_contiguous(memory_format=torch.channels_last):
+            output = output.contiguous(memory_format=torch.channels_last)  # as cuDNN gives it for such weights
+        return output
 
 
 class _Live(TorchDispatchMode):

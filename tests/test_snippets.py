@@ -152,6 +152,14 @@ def test_example_of_real_features(given, tmp_path, capsys, monkeypatch):
     assert "NFC + re-ranking" in capsys.readouterr().out
 
 
+def test_the_layout_page_lists_every_file_of_gpu_tests():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    with_gpu = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    assert len(with_gpu) > 10
+    for path in with_gpu:
+        assert path == Path(__file__) or f"{path.name}`" in page
+
+
 def test_pictures_of_the_docs_exist():
     for page in PAGES:
         for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):

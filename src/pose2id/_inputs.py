@@ -25,6 +25,7 @@ BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller 
 MIN_BLOCK_BYTES = 1 << 20
 MAX_NORM = 1e300  # differences and means of larger float64 rows overflow
 _MAX_VISIBILITY = 1 + 1e-6  # rounding
+_LANES = 32  # columns below which sums go column by column
 _LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
 
 
@@ -168,9 +169,9 @@ class JoinedRows(Rows):
 def row_norms(rows: Tensor) -> Tensor:
     """(B,) Euclidean norms of rows (B, D), scaled by the largest entry so that no square overflows or vanishes.
 
-    The same on every device, to the last digit: what is compared with what must not depend on where.
+    The same on every device, to the last digit, so that neighbours of normalised rows are the same there, too.
     """
-    peak = rows.abs().amax(1)
+    peak = torch.maximum(rows.amax(1), -rows.amin(1))
     scaled = rows / torch.where(peak > 0, peak, 1.0)[:, None]
     return peak * square_root(sum_last(scaled.square_()))
 
@@ -182,11 +183,16 @@ def sum_last(values: Tensor) -> Tensor:
     threads, so that equal rows have equal sums. torch's own sum cuts a row in as many pieces as suit the processor.
     """
     width = values.shape[-1]
+    while width > _LANES:
+        half = width // 2
+        values[..., :half].add_(values[..., width - half : width])
+        width -= half
+    columns = values[..., :width].movedim(-1, 0).contiguous()  # adding a few columns of each row would be slow
     while width > 1:
         half = width // 2
-        values[..., :half] += values[..., width - half : width]
+        columns[:half].add_(columns[width - half : width])
         width -= half
-    return values[..., 0]
+    return columns[0]
 
 
 def square_root(values: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def test_weights_are_the_same_in_every_dtype():
         ("--throughput --baseline --offload --dtype fp32 bf16 --batch 2 4 --poses 2 --steps 2 --runs 1", 8),
         ("--step --runs 1", 2),
         ("--count-memory --batch 8 16 --dtype bf16 fp32", 4),
+        ("--count-operators --dtype bf16 fp32", 4),
     ],
 )
 @pytest.mark.filterwarnings(*COMPILES)
@@ -74,6 +75,21 @@ def test_every_table(options, rows, tmp_path, capsys, monkeypatch):
     assert len(written) == rows
     assert len(capsys.readouterr().out.splitlines()) == rows + 2
     assert all(row.get("speedup", 1) > 0 and row.get("psnr_db", 99) > 20 for row in written)
+
+
+def test_operators_as_the_documentation_has_them():
+    rows = list(generation.count_operators(generation.parsed(["--count-operators", "--dtype", "fp16"])))
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert f"| {' | '.join(map(str, list(row.values())[1:]))} |" in page
+        assert row["copies"] == row["for group norms"] + row["after transformers"] + row["of dtype"]
+    unet = generation.empty_parts("full")["denoising_unet"]
+    kinds = [type(module).__name__ for module in unet.modules()]
+    # Each of these asks for one, and nothing of ours for any: see "One denoising step, operator by operator".
+    for row in rows:
+        assert row["for group norms"] == kinds.count("GroupNorm")
+        assert row["after transformers"] == kinds.count("Transformer2DModel")
+        assert row["divisions by 1"] == kinds.count("ResnetBlock2D")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

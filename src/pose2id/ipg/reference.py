@@ -163,9 +163,9 @@ class _BankReader(_Processor):
             _with_bank(own[unconditional:], bank, condition.poses)
             for own, bank in zip((keys, values), banks, strict=True)
         )
-        attended = F.scaled_dot_product_attention(query[unconditional:], keys_seen, values_seen)
+        attended = _attended(query[unconditional:], keys_seen, values_seen)
         if unconditional:
-            alone = F.scaled_dot_product_attention(query[:unconditional], keys[:unconditional], values[:unconditional])
+            alone = _attended(query[:unconditional], keys[:unconditional], values[:unconditional])
             attended = torch.cat([alone, attended])
         return _output(attn, attended)
 
@@ -221,10 +221,16 @@ def _split_heads(attn: Any, states: Tensor) -> Tensor:
 
 
 def _attend(attn: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return _output(attn, F.scaled_dot_product_attention(query, keys, values))
+    return _output(attn, _attended(query, keys, values))
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """(B, L, C): what all heads attended to. A view: the kernels write heads side by side, as the queries lie."""
+    result: Tensor = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+    return result
 
 
 def _output(attn: Any, attended: Tensor) -> Tensor:
     projection, dropout = attn.to_out
-    result: Tensor = dropout(projection(attended.transpose(1, 2).flatten(2)))
+    result: Tensor = dropout(projection(attended))
     return result
