@@ -26,6 +26,13 @@ Q, G, P, D, M = 20, 90, 4, 16, 3
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def _true_float32():
+    # Convolutions in TensorFloat-32, PyTorch's default, keep three digits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def people(rng):
     """Features of a few people each, from which every input is made, and what belongs to them: on the CPU."""
     centres = rng.standard_normal((12, P * D))
@@ -222,6 +229,14 @@ def test_features_of_one_call_on_two_devices(name, other, rng):
         feats[gallery] = feats[gallery].numpy()
     with pytest.raises(ValueError, match=r"must be on one device, got cuda:0, cpu"):
         CALLS[name](feats, inputs["rest"])
+
+
+@pytest.mark.parametrize("places", [("cuda", "cpu"), ("cpu", "cuda")], ids="-".join)
+def test_generated_features_may_be_elsewhere(places, rng):
+    feats = people(rng)["feats"]
+    for call in (pose2id.fuse, pose2id.generation_diagnostics):
+        expected = call(feats["q"], feats["q_generated"])
+        check(call(feats["q"].to(places[0]), feats["q_generated"].to(places[1])), expected, places[0], 1e-12)
 
 
 BOUNDED = {
