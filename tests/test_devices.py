@@ -435,8 +435,15 @@ def test_generate(more, folder, capsys):
     assert len(list((folder / "out").rglob("*.png"))) == 8
 
 
-def test_train(folder, capsys, caplog):
-    pytest.importorskip("accelerate").state.AcceleratorState._reset_state(reset_partial_state=True)
+@pytest.fixture
+def fresh_accelerate():
+    state = pytest.importorskip("accelerate").state.AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
+
+
+def test_train(folder, capsys, fresh_accelerate):
     datasets.write_people(SyntheticPedestrians(3, num_cameras=1, images_per_camera=2), "cameras", progress=False)
     command = ["train", "cameras/table.csv", "--out", "run", "--weights", "tiny", "--steps", "2", "--batch-size", "2"]
     command += ["--validation-images", "2", "--validation-steps", "1", "--checkpoint-every", "1", "--device", "cuda"]
@@ -458,7 +465,7 @@ def test_train(folder, capsys, caplog):
     ],
 )
 @pytest.mark.filterwarnings(*COMPILES)
-def test_benchmarks(script, words, printed, folder, monkeypatch, capsys):
+def test_benchmarks(script, words, printed, folder, monkeypatch, capsys, fresh_accelerate):
     monkeypatch.setattr("sys.argv", [f"{script}.py", *words.split()])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")

@@ -85,12 +85,20 @@ class Seen(nn.Module):
 def test_batches_have_the_dtype_of_the_parameters(dtype, pictures):
     tensors = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
     for quantised in ([], [torch.int8], [torch.float8_e4m3fn]):
-        model = Seen(*quantised, dtype, torch.float32)
+        model = Seen(*quantised, dtype)
         for extractor in (model, model.embed):
             Centralizer(extractor, transform="transreid").extract(pictures)
             for given in (tensors, tensors.half(), tensors.double()):
                 Centralizer(extractor, flip=True).extract(given)
         assert model.seen == {dtype}
+
+
+def test_a_batch_in_one_of_several_dtypes_stays(pictures):
+    tensors = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    for kind, seen in ((torch.float16, torch.float16), (torch.float32, torch.float32), (torch.float64, torch.float32)):
+        model = Seen(torch.float32, torch.float16)
+        Centralizer(model).extract(tensors.to(kind))
+        assert model.seen == {seen}
 
 
 @pytest.mark.parametrize("dtypes", [[], [torch.int8], [torch.float8_e4m3fn]])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pose2id import _half, _space, nearest_neighbors, neighbors
-from pose2id._inputs import Rows
+from pose2id._inputs import Rows, sum_last
 from pose2id._space import Space
 from pose2id.distance import full_precision
 
@@ -574,6 +574,18 @@ def test_cuda_equals_cpu(kind, backend, rng):
     found = nearest_neighbors(torch.from_numpy(x).cuda(), 3, backend=backend)
     assert found.is_cuda
     np.testing.assert_array_equal(found.cpu().numpy(), nearest_neighbors(x, 3, backend="torch"))
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 768, 20_001])
+def test_sums_have_one_order_whatever_the_shape(width, rng):
+    x = rng.standard_normal((40, width))
+    halves = list(x[0])
+    while len(halves) > 1:
+        half = len(halves) // 2
+        low = [a + b for a, b in zip(halves[:half], halves[len(halves) - half :], strict=True)]
+        halves = low + halves[half : len(halves) - half]
+    for rows in (x, x[:1], x[:2]):
+        assert float(sum_last(torch.from_numpy(rows.copy()))[0]) == halves[0]
 
 
 @pytest.mark.gpu

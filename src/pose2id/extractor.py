@@ -134,8 +134,8 @@ def extract(
         inputs: "batch", or "images" for an extractor that takes a list of paths or (H, W, 3) uint8 RGB arrays.
         batch_size: images per call.
         device: where batches go; None: where the module's parameters are, else the CPU. The model is never moved.
-            A module's batches come in the dtype of its parameters, half precision too; any other callable gets what the
-            transform returns.
+            Batches of another dtype than all of a module's parameters are cast to that of the first; any other callable
+            gets what the transform returns.
         flip: add the feature of the image mirrored left to right: f(x) + f(mirror(x)), from a second call with the same
             side inputs. Tensors are mirrored after the transform; for `inputs="images"` files are read for it.
         progress: show a bar on a terminal.
@@ -194,7 +194,7 @@ class Extraction:
     inputs: str
     batch_size: int
     device: torch.device
-    dtype: torch.dtype | None
+    dtypes: list[torch.dtype]
     flip: bool
     bar: tqdm
     _form: list[str] = field(default_factory=list)
@@ -238,7 +238,8 @@ class Extraction:
         names = [name(i) for i in index]
         batch: Any
         if self.inputs == "batch":
-            batch = _batch(items, names, self.transform).to(self.device, self.dtype)
+            batch = _batch(items, names, self.transform)
+            batch = batch.to(self.device, None if batch.dtype in self.dtypes else next(iter(self.dtypes), None))
         else:
             batch = [_native(item, called) for item, called in zip(items, names, strict=True)]
         # Made before the first call: that may write into its batch, and into the features it has returned.
@@ -281,10 +282,10 @@ def extracting(
     inputs = checked_choice(inputs, "inputs", INPUTS)
     batch_size = checked_count(batch_size, "batch_size")
     checked = checked_transform(transform, inputs)
-    home, dtype = _computes_in(extractor)
+    home, dtypes = _computes_in(extractor)
     target = home if device is None else checked_device(device)
     with _evaluating(extractor), tqdm(total=total, unit="img", disable=None if progress else True) as bar:
-        yield Extraction(extractor, checked, inputs, batch_size, target, dtype, checked_flag(flip, "flip"), bar)
+        yield Extraction(extractor, checked, inputs, batch_size, target, dtypes, checked_flag(flip, "flip"), bar)
 
 
 def checked_transform(transform: Any, inputs: str) -> Callable[[Image.Image], Tensor] | None:
@@ -443,13 +444,13 @@ def _check_finite(finite: Any, name: Callable[[int], str]) -> None:
         )
 
 
-def _computes_in(extractor: Any) -> tuple[torch.device, torch.dtype | None]:
-    """Where the module behind an extractor is, and in what dtype its parameters are; None: nothing says."""
+def _computes_in(extractor: Any) -> tuple[torch.device, list[torch.dtype]]:
+    """Where the module behind an extractor is, and the dtypes of its parameters, in their order."""
     module = _module_of(extractor)
     parameters = [] if module is None else list(module.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     # Parameters may be quantised to dtypes that no batch comes in: integers, 8-bit floats.
-    return device, next((parameter.dtype for parameter in parameters if parameter.dtype in FLOAT_DTYPES), None)
+    return device, [parameter.dtype for parameter in parameters if parameter.dtype in FLOAT_DTYPES]
 
 
 def _module_of(extractor: Any) -> nn.Module | None:

@@ -55,7 +55,7 @@ def test_no_step_waits_for_the_host(dtype, guidance, how, people, waiting_is_an_
     assert len(waiting_is_an_error) == 4
 
 
-@pytest.mark.parametrize("scheduler", ["EulerDiscrete", "HeunDiscrete", "LMSDiscrete", "PNDM", "DPMSolverMultistep"])
+@pytest.mark.parametrize("scheduler", ["HeunDiscrete", "LMSDiscrete", "PNDM", "DPMSolverMultistep"])
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 def test_other_schedulers_do_not_wait_either(scheduler, people, waiting_is_an_error):
     kind = getattr(diffusers, f"{scheduler}Scheduler")
