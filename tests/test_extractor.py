@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_batches_have_the_dtype_of_the_parameters(dtype, pictures):
     tensors = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
     for quantised in ([], [torch.int8], [torch.float8_e4m3fn]):
         model = Seen(*quantised, dtype)
-        for extractor in (model, model.embed):
+        for extractor in (model, model.embed, functools.partial(model), functools.partial(model.embed)):
             Centralizer(extractor, transform="transreid").extract(pictures)
             for given in (tensors, tensors.half(), tensors.double()):
                 Centralizer(extractor, flip=True).extract(given)

@@ -6,6 +6,7 @@ that read paths. Mean and std are never guessed: the user passes a transform, or
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -454,7 +455,9 @@ def _computes_in(extractor: Any) -> tuple[torch.device, list[torch.dtype]]:
 
 
 def _module_of(extractor: Any) -> nn.Module | None:
-    """The torch module behind an extractor: itself, or the one whose bound method it is."""
+    """The torch module behind an extractor: itself, or the one whose bound method it is; constants may be bound."""
+    while isinstance(extractor, functools.partial):
+        extractor = extractor.func
     owner = getattr(extractor, "__self__", extractor)
     return owner if isinstance(owner, nn.Module) else None
 
