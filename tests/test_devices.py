@@ -399,6 +399,13 @@ def test_generation_with_another_default_device(pictures, gpu_by_default):
     torch.testing.assert_close(again, expected, atol=0, rtol=0)
     assert float((found - expected).abs().mean()) < 1 / 255
     loaded = IdentityGenerator.from_pretrained("tiny", device="cpu")
+    given = loaded.generate(pictures[:1], standard()[:2], **options)
+    with torch.device("cpu"):
+        wanted = IdentityGenerator.from_pretrained("tiny", device="cpu").generate(
+            pictures[:1], standard()[:2], **options
+        )
+    torch.testing.assert_close(given, wanted, atol=0, rtol=0)
+    assert loaded.scheduler.alphas_cumprod.device.type == "cpu"
     assert {tensor.device.type for part in loaded.parts.values() for tensor in part.state_dict().values()} == {"cpu"}
 
 

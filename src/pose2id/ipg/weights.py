@@ -185,7 +185,8 @@ class Weights:
                 f"scheduler in {CONFIG_FILE} must name a diffusers scheduler as _class_name, got {name!r}."
             )
         try:
-            return cast("Any", kind).from_config(dict(self.scheduler_config))
+            with torch.device("cpu"):  # whatever the default is: its tables are looked up there in every step
+                return cast("Any", kind).from_config(dict(self.scheduler_config))
         except CONFIG_ERRORS as error:
             raise ValueError(f"the configuration of the scheduler builds no {name}: {error}") from error
 
