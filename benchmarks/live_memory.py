@@ -1,7 +1,7 @@
 """What generation and training ask of a GPU, counted without one, on shapes alone: bytes of tensors, and operators.
 
 Not counted: what an allocator adds by rounding and fragmentation, workspaces of cuDNN, and the CUDA context; nor the
-kernels within an operator, such as cuDNN's own changes of layout.
+kernels within an operator, such as a convolution's changes of layout.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def database_augmentation(
         alpha: as in `query_expansion`.
         qe_times: how often: the augmented features are augmented again.
         backend: "auto", "faiss" or "torch", see `pose2id.nearest_neighbors`.
-        max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`. From the second time on, one or
-            two copies of the features in float32 (float64 for float64) come on top.
+        max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`, then for blocks of means. From
+            the second time on, one or two copies of the features in float32 (float64 for float64) come on top.
 
     Returns:
         (N, D) L2-normalised features in the container, dtype and device of `gallery_feats`; a zero row stays zero.
@@ -150,8 +150,8 @@ def aqe(
         qe_k: how many features are averaged, the feature itself among them: more than Q + G means all.
         alpha: as in `query_expansion`.
         backend: "auto", "faiss" or "torch", see `pose2id.nearest_neighbors`.
-        max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`. Up to three copies of both sets
-            in float32 (float64 where one is float64) come on top.
+        max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`, then for blocks of means. Up to
+            three copies of both sets in float32 (float64 where one is float64) come on top.
 
     Returns:
         (query, gallery), not normalised, each in the container, dtype and device it came in.

@@ -240,7 +240,8 @@ class Extraction:
         batch: Any
         if self.inputs == "batch":
             batch = _batch(items, names, self.transform)
-            batch = batch.to(self.device, None if batch.dtype in self.dtypes else next(iter(self.dtypes), None))
+            fits = not self.dtypes or batch.dtype in self.dtypes
+            batch = batch.to(self.device, None if fits else self.dtypes[0])
         else:
             batch = [_native(item, called) for item, called in zip(items, names, strict=True)]
         # Made before the first call: that may write into its batch, and into the features it has returned.
@@ -446,12 +447,13 @@ def _check_finite(finite: Any, name: Callable[[int], str]) -> None:
 
 
 def _computes_in(extractor: Any) -> tuple[torch.device, list[torch.dtype]]:
-    """Where the module behind an extractor is, and the dtypes of its parameters, in their order."""
+    """Where the module behind an extractor is, and the dtypes of its parameters, that of the first one first."""
     module = _module_of(extractor)
     parameters = [] if module is None else list(module.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     # Parameters may be quantised to dtypes that no batch comes in: integers, 8-bit floats.
-    return device, [parameter.dtype for parameter in parameters if parameter.dtype in FLOAT_DTYPES]
+    dtypes = dict.fromkeys(parameter.dtype for parameter in parameters)
+    return device, [dtype for dtype in dtypes if dtype in FLOAT_DTYPES]
 
 
 def _module_of(extractor: Any) -> nn.Module | None:

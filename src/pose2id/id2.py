@@ -74,9 +74,9 @@ def identity_density(
         raise ValueError(f"pids must leave at least one feature to measure, got {rows.n} rows, all of them left out.")
     identities, inverse, counts = np.unique(labels[measured], return_inverse=True, return_counts=True)
 
-    group = torch.full((rows.n,), len(identities), device="cpu")  # what is left out goes to one extra group
-    group[torch.from_numpy(measured)] = torch.from_numpy(inverse)
-    group = group.to(rows.device)
+    groups = np.full(rows.n, len(identities))  # what is left out goes to one extra group
+    groups[measured] = inverse
+    group = torch.from_numpy(groups).to(rows.device)
     centres = torch.zeros((len(identities) + 1, rows.dim), dtype=rows.dtype, device=rows.device)
     for block in rows.blocks():
         centres.index_add_(0, group[block], rows.read(block))
