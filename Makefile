@@ -12,7 +12,7 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp .oldest/stamp lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
-	OMP_NUM_THREADS=1 PYTHONPATH=.oldest $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/ipg tests/poses
+	OMP_NUM_THREADS=1 PYTHONPATH=.oldest $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/ipg tests/training tests/poses tests/demo/test_tiny.py tests/demo/test_pretraining.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/dev.stamp

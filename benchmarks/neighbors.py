@@ -35,7 +35,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from pose2id import nearest_neighbors
-from pose2id.neighbors import mutual
+from pose2id.neighbors.search import mutual
 
 sys.path.insert(0, str(Path(__file__).parent))
 import core

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from pose2id import Centralizer, evaluate, evaluate_rank, k_reciprocal, nfc_diagnostics
-from pose2id.datasets import SyntheticPedestrians, colour_stripes
+from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.stripes import colour_stripes
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import argparse
 
 from pose2id import IdentityGenerator
 from pose2id.ipg import generate_files
-from pose2id.ipg.files import collect_images, missing_pictures, seconds_per_picture
+from pose2id.ipg.batch import collect_images, missing_pictures, seconds_per_picture
 
 
 def main() -> None:

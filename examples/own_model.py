@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pose2id import Centralizer
-from pose2id.datasets import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
 
 

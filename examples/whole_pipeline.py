@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pose2id import Centralizer, IdentityGenerator, evaluate, evaluate_rank, k_reciprocal
-from pose2id.datasets import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
 
 

@@ -14,8 +14,10 @@ from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 from torch import nn
 from tqdm import tqdm
 
-from pose2id import Centralizer, centralization, extractor, fuse, generation_diagnostics, neighbors, nfc, poses
+from pose2id import Centralizer, extractor, fuse, generation_diagnostics, nfc, poses
+from pose2id.centralization import nfc as centralization
 from pose2id.extractor import load_image
+from pose2id.neighbors import search as neighbors
 
 
 def test_sets_are_centralized_apart(rng, backend):

@@ -12,9 +12,10 @@ import reference
 from PIL import Image
 
 import pose2id
-from pose2id import Centralizer, demo, evaluate, evaluate_rank, id2_score, k_reciprocal
+from pose2id import Centralizer, evaluate, evaluate_rank, id2_score, k_reciprocal
 from pose2id.cli import main
-from pose2id.feature_files import load_features
+from pose2id.demo import demo
+from pose2id.io.feature_files import load_features
 
 
 @pytest.fixture

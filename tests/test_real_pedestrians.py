@@ -15,9 +15,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from pose2id import Centralizer, IdentityGenerator, evaluate, fuse, nfc
-from pose2id.datasets import SyntheticPedestrians, read_table
-from pose2id.ipg import TransReID, starting
-from pose2id.ipg.settings import TrainingSettings
+from pose2id.demo.people import SyntheticPedestrians
+from pose2id.ipg import TransReID
+from pose2id.training import start as starting
+from pose2id.training.settings import TrainingSettings
+from pose2id.training.table import read_table
 
 pytest.importorskip("accelerate")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -16,9 +16,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from pose2id import datasets
 from pose2id.cli import main
-from pose2id.datasets import SyntheticPedestrians, colour_stripes
+from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.stripes import colour_stripes
+from pose2id.training import table
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -80,7 +81,7 @@ def test_python_snippets_of(page, given, weights, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_people(given)
     np.save("gallery.npy", given["gallery_feats"])
-    datasets.write_people(SyntheticPedestrians(3, num_cameras=2, images_per_camera=1), "cameras")
+    table.write_people(SyntheticPedestrians(3, num_cameras=2, images_per_camera=1), "cameras")
     for i in range(8):
         shutil.copytree("people", f"generated/pose{i + 1}")
     namespace = dict(given)

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pose2id.centralization import (
+    from pose2id.centralization.id2 import IdentityDensity, id2_score, identity_density
+    from pose2id.centralization.nfc import (
         GenerationDiagnostics,
         NFCDiagnostics,
         fuse,
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
         nfc_diagnostics,
     )
     from pose2id.centralizer import Centralizer
-    from pose2id.evaluation import EvaluationResult, evaluate, evaluate_rank
-    from pose2id.expansion import aqe, database_augmentation, query_expansion
-    from pose2id.id2 import IdentityDensity, id2_score, identity_density
     from pose2id.ipg.generator import IdentityGenerator
-    from pose2id.neighbors import nearest_neighbors
-    from pose2id.parts import part_distances
-    from pose2id.rerank import k_reciprocal, re_ranking
+    from pose2id.neighbors.parts import part_distances
+    from pose2id.neighbors.search import nearest_neighbors
+    from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
+    from pose2id.retrieval.expansion import aqe, database_augmentation, query_expansion
+    from pose2id.retrieval.rerank import k_reciprocal, re_ranking
 
 __version__ = "0.1.0"
 
@@ -56,29 +56,29 @@ __all__ = [
 
 _HOME = {
     "Centralizer": "centralizer",
-    "EvaluationResult": "evaluation",
-    "GenerationDiagnostics": "centralization",
-    "IdentityDensity": "id2",
+    "EvaluationResult": "retrieval.evaluation",
+    "GenerationDiagnostics": "centralization.nfc",
+    "IdentityDensity": "centralization.id2",
     "IdentityGenerator": "ipg.generator",
-    "NFCDiagnostics": "centralization",
-    "aqe": "expansion",
-    "database_augmentation": "expansion",
-    "evaluate": "evaluation",
-    "evaluate_rank": "evaluation",
-    "fuse": "centralization",
-    "generation_diagnostics": "centralization",
-    "id2_score": "id2",
-    "identity_density": "id2",
-    "k_reciprocal": "rerank",
-    "nearest_neighbors": "neighbors",
-    "nfc": "centralization",
-    "nfc_diagnostics": "centralization",
-    "part_distances": "parts",
-    "query_expansion": "expansion",
-    "re_ranking": "rerank",
+    "NFCDiagnostics": "centralization.nfc",
+    "aqe": "retrieval.expansion",
+    "database_augmentation": "retrieval.expansion",
+    "evaluate": "retrieval.evaluation",
+    "evaluate_rank": "retrieval.evaluation",
+    "fuse": "centralization.nfc",
+    "generation_diagnostics": "centralization.nfc",
+    "id2_score": "centralization.id2",
+    "identity_density": "centralization.id2",
+    "k_reciprocal": "retrieval.rerank",
+    "nearest_neighbors": "neighbors.search",
+    "nfc": "centralization.nfc",
+    "nfc_diagnostics": "centralization.nfc",
+    "part_distances": "neighbors.parts",
+    "query_expansion": "retrieval.expansion",
+    "re_ranking": "retrieval.rerank",
 }
 
-_SUBMODULES = ("datasets", "extractor", "feature_files", "ipg", "plots", "poses", "report")
+_SUBMODULES = ("demo", "extractor", "io", "ipg", "neighbors", "plots", "poses", "retrieval", "training")
 
 
 def __getattr__(name: str) -> object:

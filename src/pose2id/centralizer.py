@@ -12,16 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pose2id._inputs import (
-    FeatureArray,
-    Rows,
-    checked_choice,
-    checked_count,
-    checked_memory,
-    checked_number,
-    checked_pair,
-)
-from pose2id.centralization import (
+from pose2id.centralization.nfc import (
     PART_DISTANCES,
     GenerationDiagnostics,
     checked_weights,
@@ -42,7 +33,16 @@ from pose2id.extractor import (
     extracting,
     stored,
 )
-from pose2id.generated import (
+from pose2id.io.rows import (
+    FeatureArray,
+    Rows,
+    checked_choice,
+    checked_count,
+    checked_memory,
+    checked_number,
+    checked_pair,
+)
+from pose2id.ipg.folder import (
     Generator,
     check_notes,
     checked_directory,
@@ -54,7 +54,7 @@ from pose2id.generated import (
     generate,
     stack_values,
 )
-from pose2id.neighbors import BACKENDS
+from pose2id.neighbors.search import BACKENDS
 
 if TYPE_CHECKING:
     from pose2id.poses import Pose
@@ -90,9 +90,9 @@ class Centralizer:
         backend: "auto", "faiss" or "torch": who searches neighbours.
         max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
         generator: makes pictures of the person on an image in other poses: a `pose2id.IdentityGenerator`, or any
-            object with its `generate_iter` (`pose2id.generated.Generator`).
+            object with its `generate_iter` (`pose2id.ipg.folder.Generator`).
         generated: a directory of already generated images in place of a generator, `DIR/pose{m}/name` or a folder for
-            each image (`pose2id.generated.find`); images must then be paths. Pictures that tell what they were made
+            each image (`pose2id.ipg.folder.find`); images must then be paths. Pictures that tell what they were made
             from, as those of `pose2id generate` do, must have been made from these images, in these poses; others are
             taken as they are.
         poses: "standard", the paper's eight, or a sequence of `pose2id.poses.Pose` or drawn poses.

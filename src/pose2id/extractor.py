@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id._inputs import FLOAT_DTYPES, checked_choice, checked_count
+from pose2id.io.rows import FLOAT_DTYPES, checked_choice, checked_count
 
 PARTS_NDIM = 3
 _IMAGE_NDIM = 3

@@ -16,12 +16,12 @@ from conftest import COMPILES, ROOT
 from PIL import Image
 from torch import nn
 
-from pose2id.datasets import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import content_key
 from pose2id.ipg import IdentityGenerator, IdentityTokens, weights
 from pose2id.ipg import generator as generator_module
 from pose2id.ipg.noise import ItemNoise
-from pose2id.ipg.pictures import pixels
+from pose2id.ipg.pixels import pixels
 from pose2id.poses import Pose, draw, standard
 
 OPTIONS = {"num_inference_steps": 2, "size": None, "progress": False}

@@ -12,8 +12,9 @@ from PIL import Image
 
 from pose2id import IdentityGenerator, poses
 from pose2id.cli import main
-from pose2id.ipg import files, generate_files
-from pose2id.ipg.files import collect_images, contact_sheet, missing_pictures, seconds_per_picture
+from pose2id.ipg import batch as files
+from pose2id.ipg import generate_files
+from pose2id.ipg.batch import collect_images, contact_sheet, missing_pictures, seconds_per_picture
 
 FEW = poses.standard()[:2]
 OPTIONS = {"poses": FEW, "num_inference_steps": 1, "progress": False}

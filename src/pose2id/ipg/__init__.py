@@ -1,13 +1,20 @@
 """Identity-guided pedestrian generation (IPG): the person on a reference image, in other poses.
 
-Built from parts, each of which can be replaced; `IdentityGenerator` puts them together.
+Built from parts, each of which can be replaced; `IdentityGenerator` puts them together. Names load on first use:
+diffusers takes seconds to import, and pictures of a folder need none of it.
 """
 
-from pose2id.ipg.files import generate_files
-from pose2id.ipg.generator import IdentityEncoder, IdentityGenerator
-from pose2id.ipg.identity import IdentityTokens, TransReID
-from pose2id.ipg.pose_encoder import PoseEncoder
-from pose2id.ipg.weights import convert
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pose2id.ipg.batch import generate_files
+    from pose2id.ipg.generator import IdentityEncoder, IdentityGenerator
+    from pose2id.ipg.identity import IdentityTokens, TransReID
+    from pose2id.ipg.pose_encoder import PoseEncoder
+    from pose2id.ipg.weights import convert
 
 __all__ = [
     "IdentityEncoder",
@@ -18,3 +25,21 @@ __all__ = [
     "convert",
     "generate_files",
 ]
+
+_HOME = {
+    "IdentityEncoder": "generator",
+    "IdentityGenerator": "generator",
+    "IdentityTokens": "identity",
+    "PoseEncoder": "pose_encoder",
+    "TransReID": "identity",
+    "convert": "weights",
+    "generate_files": "batch",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pose2id.ipg' has no attribute {name!r}")
+    value: object = getattr(import_module(f"pose2id.ipg.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

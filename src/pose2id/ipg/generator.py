@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id._inputs import blocks, checked_choice, checked_count, checked_number, checked_size
 from pose2id.extractor import checked_device, checked_images
+from pose2id.io.rows import blocks, checked_choice, checked_count, checked_number, checked_size
 from pose2id.ipg import reference, sampler, weights
 from pose2id.ipg.identity import IdentityTokens
 from pose2id.ipg.noise import Noise
-from pose2id.ipg.pictures import load_poses, load_reference, pixels, to_pictures, to_tensor
+from pose2id.ipg.pixels import load_poses, load_reference, pixels, to_pictures, to_tensor
 from pose2id.ipg.pose_encoder import PoseEncoder
 
 logger = logging.getLogger(__name__)

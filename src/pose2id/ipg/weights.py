@@ -224,7 +224,7 @@ def open_weights(
     """
     options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     if repo_or_dir == TINY:
-        repo_or_dir = Path(__file__).with_name(TINY)
+        repo_or_dir = Path(__file__).parent.parent / "demo" / TINY
     place = Place(repo_or_dir, "repo_or_dir", revision=revision, **options)
     place.settle([CONFIG_FILE, *(part.published_file for part in PARTS.values())])
     try:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id._inputs import checked_number, checked_size
-from pose2id._outputs import whole_file
+from pose2id.io.rows import checked_number, checked_size
+from pose2id.io.whole_files import whole_file
 from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_numbers, openpose
 
 _OF_BODY_25 = [*range(8), *range(9, 19)]  # the 18: all but the middle of the hips, and the feet

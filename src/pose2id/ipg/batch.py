@@ -1,0 +1,374 @@
+"""Generated pictures as files: one for each image and pose, each of which tells what it was made from.
+
+`DIRECTORY/pose1/NAME.png` to `DIRECTORY/poseM/NAME.png`, and contact sheets in `DIRECTORY/sheets`: the layout that the
+published evaluation reads, and `Centralizer(generated=DIRECTORY)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from pose2id.extractor import content_key, load_image
+from pose2id.io.whole_files import whole_file
+from pose2id.ipg.folder import NOTE, image_files, read_note
+from pose2id.ipg.generator import PARTS, IdentityGenerator
+from pose2id.ipg.pixels import load_poses, load_reference
+
+SHEETS = "sheets"
+_GAP = 4  # pixels between the pictures of a contact sheet
+_SHOWN = 10  # broken images that an error lists
+_SAMPLED = 256  # values of each tensor that a fingerprint looks at
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `generate_files` did, in pictures.
+
+    Attributes:
+        written: generated and saved.
+        kept: were there already, made from the same image, pose, weights and settings.
+    """
+
+    written: int
+    kept: int
+
+
+def collect_images(
+    images: Iterable[str | os.PathLike[str]], without: str | os.PathLike[str] | None = None
+) -> dict[str, Path]:
+    """Name to file, in order, of image files and of all image files below directories, hidden ones left out.
+
+    A file's name is its path without suffix: below the directory, or the last part for a file given by itself. What a
+    directory has below `without` is left out: pictures that were generated into it.
+
+    Raises:
+        FileNotFoundError: neither a file nor a directory, or a directory without images.
+        TypeError: one path instead of a sequence of them.
+        ValueError: a directory inside `without`, two files of one name, or none at all.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        raise TypeError(f"images must be a sequence of files and directories, got {images!r} alone. Wrap it in a list.")
+    found: dict[str, Path] = {}
+    for given in map(Path, images):
+        for path in _files_of(given, without):
+            name = path.relative_to(given if given.is_dir() else given.parent).with_suffix("").as_posix()
+            if name in found:
+                raise ValueError(
+                    f"images must have different names, got {found[name]} and {path}: their pictures would be the same "
+                    "files. Pass the directory above both, or generate them into two directories."
+                )
+            found[name] = path
+    if not found:
+        raise ValueError("images must name at least one file or directory, got none.")
+    return found
+
+
+def generate_files(
+    generator: IdentityGenerator,
+    images: Iterable[str | os.PathLike[str]],
+    directory: str | os.PathLike[str],
+    *,
+    poses: Any = "standard",
+    grid: bool = False,
+    overwrite: bool = False,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 3.5,
+    seed: int = 42,
+    batch_size: int | str = "auto",
+    size: tuple[int, int] | None = (256, 128),
+    progress: bool = True,
+) -> Written:
+    """Generate every person in every pose into PNG files, and go on where an earlier run stopped.
+
+    A file is kept if its note says that it was made from the same pixels, pose, weights, precision and settings; the
+    noise depends on nothing else, so a run that was interrupted gives the pictures of one that was not, up to the last
+    digits that other batches cost: 1 or 2 of 255 in single values. Files appear whole or not at all. Weights are told
+    apart by a hash of some values of each tensor, and of the scheduler's configuration.
+
+    Args:
+        generator: of the pictures.
+        images: files, and directories with image files at any depth (`collect_images`).
+        directory: made if it isn't there. Pictures go to `pose{i}/NAME.png`, i from 1.
+        poses: see `IdentityGenerator.generate`.
+        grid: also write `sheets/NAME.png`: the reference, the poses, the pictures.
+        overwrite: replace files that were made from something else, or by something else.
+        num_inference_steps: see `IdentityGenerator.generate`, as for the following.
+        guidance_scale: of the sampler.
+        seed: of the noise.
+        batch_size: pictures per forward.
+        size: (height, width) of the pictures.
+        progress: show a bar on a terminal, of the pictures that are missing.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: bad input, named, before anything is written.
+        FileExistsError: there are files that were made from something else, or pictures in more poses.
+    """
+    generator.resolve_batch_size(batch_size)
+    settings = generator.checked_settings(num_inference_steps, guidance_scale, seed, size)
+    job = _Job(generator, images, Path(directory), poses, settings, grid, overwrite)
+    options = {**settings, "batch_size": batch_size, "progress": progress}
+    results = iter(())
+    if job.incomplete:
+        results = generator.generate_iter([job.images[name] for name in job.incomplete], poses, **options)
+    for name in job.images:
+        if name in job.incomplete:
+            job.write(name, next(results))
+        if grid:
+            job.write_sheet(name)
+    return Written(job.missing, len(job.images) * len(job.poses) - job.missing)
+
+
+def missing_pictures(
+    generator: IdentityGenerator,
+    images: Iterable[str | os.PathLike[str]],
+    directory: str | os.PathLike[str],
+    *,
+    poses: Any = "standard",
+    overwrite: bool = False,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 3.5,
+    seed: int = 42,
+    size: tuple[int, int] | None = (256, 128),
+) -> int:
+    """How many pictures `generate_files` would write; arguments and errors are the same."""
+    settings = generator.checked_settings(num_inference_steps, guidance_scale, seed, size)
+    return _Job(generator, images, Path(directory), poses, settings, False, overwrite).missing
+
+
+def seconds_per_picture(
+    generator: IdentityGenerator,
+    image: Any,
+    poses: Any = "standard",
+    *,
+    num_inference_steps: int = 20,
+    batch_size: int | str = "auto",
+    **options: Any,
+) -> float:
+    """A short timed probe: what a picture takes in a long run, from a batch of 1 step and one of 3.
+
+    On CUDA a whole batch is timed; elsewhere, where batches of full-size weights gain nothing, a single picture.
+
+    Args:
+        generator: of the pictures.
+        image: a reference image.
+        poses: see `IdentityGenerator.generate`, as for the following.
+        num_inference_steps: of the run that is asked about.
+        batch_size: of that run.
+        **options: further keywords of `IdentityGenerator.generate`.
+    """
+    count = generator.resolve_batch_size(batch_size) if generator.device.type == "cuda" else 1
+    drawings = [drawing for _, drawing in load_poses(poses)][:count]
+    images = [image] * (count // len(drawings))
+    generator.checked_settings(num_inference_steps)
+
+    def seconds(steps: int) -> float:
+        start = time.perf_counter()
+        # Pictures come back on the CPU: everything before them has been computed then.
+        generator.generate(
+            images, drawings, num_inference_steps=steps, batch_size=batch_size, **{**options, "progress": False}
+        )
+        return (time.perf_counter() - start) / (len(images) * len(drawings))
+
+    seconds(1)  # what happens only once: constants, kernels to choose or to compile
+    one, three = seconds(1), seconds(3)
+    return one + max(0.0, three - one) / 2 * (num_inference_steps - 1)
+
+
+def contact_sheet(
+    reference: Image.Image, drawings: Sequence[Image.Image], pictures: Sequence[Image.Image]
+) -> Image.Image:
+    """One RGB picture: the reference, and under each drawn pose the picture that was generated in it."""
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", ((width + _GAP) * (len(pictures) + 1) - _GAP, 2 * height + _GAP), "white")
+    places = [(0, 0, reference)]
+    for i, (drawing, picture) in enumerate(zip(drawings, pictures, strict=True)):
+        places += [(i + 1, 0, drawing), (i + 1, 1, picture)]
+    for column, row, content in places:
+        resized = content.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        sheet.paste(resized, (column * (width + _GAP), row * (height + _GAP)))
+    return sheet
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Contact sheets of one width, one below the other."""
+    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height + _GAP for sheet in sheets) - _GAP), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height + _GAP
+    return whole
+
+
+def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS, *, bank: bool = True) -> str:
+    """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size.
+
+    Args:
+        generator: that is hashed.
+        names: parts whose weights count.
+        bank: whether it counts if the bank is rounded.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        part = generator.parts[name]
+        for key, tensor in part.state_dict().items():
+            flat = tensor.detach().flatten()
+            values = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu().numpy()
+            digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(values.astype("<f8").tobytes())
+    scheduler = {key: value for key, value in generator.scheduler.config.items() if not key.startswith("_")}
+    scaling = generator.vae.config.scaling_factor
+    rounded = generator.round_bank if bank else None
+    rest = [type(generator.scheduler).__name__, scheduler, list(generator.image_size), rounded, scaling]
+    digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+class _Job:
+    """What is to be made, from what, and what of it is there."""
+
+    def __init__(
+        self,
+        generator: IdentityGenerator,
+        images: Iterable[str | os.PathLike[str]],
+        directory: Path,
+        poses: Any,
+        settings: Mapping[str, Any],
+        grid: bool,
+        overwrite: bool,
+    ) -> None:
+        if directory.exists() and not directory.is_dir():
+            raise FileExistsError(f"directory must be one to write pictures to, and {directory} is a file.")
+        self.images, self.directory, self.overwrite = collect_images(images, directory), directory, overwrite
+        self.poses = load_poses(poses)
+        self._keys = _content_keys(self.images)
+        self._made_with = {
+            "generated": True,
+            **settings,
+            "size": settings["size"] and list(settings["size"]),
+            "dtype": str(generator.dtype).removeprefix("torch."),
+            "generator": fingerprint(generator),
+            "weights": generator.sources,
+        }
+        there = self._there(grid)
+        # A dictionary for its order, which is that of the results.
+        self.incomplete = dict.fromkeys(name for name in self.images if not there.issuperset(self._targets(name)))
+        self.missing = sum(target not in there for name in self.images for target in self._targets(name))
+
+    def write(self, name: str, pictures: Sequence[Image.Image]) -> None:
+        """Save an image's pictures, but for those that are there."""
+        for pose, (target, picture) in enumerate(zip(self._targets(name), pictures, strict=True)):
+            self._write(picture, target, self._note(name, pose))
+
+    def write_sheet(self, name: str) -> None:
+        """Save an image's contact sheet, made of the files, if it isn't there."""
+
+        def sheet() -> Image.Image:
+            pictures = [load_image(target, "picture") for target in self._targets(name)]
+            reference = load_reference(self.images[name], f"image {name}")
+            return contact_sheet(reference, [drawing for _, drawing in self.poses], pictures)
+
+        self._write(sheet, self._sheet(name), self._note(name))
+
+    def _write(self, picture: Image.Image | Callable[[], Image.Image], target: Path, note: dict[str, Any]) -> None:
+        # Looked at again: another run may write here too.
+        found = _look(target)
+        if found == note:
+            return
+        if found is not None and not self.overwrite:
+            raise self._others([(target, found, note)])
+        _save(picture() if callable(picture) else picture, target, json.dumps(note, sort_keys=True))
+
+    def _there(self, grid: bool) -> set[Path]:
+        """Files that are what they should be; raises if others are in their place, or pictures in more poses."""
+        if (self.directory / f"pose{len(self.poses) + 1}").exists():
+            raise FileExistsError(
+                f"{self.directory} must not hold pictures in more than {len(self.poses)} poses, and has a "
+                f"pose{len(self.poses) + 1}: the sets would mix. Choose another directory, or remove the folders."
+            )
+        there, others = set(), []
+        for name in self.images:
+            notes = {target: self._note(name, pose) for pose, target in enumerate(self._targets(name))}
+            if grid:
+                notes[self._sheet(name)] = self._note(name)
+            for target, note in notes.items():
+                found = _look(target)
+                if found == note:
+                    there.add(target)
+                elif found is not None:
+                    others.append((target, found, note))
+        if others and not self.overwrite:
+            raise self._others(others)
+        return there
+
+    def _others(self, others: Sequence[tuple[Path, dict[str, Any], dict[str, Any]]]) -> FileExistsError:
+        target, found, note = others[0]
+        differing = [key for key in note if found.get(key) != note[key]] if found else ["no note of pose2id"]
+        return FileExistsError(
+            f"{len(others)} files are in the place of pictures to be generated, and were made from other images, "
+            f"settings or weights; {target} is the first, different in: {', '.join(differing)}. Choose another "
+            "directory, or overwrite them (overwrite=True, --overwrite)."
+        )
+
+    def _targets(self, name: str) -> list[Path]:
+        return [self.directory / f"pose{pose + 1}" / f"{name}.png" for pose in range(len(self.poses))]
+
+    def _sheet(self, name: str) -> Path:
+        return self.directory / SHEETS / f"{name}.png"
+
+    def _note(self, name: str, pose: int | None = None) -> dict[str, Any]:
+        keys = [key for key, _ in self.poses]
+        return {"image": self._keys[name], "pose": keys if pose is None else keys[pose], **self._made_with}
+
+
+def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]:
+    if not given.exists():
+        raise FileNotFoundError(f"images must be files or directories, and there is no {given}.")
+    if not given.is_dir():
+        return [given]
+    left_out = None if without is None else Path(without).resolve()
+    if left_out is not None and given.resolve().is_relative_to(left_out):
+        raise ValueError(f"images must not be inside the directory to write, got {given} inside {without}.")
+    files = sorted(Path(file) for _, file in image_files(given))
+    files = [file for file in files if left_out is None or not file.resolve().is_relative_to(left_out)]
+    if not files:
+        raise FileNotFoundError(f"{given} must hold image files, and has none.")
+    return files
+
+
+def _content_keys(images: Mapping[str, Path]) -> dict[str, str]:
+    """Of all images, or one error for all that are broken."""
+    keys, broken = {}, []
+    for name, path in images.items():
+        try:
+            if read_note(path):
+                raise ValueError(f"image {name} must be a person's, and {path} was generated by pose2id.")
+            keys[name] = content_key(load_reference(path, f"image {name}"))
+        except ValueError as error:
+            broken.append(str(error))
+    if broken:
+        more = f"\nand {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+        raise ValueError("\n".join(broken[:_SHOWN]) + more)
+    return keys
+
+
+def _look(target: Path) -> dict[str, Any] | None:
+    """A file's note, {} if it has none; None: there is no file."""
+    return read_note(target) if target.exists() else None
+
+
+def _save(picture: Image.Image, target: Path, note: str) -> None:
+    """Write a PNG, whole or not at all."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(NOTE, note)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as unfinished:
+        picture.save(unfinished, "PNG", pnginfo=text)

@@ -1,0 +1,1 @@
+"""Evaluation, re-ranking, query expansion."""

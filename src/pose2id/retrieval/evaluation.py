@@ -1,0 +1,249 @@
+"""mAP, CMC and mINP, from features (rows at a time, never a full distance matrix) or from given distances.
+
+Names at this boundary are the field's: qf, gf are query and gallery features, pids identity and camids camera labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pose2id.io.rows import (
+    Rows,
+    checked_choice,
+    checked_count,
+    checked_distances,
+    checked_labels,
+    checked_pair,
+)
+from pose2id.neighbors.distance import full_precision
+from pose2id.neighbors.parts import mean_distances, query_blocks, query_memory
+from pose2id.neighbors.search import tying_distances
+
+_METRICS = ("cosine", "euclidean")
+JUNK_PID = -1
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """Retrieval quality as fractions in [0, 1]; prints in percent.
+
+    Attributes:
+        mAP: mean average precision over the valid queries.
+        cmc: (max_rank,) float64; cmc[r - 1] is Rank-r, the share of valid queries with a match among the first r.
+        mINP: mean inverse negative penalty: number of matches over the rank of the last one (Ye et al., 2021).
+        num_valid_queries: queries with at least one match in the gallery; the others count nowhere.
+        average_precision: (Q,) float64, of each query; nan where it has no match.
+    """
+
+    mAP: float  # noqa: N815 - the field's name
+    cmc: NDArray[np.float64] = field(repr=False)
+    mINP: float  # noqa: N815
+    num_valid_queries: int
+    average_precision: NDArray[np.float64] = field(repr=False)
+
+    def rank(self, r: int) -> float:
+        """Rank-r accuracy, r in 1..max_rank."""
+        return float(self.cmc[checked_count(r, "r", most=len(self.cmc)) - 1])
+
+    def __str__(self) -> str:
+        """One line in percent: mAP, Rank-1, Rank-5, Rank-10, mINP, number of valid queries."""
+        ranks = "".join(f"  Rank-{r} {self.cmc[r - 1]:.2%}" for r in (1, 5, 10) if r <= len(self.cmc))
+        return f"mAP {self.mAP:.2%}{ranks}  mINP {self.mINP:.2%}  ({self.num_valid_queries} valid queries)"
+
+
+def evaluate(
+    qf: Any,
+    gf: Any,
+    q_pids: Any,
+    g_pids: Any,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    *,
+    q_visibility: Any = None,
+    g_visibility: Any = None,
+    max_rank: int = 50,
+    metric: str = "cosine",
+    max_memory: int | None = None,
+) -> EvaluationResult:
+    """Rank the gallery for every query and measure mAP, CMC and mINP (Market1501's protocol, single-query).
+
+    For each query, gallery images of its own identity *and* camera are dropped, and so are those of pid -1 (junk).
+    Distractors (pid 0, or any identity without a query) stay and count as wrong. Queries without a match are skipped.
+    Distances are computed in float32 (float64 where a set is float64), those of parts in float64, a block of rows at a
+    time. Ties: images at equal distances, those with equal features and visibility among them, rank by gallery index.
+
+    Args:
+        qf: (Q, D) query features, or (Q, P, D) of parts, which are ranked as by `part_distances`; floating numpy array
+            (memory-mapped too) or torch tensor.
+        gf: (G, D) or (G, P, D) gallery features, on the same device.
+        q_pids: (Q,) integer identities.
+        g_pids: (G,) integer identities.
+        q_camids: (Q,) integer cameras; give both or neither. Without them nothing is dropped by camera.
+        g_camids: (G,) integer cameras.
+        q_visibility: (Q, P) of the queries' parts, as in `part_distances`: None, booleans, or weights. Gallery images
+            that share no visible part with a query come last, by index.
+        g_visibility: (G, P) of the gallery's parts.
+        max_rank: length of the CMC curve.
+        metric: "cosine": Euclidean distance of the L2-normalised features, which orders by cosine similarity; each part
+            is normalised by itself. "euclidean": Euclidean distance of the features as they are.
+        max_memory: bytes for working blocks, at least 1 MiB, but for the distances of one query to the whole gallery
+            and about 100 bytes a gallery image. None: 32 MiB, but for those of 64 queries.
+
+    Returns:
+        Fractions in an `EvaluationResult`.
+
+    Raises:
+        TypeError, ValueError: bad input, named; or no query has a match in the gallery.
+    """
+    checked_choice(metric, "metric", _METRICS)
+    block_bytes, least = query_memory(max_memory)
+    q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine", parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
+    checked_pair(q_rows, g_rows, "qf", "gf")
+    q_shown, g_shown = q_rows.visibility(q_visibility, "q_visibility"), g_rows.visibility(g_visibility, "g_visibility")
+    for shown, name in ((q_shown, "q_visibility"), (g_shown, "g_visibility")):
+        if not shown.any():
+            raise ValueError(
+                f"{name} must show at least one part, got all 0. Is it inverted, or its threshold too high?"
+            )
+    if metric == "euclidean":
+        Rows.share_scale(q_rows, g_rows)
+    labels = RankingProtocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
+
+    found: Iterator[Tensor]
+    if q_rows.in_parts:
+        found = (block for _, block, _ in mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes, least))
+    else:
+        dtype, to_gallery = torch.promote_types(q_rows.dtype, g_rows.dtype), tying_distances(g_rows, block_bytes)
+        queries = query_blocks(q_rows, g_rows, block_bytes, least)
+        found = (_in_full_precision(to_gallery, q_rows.read(block, dtype)) for block in queries)
+    return _measure((row for block in found for row in block.cpu().numpy()), labels, max_rank)
+
+
+def evaluate_rank(
+    distmat: Any,
+    q_pids: Any,
+    g_pids: Any,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    *,
+    max_rank: int = 50,
+) -> EvaluationResult:
+    """`evaluate` from given distances, for example re-ranked or part-based ones. Same protocol, same tie rule.
+
+    Args:
+        distmat: (Q, G) distances, numpy array or torch tensor of any real dtype, small is near; infinity is allowed,
+            NaN is not. Not modified.
+        q_pids: as in `evaluate`, and so are the other labels.
+        g_pids: as in `evaluate`.
+        q_camids: as in `evaluate`.
+        g_camids: as in `evaluate`.
+        max_rank: length of the CMC curve.
+
+    Returns:
+        Fractions in an `EvaluationResult`.
+
+    Raises:
+        TypeError, ValueError: bad input, named; or no query has a match in the gallery.
+    """
+    if isinstance(distmat, tuple):
+        raise TypeError(
+            "distmat must be a whole matrix, got a tuple. Call k_reciprocal without topk: mAP needs all ranks."
+        )
+    matrix = checked_distances(distmat, "distmat")
+    if 0 in matrix.shape:
+        raise ValueError(f"distmat must hold at least one query and one gallery image, got shape {matrix.shape}.")
+    labels = RankingProtocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
+
+    def distances() -> Iterator[NDArray[Any]]:
+        for query, row in enumerate(matrix):
+            if np.isnan(row).any():
+                raise ValueError(f"distmat must not hold NaN; row {query} does. Find the feature that caused it.")
+            yield row.copy()
+
+    return _measure(distances(), labels, max_rank)
+
+
+def _in_full_precision(distances: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with full_precision(x.device):
+        return distances(x)
+
+
+class RankingProtocol:
+    """Which gallery images are a query's matches, and which are dropped for it, by Market1501's rules."""
+
+    def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
+        self.q_pids = checked_labels(q_pids, "q_pids", q)
+        g_pids = checked_labels(g_pids, "g_pids", g)
+        if (q_camids is None) != (g_camids is None):
+            raise ValueError("q_camids and g_camids must be given together, or neither; one of them is missing.")
+        self.q_camids = None if q_camids is None else checked_labels(q_camids, "q_camids", q)
+        self.g_camids = None if g_camids is None else checked_labels(g_camids, "g_camids", g)
+        self._junk = np.flatnonzero(g_pids == JUNK_PID)
+        self._by_pid = np.argsort(g_pids, kind="stable")
+        self._sorted_pids = g_pids[self._by_pid]
+
+    def of_query(self, query: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gallery indices, ascending, of the query's matches, and of all images that are dropped for it."""
+        pid = self.q_pids[query]
+        if pid == JUNK_PID:
+            return np.empty(0, np.int64), self._junk
+        low, high = (np.searchsorted(self._sorted_pids, pid, side) for side in ("left", "right"))
+        same_pid = self._by_pid[low:high]
+        if self.q_camids is None or self.g_camids is None:
+            return same_pid, self._junk
+        same_camera = self.g_camids[same_pid] == self.q_camids[query]
+        return same_pid[~same_camera], np.concatenate([same_pid[same_camera], self._junk])
+
+
+def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_rank: int) -> EvaluationResult:
+    max_rank = checked_count(max_rank, "max_rank")
+    first_match = np.zeros(max_rank, dtype=np.int64)
+    precisions = np.full(len(labels.q_pids), np.nan)
+    penalties: list[float] = []
+    for query, row in enumerate(distances):
+        matches, dropped = labels.of_query(query)
+        if len(matches) == 0:
+            continue
+        # NaN compares false: what is dropped is nearer than nothing.
+        row[dropped] = np.nan
+        ranks = _ranks(row, matches)
+        precisions[query] = (np.arange(1, len(ranks) + 1) / ranks).mean()
+        penalties.append(len(ranks) / float(ranks[-1]))
+        if ranks[0] <= max_rank:
+            first_match[ranks[0] - 1] += 1
+    if not penalties:
+        raise ValueError(
+            "q_pids must share an identity with g_pids (in another camera where cameras are given), but none of the "
+            f"{len(labels.q_pids)} queries has a match. Check that pids and camids belong to these features."
+        )
+    valid = len(penalties)
+    return EvaluationResult(
+        mAP=float(np.nanmean(precisions)),
+        cmc=first_match.cumsum() / valid,
+        mINP=float(np.mean(penalties)),
+        num_valid_queries=valid,
+        average_precision=precisions,
+    )
+
+
+def _ranks(row: NDArray[Any], matches: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ranks, from 1, ascending, of the matches among all entries of `row` that are not NaN.
+
+    Nothing is sorted but what is as near as the last match: only the number of nearer images counts.
+    """
+    order = np.argsort(row[matches], kind="stable")
+    matches, own = matches[order], row[matches[order]]
+    near = np.sort(row[row <= own[-1]])
+    ranks = np.searchsorted(near, own, side="left") + 1
+    tied = np.flatnonzero(np.searchsorted(near, own, side="right") > ranks)
+    for position in tied:
+        # Among equals the lower gallery index comes first.
+        ranks[position] += np.count_nonzero(row[: matches[position]] == own[position])
+    return ranks

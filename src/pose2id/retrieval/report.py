@@ -1,0 +1,196 @@
+"""The table of the command line, the demo and the examples: each half of the method and re-ranking, measured alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pose2id.centralization.id2 import id2_score
+from pose2id.centralizer import Centralizer
+from pose2id.io.feature_files import FeatureFile
+from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
+from pose2id.retrieval.rerank import k_reciprocal
+
+_RANKS = (1, 5, 10)
+
+Pair = tuple[NDArray[Any], NDArray[Any]]  # of the queries, of the gallery
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: what was done to the features.
+        result: retrieval quality.
+        id2: ID² score of query and gallery together (published convention); None where only distances changed.
+    """
+
+    name: str
+    result: EvaluationResult
+    id2: float | None
+
+
+def compare(
+    features: FeatureFile,
+    *,
+    nfc: bool = True,
+    rerank: bool = True,
+    centralizer: Centralizer | None = None,
+    generated: Pair | None = None,
+    control: bool = False,
+) -> list[Row]:
+    """Measure the features as they are, with NFC, with generated images (IPG), with both, and all of them re-ranked.
+
+    Args:
+        features: features with identity labels; camera labels are used where both sets have them.
+        nfc: measure the rows with NFC.
+        rerank: measure the rows with re-ranking (20, 6, 0.3).
+        centralizer: whose `enhance` and `fuse` are measured; default `Centralizer()`.
+        generated: features (Q, M, D) and (G, M, D) of generated images of the same images: measure the rows with IPG.
+            Both they and `features` must then be the model's raw outputs.
+        control: also measure IPG with everybody's mean generated feature of each pose in place of a person's own. That
+            tells nobody apart, and yet moves the figures, ID² above all; what generated images know is the rest.
+
+    Returns:
+        One to twelve rows, the baseline first.
+
+    Raises:
+        ValueError: the features have no identity labels, or no query has a match; or as in `fuse`.
+    """
+    labels, centralizer = _labels(features), centralizer or Centralizer()
+    query, gallery = _pair(features)
+    sets = [("baseline", "re-ranking", query, gallery)]
+    if nfc:
+        sets.append(("NFC", "NFC + re-ranking", *centralizer.enhance(query, gallery)))
+    sources = {} if generated is None else {"IPG": generated}
+    if generated is not None and control:
+        sources["control"] = _of_nobody(generated)
+    for name, source in sources.items():
+        fused = _fused((query, gallery), source, centralizer, _number(source))
+        sets.append((name, f"{name} + re-ranking", *fused))
+        if nfc:
+            sets.append((f"{name} + NFC", f"{name} + NFC + re-ranking", *centralizer.enhance(*fused)))
+    rows = [Row(name, evaluate(q, g, *labels), _id2(q, g, *labels[:2])) for name, _, q, g in sets]
+    if rerank:
+        rows += [Row(name, evaluate_rank(k_reciprocal(q, g), *labels), None) for _, name, q, g in sets]
+    return rows
+
+
+def by_number(
+    features: FeatureFile, generated: Pair, *, centralizer: Centralizer | None = None
+) -> dict[str, list[float]]:
+    """Mean average precision by number of generated images, on both sides alike (the paper's Table 6).
+
+    Args:
+        features: raw features with identity labels.
+        generated: raw features (Q, M, D) and (G, M, D) of their generated images; the first ones are taken.
+        centralizer: as in `compare`.
+
+    Returns:
+        M + 1 fractions for "IPG", and for "IPG + NFC": with 0 to M images. Those of 0 are the baseline's and NFC's.
+
+    Raises:
+        ValueError: as in `compare`.
+    """
+    labels, centralizer = _labels(features), centralizer or Centralizer()
+    curves: dict[str, list[float]] = {"IPG": [], "IPG + NFC": []}
+    for number in range(_number(generated) + 1):
+        fused = _fused(_pair(features), generated, centralizer, number)
+        curves["IPG"].append(evaluate(*fused, *labels).mAP)
+        curves["IPG + NFC"].append(evaluate(*centralizer.enhance(*fused), *labels).mAP)
+    return curves
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text, in percent; ID² as it is."""
+    head = ["", "mAP", *(f"Rank-{r}" for r in _RANKS), "mINP", "ID²"]
+    cells = [head]
+    for row in rows:
+        percent = [f"{100 * value:.2f}" for value in (row.result.mAP, *_cmc(row.result), row.result.mINP)]
+        cells.append([row.name, *percent, "-" if row.id2 is None else f"{row.id2:.4f}"])
+    return _aligned(cells)
+
+
+def number_table(curves: Mapping[str, Sequence[float]]) -> str:
+    """What `by_number` gives as aligned text, in percent, one column a number of generated images."""
+    numbers = range(max(map(len, curves.values())))
+    return _aligned(
+        [["mAP", *map(str, numbers)], *([name, *(f"{100 * v:.2f}" for v in mAPs)] for name, mAPs in curves.items())]
+    )
+
+
+def records(rows: Sequence[Row]) -> list[dict[str, str | float | int | None]]:
+    """The rows for JSON, as fractions."""
+    return [
+        {
+            "name": row.name,
+            "mAP": row.result.mAP,
+            **{f"rank{r}": value for r, value in zip(_RANKS, _cmc(row.result), strict=True)},
+            "mINP": row.result.mINP,
+            "id2": row.id2,
+            "num_valid_queries": row.result.num_valid_queries,
+        }
+        for row in rows
+    ]
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for name, *values in cells:
+        numbers = "  ".join(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))
+        lines.append(f"{name.ljust(widths[0])}  {numbers}")
+    return "\n".join(lines)
+
+
+def _labels(features: FeatureFile) -> tuple[Any, ...]:
+    if features.q_pids is None or features.g_pids is None:
+        raise ValueError("q_pids and g_pids must be given to evaluate features (query_label, gallery_label in .mat).")
+    return features.q_pids, features.g_pids, features.q_camids, features.g_camids
+
+
+def _pair(features: FeatureFile) -> Pair:
+    # Half precision would round what NFC gives back.
+    return _at_least_float32(features.query_feats), _at_least_float32(features.gallery_feats)
+
+
+def _number(generated: Pair) -> int:
+    of_query, of_gallery = (x.shape[1] for x in generated)
+    if of_query != of_gallery:
+        raise ValueError(
+            f"generated must have features of as many images for queries as for the gallery, got {of_query} and "
+            f"{of_gallery}. Pass the first {min(of_query, of_gallery)} of each."
+        )
+    return int(of_query)
+
+
+def _of_nobody(generated: Pair) -> Pair:
+    """Everybody's mean in each pose, for every image."""
+    mean = np.concatenate(generated).mean(axis=0)
+    query, gallery = (np.broadcast_to(mean, of_x.shape) for of_x in generated)
+    return query, gallery
+
+
+def _fused(pair: Pair, generated: Pair, centralizer: Centralizer, number: int) -> Pair:
+    """Features with the first so many generated images (eq. 9); with none the features as they are."""
+    if number == 0:
+        return pair
+    query, gallery = (centralizer.fuse(x, of_x[:, :number]) for x, of_x in zip(pair, generated, strict=True))
+    return query, gallery
+
+
+def _at_least_float32(features: NDArray[Any]) -> NDArray[Any]:
+    return features.astype(np.float32) if features.dtype == np.float16 else features
+
+
+def _cmc(result: EvaluationResult) -> list[float]:
+    return [result.rank(r) for r in _RANKS]
+
+
+def _id2(q: NDArray[Any], g: NDArray[Any], q_pids: NDArray[np.int64], g_pids: NDArray[np.int64]) -> float:
+    return id2_score(np.concatenate([q, g]), np.concatenate([q_pids, g_pids]))

@@ -1,0 +1,264 @@
+"""Training samples: two images of one person, a reference and a target with a pose, and everything random about them.
+
+Sample n is a function of the seed and n alone. So a run that stopped goes on exactly where it was, and any number of
+processes or workers draws the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pose2id.ipg.pixels import load_reference, pixels
+from pose2id.poses import KEYPOINTS, Pose, draw
+from pose2id.training.augmentation import augment
+from pose2id.training.table import PersonImage
+
+logger = logging.getLogger(__name__)
+
+LEAST_KEYPOINTS = 8
+_NECK, _HIPS = KEYPOINTS.index("neck"), [KEYPOINTS.index("right_hip"), KEYPOINTS.index("left_hip")]
+_SHOWN = 5  # images that a report lists
+_THREADS = 8  # that look at images: decoding is C code, and waits for disks
+# First number of every seed, so that streams of different subjects never meet.
+_SAMPLE, _ORDER, _VARIANT = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a table can be trained on.
+
+    Attributes:
+        images: readable images of people with two of them or more, one of them a target.
+        targets: indices into `images` of those with a valid pose.
+        unreadable: images left out because they cannot be read, and why.
+        alone: images left out because no pair can be made of their person's.
+        without_pose: how many of `images` are references only.
+        digests: SHA-256 of the files of `images`.
+    """
+
+    images: list[PersonImage]
+    targets: list[int]
+    unreadable: list[str]
+    alone: list[PersonImage]
+    without_pose: int
+    digests: list[str]
+
+    def __str__(self) -> str:
+        """What is trained on, and what was left out, with the first few names."""
+        people = len({image.identity for image in self.images})
+        lines = [
+            f"{len(self.images)} images of {people} people: {len(self.targets)} targets, {self.without_pose} without a "
+            "valid pose, which are references only"
+        ]
+        if self.unreadable:
+            lines.append(f"left out, unreadable: {len(self.unreadable)} ({_some(self.unreadable)})")
+        if self.alone:
+            names = [str(image.path) for image in self.alone]
+            lines.append(f"left out, no second image or no pose of the person: {len(self.alone)} ({_some(names)})")
+        return "\n".join(lines)
+
+
+def has_valid_pose(pose: Pose | None) -> bool:
+    """Whether a pose says enough to draw a person by: neck, a hip, and 8 of the 18 keypoints at least."""
+    if pose is None:
+        return False
+    visible = pose.visible
+    return bool(visible[_NECK] and visible[_HIPS].any() and visible.sum() >= LEAST_KEYPOINTS)
+
+
+def select(images: Sequence[PersonImage]) -> Selection:
+    """Sort out what can be trained on. Every image is read and decoded.
+
+    Raises:
+        ValueError: nothing is left; with what was left out.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        looks = list(pool.map(_look, images))
+    unreadable = [look.problem for look in looks if look.problem]
+    if images and len(unreadable) == len(images):
+        raise ValueError(
+            f"images must be files that can be read, got {len(images)} of which none can: {_some(unreadable)} Relative "
+            "paths in a table are taken from the table's folder."
+        )
+    kept, alone = _parted(images, [i for i, look in enumerate(looks) if not look.problem])
+    targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
+    selection = Selection(
+        images=[images[i] for i in kept],
+        targets=targets,
+        unreadable=unreadable,
+        alone=[images[i] for i in alone],
+        without_pose=len(kept) - len(targets),
+        digests=[looks[i].digest for i in kept],
+    )
+    if not targets:
+        raise ValueError(f"{_rule(images)} {selection}")
+    return selection
+
+
+def require_pairs(images: Sequence[PersonImage]) -> None:
+    """Raise the ValueError of `select` if the table alone shows that no pair can be made; no image is read."""
+    if not _parted(images, range(len(images)))[0]:
+        raise ValueError(_rule(images))
+
+
+def _parted(images: Sequence[PersonImage], readable: Iterable[int]) -> tuple[list[int], list[int]]:
+    """Those of people of whom a pair can be made, and the others."""
+    people: dict[str, list[int]] = defaultdict(list)
+    for i in readable:
+        people[images[i].identity].append(i)
+    kept: list[int] = []
+    alone: list[int] = []
+    for members in people.values():
+        pair = len(members) > 1 and any(has_valid_pose(images[i].pose) for i in members)
+        (kept if pair else alone).extend(members)
+    return kept, alone
+
+
+def _rule(images: Sequence[PersonImage]) -> str:
+    """What images must be, and these are not."""
+    valid = sum(has_valid_pose(image.pose) for image in images)
+    several = sum(count > 1 for count in Counter(image.identity for image in images).values())
+    hint = " Add keypoints: `pose2id table --keypoints DIR` or `--detect`." if not valid else ""
+    return (
+        "images must hold two images of a person at least, one of them with a valid pose (neck, a hip and "
+        f"{LEAST_KEYPOINTS} keypoints visible), got {len(images)} images of which none can be used: {valid} have a "
+        f"valid pose, {several} people have two images or more.{hint}"
+    )
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """What a sample is drawn by.
+
+    Attributes:
+        seed: of everything.
+        image_size: (height, width) of targets and references, in pixels.
+        identity_size: (height, width) of references for the identity encoder, in pixels.
+        latent_shape: (channels, height, width) of the noise.
+        num_train_timesteps: timesteps are drawn below it.
+        unconditional_ratio: probability of a sample that sees neither reference nor identity.
+        noise_offset: standard deviation of what is added to the noise of each whole channel.
+        flip: probability of a mirrored reference.
+        erase: probability of a reference with an erased rectangle.
+        variants: how many different augmentations an image has as a reference; None: a new one each time.
+    """
+
+    seed: int
+    image_size: tuple[int, int]
+    identity_size: tuple[int, int]
+    latent_shape: tuple[int, int, int]
+    num_train_timesteps: int = 1000
+    unconditional_ratio: float = 0.1
+    noise_offset: float = 0.0
+    flip: float = 0.5
+    erase: float = 0.5
+    variants: int | None = None
+
+
+class Pairs(Dataset[dict[str, Tensor]]):
+    """Sample n of a run, n from 0 without an end.
+
+    In each epoch every target comes once, in an order of its own, with a reference drawn among the person's other
+    images.
+
+    Args:
+        selection: what to train on.
+        settings: what is drawn.
+
+    Attributes:
+        latents: `Latents` to take from, in place of pictures, if any; they need settings with `variants`.
+    """
+
+    latents: Any = None
+
+    def __init__(self, selection: Selection, settings: PairSettings) -> None:
+        self.selection, self.settings = selection, settings
+        self._people: dict[str, list[int]] = defaultdict(list)
+        for i, image in enumerate(selection.images):
+            self._people[image.identity].append(i)
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # of one epoch, the newest
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        """Tensors of one sample.
+
+        Returns:
+            pose (3, H, W) in [0, 1], noise (C, h, w), timestep () int64, unconditional () bool; and either target and
+            reference (3, H, W) and identity (3, h', w'), all in [0, 1], or target_latents, reference_latents (C, h, w)
+            and features (F,).
+        """
+        given = self.settings
+        epoch, place = divmod(n, len(self.selection.targets))
+        target = self.selection.targets[self._permutation(epoch)[place]]
+        draws = np.random.default_rng([_SAMPLE, given.seed, n])
+        others = [i for i in self._people[self.selection.images[target].identity] if i != target]
+        reference = others[draws.integers(len(others))]
+        noise = torch.from_numpy(draws.standard_normal(given.latent_shape, dtype=np.float32))
+        offset = draws.standard_normal((given.latent_shape[0], 1, 1), dtype=np.float32)
+        sample = {
+            "pose": pixels(draw(self.selection.images[target].pose), given.image_size),
+            "noise": noise + given.noise_offset * torch.from_numpy(offset),
+            "timestep": torch.tensor(draws.integers(given.num_train_timesteps)),
+            "unconditional": torch.tensor(draws.random() < given.unconditional_ratio),
+        }
+        variant = draws if given.variants is None else int(draws.integers(given.variants))
+        if self.latents is not None:
+            return {**sample, **self.latents.take(target, reference, variant)}
+        return {**sample, "target": self.target(target), **self.reference(reference, variant)}
+
+    def target(self, i: int) -> Tensor:
+        """(3, H, W) of an image as a target."""
+        return pixels(self._picture(i), self.settings.image_size)
+
+    def reference(self, i: int, variant: int | np.random.Generator) -> dict[str, Tensor]:
+        """An image as a reference, in this variant or one of these draws, and read as the generator reads it.
+
+        Returns:
+            reference (3, H, W) and identity (3, h', w'), in [0, 1].
+        """
+        given = self.settings
+        draws = np.random.default_rng([_VARIANT, given.seed, i, variant]) if isinstance(variant, int) else variant
+        # One augmentation for both networks, which are shown one picture.
+        augmented = augment(np.asarray(self._picture(i)), draws, flip=given.flip, erase=given.erase)
+        picture = Image.fromarray(augmented)
+        return {"reference": pixels(picture, given.image_size), "identity": pixels(picture, given.identity_size)}
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if self._order[0] != epoch:
+            draws = np.random.default_rng([_ORDER, self.settings.seed, epoch])
+            self._order = epoch, draws.permutation(len(self.selection.targets))
+        return self._order[1]
+
+    def _picture(self, i: int) -> Image.Image:
+        return load_reference(self.selection.images[i].path, "training image")
+
+
+class _Look(NamedTuple):
+    """Why an image can't be used, empty: it can; and its file's SHA-256, empty where it can't."""
+
+    problem: str
+    digest: str
+
+
+def _look(image: PersonImage) -> _Look:
+    try:
+        load_reference(image.path, "training image")
+        return _Look("", hashlib.sha256(image.path.read_bytes()).hexdigest())
+    except (OSError, ValueError) as error:
+        return _Look(str(error) if str(image.path) in str(error) else f"{image.path}: {error}", "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return "; ".join(names[:_SHOWN]) + ("; ..." if len(names) > _SHOWN else "")

@@ -1,0 +1,149 @@
+"""Where training starts: published or own weights, Stable Diffusion's UNet, or random weights of any size."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+
+from pose2id.io.rows import checked_count, checked_size
+from pose2id.ipg import weights
+from pose2id.ipg.generator import IdentityGenerator
+from pose2id.ipg.identity import IdentityTokens
+from pose2id.ipg.pose_encoder import PoseEncoder
+from pose2id.training.objective import TRAINED
+
+
+def start(
+    repo_or_dir: str | os.PathLike[str] = "yuanc3/Pose2ID",
+    *,
+    unet: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    num_tokens: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    license: str | None = None,  # noqa: A002 - what the Hub calls it
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> IdentityGenerator:
+    """A generator to train, in float32.
+
+    Args:
+        repo_or_dir: IPG weights, as for `IdentityGenerator.from_pretrained`. Identity encoder and VAE are always
+            theirs, and without `unet` everything else too: fine-tuning.
+        unet: what both UNets begin as, in place of the weights' own, which are then neither needed nor downloaded: a
+            directory or repository of Stable Diffusion ("stable-diffusion-v1-5/stable-diffusion-v1-5";
+            "user/name@commit" pins it), or a configuration of `diffusers.UNet2DConditionModel`, or the name of a
+            .json file of one, for random weights. Tokens and pose encoder are then new.
+        num_tokens: of new identity tokens; None: 20, as published. Only with `unet`.
+        image_size: (height, width) in place of the weights', in multiples of the VAE's downscaling.
+        license: of the UNets that come out, as the Hub names it; model cards have it. None: that of the UNets which
+            training starts from, "other" with random ones.
+        seed: of new weights.
+        device: as in `IdentityGenerator.from_pretrained`.
+        **options: `revision`, `vae`, `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ConnectionError, TypeError, ValueError: as `IdentityGenerator.from_pretrained`.
+    """
+    changes: dict[str, Any] = {} if image_size is None else {"image_size": checked_size(image_size, "image_size")}
+    if license is not None:
+        changes["license"] = weights.checked_license(license)
+    if unet is None:
+        if num_tokens is not None:
+            raise ValueError(
+                f"num_tokens must not be given without unet, got {num_tokens}: the weights' own tokens are trained on."
+            )
+        generator = IdentityGenerator.from_pretrained(repo_or_dir, dtype=torch.float32, device=device, **options)
+        return generator.replaced(**changes) if changes else generator
+    if isinstance(unet, (str, os.PathLike)) and os.fspath(unet).endswith(".json"):
+        unet = weights.json_object(Path(unet), "unet")
+    source = weights.open_weights(repo_or_dir, without=TRAINED, **options)
+    sources: dict[str, str] = {}
+    if not isinstance(unet, Mapping):
+        unet, sources = weights.open_unet(unet, **options)
+    encoder, vae = (source.load(name, dtype=torch.float32, device="cpu") for name in ("identity_encoder", "vae"))
+    generator = fresh(
+        identity_encoder=encoder,
+        vae=cast("AutoencoderKL", vae),
+        unet=unet,
+        num_tokens=20 if num_tokens is None else num_tokens,
+        scheduler=source.scheduler(),
+        seed=seed,
+        **{**source.settings, "sources": {**source.sources, **sources}, **changes},
+    )
+    return generator.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+
+
+def fresh(
+    *,
+    identity_encoder: Any,
+    vae: AutoencoderKL,
+    unet: Mapping[str, Any] | UNet2DConditionModel,
+    num_tokens: int = 20,
+    pose_channels: Sequence[int] | None = None,
+    scheduler: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> IdentityGenerator:
+    """A generator of two equal UNets, and of new identity tokens and a new pose encoder that fit.
+
+    The pose encoder's last convolution is 0: poses begin to count as they are learnt.
+
+    Args:
+        identity_encoder: with `image_size` and `feature_dim`; frozen in training.
+        vae: frozen in training.
+        unet: a UNet, or the configuration of one with random weights; its `in_channels` and `out_channels` are by
+            default the VAE's.
+        num_tokens: of the identity.
+        pose_channels: of the pose encoder's levels, one for each of the VAE's; None: 16, 32, 64, ..., as published.
+        scheduler: None: the published one, DDIM with v-prediction and zero terminal SNR.
+        seed: of random weights.
+        **options: `image_size`, `round_bank`, `sources`, `license` of `IdentityGenerator`; with random weights the
+            latter is "other" unless it is given.
+
+    Raises:
+        TypeError, ValueError: parts that do not fit.
+    """
+    checked_count(num_tokens, "num_tokens")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(checked_count(seed, "seed", least=0))
+        if isinstance(unet, Mapping):
+            channels = vae.config.latent_channels
+            unet = _new_unet({"in_channels": channels, "out_channels": channels, **unet})
+            options = {"license": weights.OTHER, **options}
+        levels = range(len(vae.config.block_out_channels))
+        pose_encoder = PoseEncoder(unet.config.block_out_channels[0], pose_channels or [16 * 2**i for i in levels])
+        tokens = IdentityTokens(identity_encoder.feature_dim, num_tokens, unet.config.cross_attention_dim)
+    for parameter in pose_encoder.conv_out.parameters():
+        nn.init.zeros_(parameter)
+    return IdentityGenerator(
+        identity_encoder=identity_encoder,
+        identity_tokens=tokens,
+        reference_unet=copy.deepcopy(unet),
+        denoising_unet=unet,
+        pose_encoder=pose_encoder,
+        vae=vae,
+        scheduler=scheduler or weights.published_scheduler(),
+        **options,
+    )
+
+
+def _new_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """A UNet of random weights. diffusers would ignore what it does not know, and build another one."""
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    unknown = [str(name) for name in config if name not in known and not str(name).startswith("_")]
+    if unknown:
+        raise ValueError(
+            f"unet must be a configuration of diffusers.UNet2DConditionModel, which knows no {', '.join(unknown)}."
+        )
+    try:
+        return UNet2DConditionModel.from_config(dict(config))
+    except weights.CONFIG_ERRORS as error:
+        raise ValueError(f"unet must be a configuration of diffusers.UNet2DConditionModel: {error}") from error

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from pose2id.io.feature_files import FeatureFile, load_features, save_features
+
+
+@pytest.fixture
+def features(rng):
+    return FeatureFile(
+        rng.standard_normal((4, 3)).astype(np.float32),
+        rng.standard_normal((6, 3)).astype(np.float32),
+        np.array([1, 2, 3, 1]),
+        np.array([1, 2, 3, -1, 0, 1]),
+        np.array([1, 1, 1, 1]),
+        np.array([2, 2, 2, 2, 2, 2]),
+        {"names": np.array(["a", "b"]), "extra": np.arange(3)},
+    )
+
+
+def same(found, expected):
+    for name in ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat"])
+def test_round_trip_keeps_everything(suffix, features, tmp_path):
+    path = tmp_path / f"features{suffix}"
+    save_features(features, path)
+    found = load_features(path)
+    same(found, features)
+    np.testing.assert_array_equal(np.ravel(found.others["extra"]), [0, 1, 2])
+    assert [item.strip() for item in np.ravel(found.others["names"])] == ["a", "b"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == [path.name]
+
+
+def test_the_layout_that_the_field_shares(features, tmp_path):
+    savemat(
+        tmp_path / "pytorch_result.mat",
+        {
+            "query_f": features.query_feats,
+            "query_label": features.q_pids.astype(float),  # doubles, in a row
+            "query_cam": features.q_camids[:, None],
+            "gallery_f": features.gallery_feats,
+            "gallery_label": features.g_pids,
+            "gallery_cam": features.g_camids,
+        },
+    )
+    same(load_features(tmp_path / "pytorch_result.mat"), features)
+
+
+def test_labels_are_optional(features, tmp_path):
+    np.savez(tmp_path / "f.npz", query_feats=features.query_feats, gallery_feats=features.gallery_feats)
+    found = load_features(tmp_path / "f.npz")
+    assert found.q_pids is None
+    assert found.g_camids is None
+
+
+def test_an_existing_file_is_kept_unless_told(features, tmp_path):
+    path = tmp_path / "f.npz"
+    path.write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="exists"):
+        save_features(features, path)
+    assert path.read_bytes() == b"precious"
+    save_features(features, path, overwrite=True)
+    same(load_features(path), features)
+
+
+def test_a_failed_write_leaves_nothing_behind(features, tmp_path, monkeypatch):
+    path = tmp_path / "f.npz"
+    path.write_bytes(b"precious")
+
+    def full(member, *_, **__):
+        member.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(OSError, match=r"f\.npz cannot be written: disk full"):
+        save_features(features, path, overwrite=True)
+    assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("code in a file was run",))
+
+
+def test_pickles_are_refused_and_never_run(features, tmp_path):
+    bomb = np.empty(1, dtype=object)
+    bomb[0] = Bomb()
+    np.savez(tmp_path / "f.npz", query_feats=features.query_feats, gallery_feats=features.gallery_feats, x=bomb)
+    with pytest.raises(ValueError, match=r"x of .* cannot be read.*refused"):
+        load_features(tmp_path / "f.npz")
+    (tmp_path / "g.npz").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"damaged, or no \.npz"):
+        load_features(tmp_path / "g.npz")
+    (tmp_path / "h.mat").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_features(tmp_path / "h.mat")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_said_to_be_damaged(share, features, tmp_path):
+    path = tmp_path / "f.npz"
+    save_features(features, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="damaged"):
+        load_features(path)
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".mat", "query_f"), (".npz", "g_pids")])
+def test_no_other_array_takes_the_place_of_features(suffix, name, features, tmp_path):
+    stray = FeatureFile(features.query_feats, features.gallery_feats, others={name: np.zeros(3)})
+    with pytest.raises(ValueError, match=f"{name} in the file's other arrays"):
+        save_features(stray, tmp_path / f"f{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_members_of_any_name_are_kept(features, tmp_path):
+    path = tmp_path / "f.npz"
+    np.savez(path, query_feats=features.query_feats, gallery_feats=features.gallery_feats)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", b"who made this")
+    content = load_features(path)
+    content.others["file"] = np.arange(2)
+    save_features(content, tmp_path / "g.npz")
+    found = load_features(tmp_path / "g.npz")
+    assert found.others["readme.txt"] == b"who made this"
+    assert found.others["file"].tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"readme\.txt cannot be names in a \.mat file"):
+        save_features(content, tmp_path / "g.mat")
+
+
+def test_half_precision_in_mat(features, tmp_path):
+    half = features.with_features(features.query_feats.astype(np.float16), features.gallery_feats.astype(np.float16))
+    save_features(half, tmp_path / "f.mat")
+    found = load_features(tmp_path / "f.mat").query_feats
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, half.query_feats)
+
+
+def test_a_link_stays_and_its_target_is_replaced(features, tmp_path):
+    (tmp_path / "target.npz").write_bytes(b"old")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "target.npz")
+    save_features(features, tmp_path / "link.npz", overwrite=True)
+    assert (tmp_path / "link.npz").is_symlink()
+    same(load_features(tmp_path / "target.npz"), features)
+
+
+@pytest.mark.parametrize("label", [np.inf, np.nan, 3e30, 1.5])
+def test_labels_that_are_no_integers(label, features, tmp_path):
+    savemat(tmp_path / "f.mat", {"query_f": np.ones((1, 2)), "gallery_f": np.ones((1, 2)), "query_label": label})
+    with pytest.raises(TypeError, match=r"query_label of .* must hold integers"):
+        load_features(tmp_path / "f.mat")
+
+
+def test_endings_in_capitals(features, tmp_path):
+    save_features(features, tmp_path / "F.NPZ")
+    same(load_features(tmp_path / "F.NPZ"), features)
+
+
+def test_matlab_cells_are_not_pickled_into_npz(features, tmp_path):
+    cells = np.empty((1, 2), dtype=object)
+    cells[0] = ["a.jpg", "long name.jpg"]
+    others = FeatureFile(features.query_feats, features.gallery_feats, others={"files": cells})
+    save_features(others, tmp_path / "f.mat")
+    with pytest.raises(ValueError, match=r"files cannot be written to \.npz"):
+        save_features(load_features(tmp_path / "f.mat"), tmp_path / "f.npz")
+    assert not (tmp_path / "f.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"gallery_feats": np.ones((2, 3))}, "must hold query_feats; it holds gallery_feats"),
+        ({"query_feats": np.ones((2, 3)), "gallery_feats": np.ones((2, 4))}, "same number of columns"),
+        ({"query_feats": np.ones(3), "gallery_feats": np.ones((2, 3))}, r"query_feats of .* must have shape \(N, D\)"),
+        ({"query_feats": np.full((1, 3), np.nan), "gallery_feats": np.ones((2, 3))}, "must be finite"),
+        (
+            {"query_feats": np.ones((1, 3)), "gallery_feats": np.ones((2, 3)), "g_pids": np.ones(3, int)},
+            r"g_pids of .* must have shape \(2,\)",
+        ),
+    ],
+)
+def test_bad_content_is_named(arrays, message, tmp_path):
+    np.savez(tmp_path / "f.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_features(tmp_path / "f.npz")
+
+
+def test_bad_paths(features, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no feature file"):
+        load_features(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match=r"end in \.npz or \.mat"):
+        load_features(tmp_path / "f.pkl")
+    with pytest.raises(ValueError, match=r"end in \.npz or \.mat"):
+        save_features(features, tmp_path / "f.csv")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        save_features(features, tmp_path / "no" / "f.npz")

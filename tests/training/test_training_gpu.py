@@ -1,0 +1,72 @@
+"""Training where it is meant to run; not run yet where there was no GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from pose2id import IdentityGenerator
+from pose2id.demo.people import SyntheticPedestrians
+from pose2id.training import run as training
+from pose2id.training import start as starting
+from pose2id.training.table import read_table, write_people
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    people = SyntheticPedestrians(6, num_cameras=2, images_per_camera=2)
+    return read_table(write_people(people, tmp_path_factory.mktemp("people") / "drawn", progress=False))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    state = pytest.importorskip("accelerate").state.AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamw8bit"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # bitsandbytes' own
+def test_the_loss_falls_and_a_run_goes_on(precision, optimizer, images, tmp_path):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    settings = {
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "optimizer": optimizer,
+        "workers": 2 if precision == "no" else 0,
+        "mixed_precision": precision,
+        "gradient_checkpointing": precision == "bf16",
+        "cache": True,
+        "reference_variants": 1,
+        "ema": 0.9,
+        "steps": 60,
+        "checkpoint_every": 30,
+        "validation_steps": 2,
+    }
+    unet = {"sample_size": 16, "in_channels": 8, "out_channels": 8, "norm_num_groups": 8, "cross_attention_dim": 32}
+    unet |= {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1, "attention_head_dim": 4}
+
+    def trained():
+        result = training.train(starting.start("tiny", unet=unet, num_tokens=2), images, tmp_path / "run", **settings)
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return result, [values["loss"] for values in map(json.loads, lines) if "loss" in values]
+
+    result, losses = trained()
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert IdentityGenerator.from_pretrained(result.weights).device.type == "cuda"
+    assert torch.isfinite(IdentityGenerator.from_pretrained(result.weights).denoising_unet.conv_in.weight).all()
+    shutil.rmtree(tmp_path / "run" / "step-00000060")
+    shutil.rmtree(result.weights)
+    again, since = trained()
+    assert again.step == len(since) == 60
+    assert since[:30] == losses[:30]
+    np.testing.assert_allclose(since[30:], losses[30:], rtol=0.02)  # an optimizer that began anew would be further off
