@@ -24,7 +24,7 @@ from pose2id import Centralizer, IdentityGenerator, generation_diagnostics
 from pose2id.demo.demo import TINY, colour_stripe_extractor, split
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.ipg.pixels import pixels
-from pose2id.retrieval.report import Row, by_number, compare, number_table, records, table
+from pose2id.report import Row, by_number, compare, number_table, records, table
 
 COLUMNS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 

@@ -22,13 +22,13 @@ import live_memory
 import torch
 from diffusers import AutoencoderKL
 
-from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg import IdentityGenerator, TransReID, weights
 from pose2id.training import log as metrics
 from pose2id.training import run as training
 from pose2id.training import start as starting
 from pose2id.training.objective import TrainedParts
-from pose2id.training.table import read_table, write_people
+from pose2id.training.table import read_table
 
 _VAE = {
     "latent_channels": 4,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pose2id import IdentityGenerator
 from pose2id.demo.people import SyntheticPedestrians
-from pose2id.extractor import load_image
+from pose2id.io.images import load_image
 from pose2id.ipg.batch import contact_sheet, seconds_per_picture
 from pose2id.poses import draw, standard
 

@@ -20,11 +20,11 @@ from diffusers import AutoencoderKL
 
 from pose2id import IdentityGenerator
 from pose2id.demo import pretraining
-from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg import TransReID
 from pose2id.training import run as training
 from pose2id.training import start as starting
-from pose2id.training.table import read_table, write_people
+from pose2id.training.table import read_table
 
 IMAGE_SIZE = (128, 64)
 ENCODER = {"image_size": IMAGE_SIZE, "patch_size": 16, "stride": 16, "dim": 96, "depth": 4, "heads": 4}

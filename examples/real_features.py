@@ -15,7 +15,7 @@ import numpy as np
 
 from pose2id import Centralizer, evaluate, nfc_diagnostics
 from pose2id.io.feature_files import FeatureFile
-from pose2id.retrieval.report import compare, table
+from pose2id.report import compare, table
 
 
 def load(path: str, name: str | None) -> tuple[str, FeatureFile]:

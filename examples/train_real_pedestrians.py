@@ -44,13 +44,13 @@ from numpy.typing import NDArray
 
 from pose2id import Centralizer, IdentityGenerator, generation_diagnostics
 from pose2id.demo import pretraining
-from pose2id.extractor import load_image
 from pose2id.io.feature_files import FeatureFile
+from pose2id.io.images import load_image
 from pose2id.ipg import TransReID
 from pose2id.ipg.batch import SHEETS, generate_files, stacked
 from pose2id.poses import Pose
 from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD
-from pose2id.retrieval.report import Row, by_number, compare, number_table, records, table
+from pose2id.report import Row, by_number, compare, number_table, records, table
 from pose2id.training import run as training
 from pose2id.training import start as starting
 from pose2id.training.table import PersonImage, read_table, write_table
@@ -369,7 +369,7 @@ def kept(path: Path, names: list[str], make: Callable[[], NDArray[np.float32]]) 
 
 
 def compared(name: str, features: FeatureFile, **options: Any) -> list[Row]:
-    """Rows of `pose2id.retrieval.report.compare`, under a name."""
+    """Rows of `pose2id.report.compare`, under a name."""
     return [replace(row, name=f"{name}: {row.name}") for row in compare(features, **options)]
 
 

@@ -10,9 +10,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg import IdentityGenerator, IdentityTokens, PoseEncoder, TransReID
-from pose2id.training.table import read_table, write_people
+from pose2id.training.table import read_table
 
 UNET = {
     "sample_size": 8,

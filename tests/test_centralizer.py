@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pose2id import Centralizer, extractor, fuse, generation_diagnostics, nfc, poses
 from pose2id.centralization import nfc as centralization
-from pose2id.extractor import load_image
+from pose2id.io.images import load_image
 from pose2id.neighbors import search as neighbors
 
 

@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from pose2id import Centralizer
-from pose2id.extractor import PRESETS, Preprocess, load_image
+from pose2id.extractor import PRESETS, Preprocess
+from pose2id.io.images import load_image
 
 
 class TinyModel(nn.Module):

@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pose2id.centralization.id2 import IdentityDensity, id2_score, identity_density
-    from pose2id.centralization.nfc import (
+    from pose2id.centralization.diagnostics import (
         GenerationDiagnostics,
         NFCDiagnostics,
-        fuse,
         generation_diagnostics,
-        nfc,
         nfc_diagnostics,
     )
+    from pose2id.centralization.fusion import fuse
+    from pose2id.centralization.id2 import IdentityDensity, id2_score, identity_density
+    from pose2id.centralization.nfc import nfc
     from pose2id.centralizer import Centralizer
     from pose2id.ipg.generator import IdentityGenerator
     from pose2id.neighbors.parts import part_distances
@@ -57,28 +57,28 @@ __all__ = [
 _HOME = {
     "Centralizer": "centralizer",
     "EvaluationResult": "retrieval.evaluation",
-    "GenerationDiagnostics": "centralization.nfc",
+    "GenerationDiagnostics": "centralization.diagnostics",
     "IdentityDensity": "centralization.id2",
     "IdentityGenerator": "ipg.generator",
-    "NFCDiagnostics": "centralization.nfc",
+    "NFCDiagnostics": "centralization.diagnostics",
     "aqe": "retrieval.expansion",
     "database_augmentation": "retrieval.expansion",
     "evaluate": "retrieval.evaluation",
     "evaluate_rank": "retrieval.evaluation",
-    "fuse": "centralization.nfc",
-    "generation_diagnostics": "centralization.nfc",
+    "fuse": "centralization.fusion",
+    "generation_diagnostics": "centralization.diagnostics",
     "id2_score": "centralization.id2",
     "identity_density": "centralization.id2",
     "k_reciprocal": "retrieval.rerank",
     "nearest_neighbors": "neighbors.search",
     "nfc": "centralization.nfc",
-    "nfc_diagnostics": "centralization.nfc",
+    "nfc_diagnostics": "centralization.diagnostics",
     "part_distances": "neighbors.parts",
     "query_expansion": "retrieval.expansion",
     "re_ranking": "retrieval.rerank",
 }
 
-_SUBMODULES = ("demo", "extractor", "io", "ipg", "neighbors", "plots", "poses", "retrieval", "training")
+_SUBMODULES = ("demo", "extractor", "ipg", "plots", "poses", "report", "training")
 
 
 def __getattr__(name: str) -> object:

@@ -12,36 +12,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pose2id.centralization.nfc import (
-    PART_DISTANCES,
-    GenerationDiagnostics,
-    checked_weights,
-    fuse,
-    generation_diagnostics,
-    nfc,
-)
-from pose2id.extractor import (
-    INPUTS,
-    Extraction,
-    Extractor,
-    SideInputs,
-    checked_device,
-    checked_flag,
-    checked_images,
-    checked_transform,
-    extract,
-    extracting,
-    stored,
-)
-from pose2id.io.rows import (
-    FeatureArray,
-    Rows,
+from pose2id.centralization.diagnostics import GenerationDiagnostics, generation_diagnostics
+from pose2id.centralization.fusion import fuse
+from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc
+from pose2id.extractor import INPUTS, Extraction, Extractor, SideInputs, checked_transform, extract, extracting, stored
+from pose2id.io.checks import (
     checked_choice,
     checked_count,
+    checked_device,
+    checked_flag,
     checked_memory,
     checked_number,
-    checked_pair,
 )
+from pose2id.io.images import checked_images
+from pose2id.io.rows import FeatureArray, Rows, checked_pair
 from pose2id.ipg.folder import (
     Generator,
     check_notes,

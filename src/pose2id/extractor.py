@@ -7,34 +7,24 @@ that read paths. Mean and std are never guessed: the user passes a transform, or
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.io.rows import FLOAT_DTYPES, checked_choice, checked_count
+from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag
+from pose2id.io.images import checked_images, load_image
+from pose2id.io.rows import FLOAT_DTYPES
 
 PARTS_NDIM = 3
 _IMAGE_NDIM = 3
-_BATCH_NDIM = 4
-_TURNS = {  # EXIF's orientation to what makes a picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 INPUTS = ("batch", "images")
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -299,92 +289,6 @@ def checked_transform(transform: Any, inputs: str) -> Callable[[Image.Image], Te
     if inputs == "images" and transform is not None:
         raise ValueError("transform must be None with inputs='images': such an extractor does its own preprocessing.")
     return cast("Callable[[Image.Image], Tensor] | None", transform)
-
-
-def checked_device(device: Any) -> torch.device:
-    """A device that torch knows by name."""
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}.") from error
-
-
-def checked_flag(value: Any, name: str) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
-    return value
-
-
-def checked_images(images: Any, name: str = "images") -> Any:
-    """A non-empty sequence of images, or one array of them, whose files are there."""
-    single = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
-    single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != _BATCH_NDIM
-    if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
-        given = f"shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
-        raise TypeError(
-            f"{name} must be a sequence of images, got {given}. Wrap one image in a list, an iterator in list()."
-        )
-    if len(images) == 0:
-        raise ValueError(f"{name} must hold at least one image, got an empty sequence.")
-    if not isinstance(images, (np.ndarray, Tensor)):
-        # Before hours of extraction, not in the middle of them.
-        for i, item in enumerate(images):
-            if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
-                raise ValueError(f"{name}[{i}] cannot be read: there is no file {os.fspath(item)}.")
-    return images
-
-
-def load_image(item: Any, name: str) -> Image.Image:
-    """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture."""
-    if isinstance(item, (str, os.PathLike)):
-        try:
-            with Image.open(item) as picture:
-                picture.load()
-                picture.getexif()
-        except Exception as error:  # a damaged file can fail in any way
-            raise ValueError(f"{name} cannot be read: {os.fspath(item)} ({error}).") from error
-        return _as_rgb(picture, f"{name} ({os.fspath(item)})")
-    if isinstance(item, Image.Image):
-        return _as_rgb(item, name)
-    array = item
-    if isinstance(item, Tensor):
-        array = (item.detach().float() if item.is_floating_point() else item.detach()).cpu().numpy()
-    if isinstance(array, np.ndarray) and array.ndim == _IMAGE_NDIM:
-        if array.dtype == np.uint8 and array.shape[2] == 3:
-            return Image.fromarray(np.ascontiguousarray(array))
-        if array.dtype.kind == "f" and array.shape[0] == 3:
-            if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-                raise ValueError(
-                    f"{name} must be a float image in [0, 1] to be made a picture, got values in "
-                    f"[{array.min():g}, {array.max():g}]. Divide by 255, or leave normalisation to what comes after."
-                )
-            return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
-    given = f"{type(item).__name__} of shape {tuple(item.shape)}" if hasattr(item, "shape") else type(item).__name__
-    raise TypeError(
-        f"{name} must be a path, a PIL picture, an (H, W, 3) uint8 RGB array or a (3, H, W) float tensor in [0, 1], "
-        f"got {given}."
-    )
-
-
-def content_key(picture: Image.Image) -> str:
-    """The hexadecimal SHA-256 of a picture's size and RGB pixels: equal for equal pictures, wherever they come from."""
-    digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
-    digest.update(picture.convert("RGB").tobytes())
-    return digest.hexdigest()
-
-
-def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"{name} must have 8 bits a channel, got mode {picture.mode!r}. Scale it to 0..255 first.")
-    # Not ImageOps.exif_transpose, which writes the other fields anew, and fails where a camera left nonsense in them.
-    orientation: Any = picture.getexif().get(ExifTags.Base.Orientation)
-    turn = _TURNS.get(orientation)
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # else Pillow warns of some palettes
-    upright = (picture if turn is None else picture.transpose(turn)).convert("RGB")
-    upright.info.clear()  # of the orientation, too: nobody must turn it once more
-    return upright
 
 
 def _batch(items: list[Any], names: list[str], transform: Callable[[Image.Image], Tensor] | None) -> Tensor:

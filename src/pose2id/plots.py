@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pose2id.io.rows import Rows, checked_count, checked_labels
+from pose2id.io.checks import checked_count, checked_labels
+from pose2id.io.rows import Rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +110,7 @@ def number_curves(axes: Axes, curves: Mapping[str, Sequence[float]], *, title: s
     Args:
         axes: where to draw.
         curves: name to fractions in [0, 1], for 0, 1, 2, ... generated images: what `by_number`
-            of `pose2id.retrieval.report` gives.
+            of `pose2id.report` gives.
         title: text above.
     """
     for name, values in curves.items():

@@ -14,7 +14,7 @@ from pose2id.cli import main
 from pose2id.demo import demo
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.demo.stripes import colour_stripes
-from pose2id.retrieval.report import by_number, compare, number_table
+from pose2id.report import by_number, compare, number_table
 
 NAMES = ["baseline", "NFC", "IPG", "IPG + NFC"]
 RERANKED = ["re-ranking", "NFC + re-ranking", "IPG + re-ranking", "IPG + NFC + re-ranking"]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from pose2id.demo.people import SyntheticPedestrians
-from pose2id.extractor import content_key
+from pose2id.io.images import content_key
 from pose2id.ipg import IdentityGenerator, IdentityTokens, weights
 from pose2id.ipg import generator as generator_module
 from pose2id.ipg.noise import ItemNoise

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from pose2id import Centralizer
-from pose2id.extractor import Preprocess, content_key
+from pose2id.extractor import Preprocess
+from pose2id.io.images import content_key
 from pose2id.ipg.folder import find, read_note
 from pose2id.poses import standard
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from pose2id.cli import main
-from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.io import whole_files as _outputs
 from pose2id.poses import Pose, standard, write
-from pose2id.training.table import PersonImage, read_table, table_of_folder, write_people, write_table
+from pose2id.training.table import PersonImage, read_table, table_of_folder, write_table
 
 HEADER = "path,identity,camera,keypoints\n"
 HEIGHT, WIDTH = 32, 16

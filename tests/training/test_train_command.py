@@ -22,14 +22,16 @@ from safetensors.torch import load_file
 from pose2id import IdentityGenerator
 from pose2id.cli import main
 from pose2id.cli import train as train_command
-from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg.weights import VAE_REPO
 from pose2id.training import checkpoints, run_directory
 from pose2id.training import run as training
 from pose2id.training import start as starting
 from pose2id.training.objective import Objective
 from pose2id.training.settings import TrainingSettings
-from pose2id.training.table import read_table, write_people
+
+# As little as can be trained.
+from pose2id.training.table import read_table
 
 # As little as can be trained.
 SHORT = {"steps": 2, "batch_size": 2, "checkpoint_every": 1, "validation_images": 0, "device": "cpu"}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pose2id import IdentityGenerator
-from pose2id.demo.people import SyntheticPedestrians
+from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.training import run as training
 from pose2id.training import start as starting
-from pose2id.training.table import read_table, write_people
+from pose2id.training.table import read_table
 
 pytestmark = pytest.mark.gpu
 

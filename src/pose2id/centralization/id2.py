@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pose2id.io.rows import Rows, checked_choice, checked_labels
+from pose2id.io.checks import checked_choice, checked_labels
+from pose2id.io.rows import Rows
 
 _CONVENTIONS = ("published", "printed")
 

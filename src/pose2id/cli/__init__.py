@@ -192,7 +192,7 @@ def _enhance(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from pose2id.centralizer import Centralizer  # noqa: PLC0415
     from pose2id.io.feature_files import load_features  # noqa: PLC0415
-    from pose2id.retrieval.report import compare, records, table  # noqa: PLC0415
+    from pose2id.report import compare, records, table  # noqa: PLC0415
 
     centralizer = Centralizer(k1=args.k1, k2=args.k2)
     content = load_features(args.features)
@@ -207,7 +207,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     # Before gigabytes are downloaded.
-    from pose2id.io.rows import checked_count, checked_number  # noqa: PLC0415
+    from pose2id.io.checks import checked_count, checked_number  # noqa: PLC0415
 
     settings: dict[str, Any] = {
         "num_inference_steps": checked_count(args.steps, "--steps"),
@@ -283,9 +283,9 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _draw_people(args: argparse.Namespace) -> None:
-    from pose2id.demo.people import SyntheticPedestrians  # noqa: PLC0415
-    from pose2id.io.rows import checked_count  # noqa: PLC0415
-    from pose2id.training.table import read_table, write_people  # noqa: PLC0415
+    from pose2id.demo.people import SyntheticPedestrians, write_people  # noqa: PLC0415
+    from pose2id.io.checks import checked_count  # noqa: PLC0415
+    from pose2id.training.table import read_table  # noqa: PLC0415
 
     people = SyntheticPedestrians(
         checked_count(args.people, "--people"),
@@ -306,8 +306,8 @@ def _counted(images: Sequence[Any]) -> str:
 def _demo(args: argparse.Namespace) -> None:
     from pose2id.centralizer import Centralizer  # noqa: PLC0415
     from pose2id.demo import demo  # noqa: PLC0415
+    from pose2id.io.checks import checked_count  # noqa: PLC0415
     from pose2id.io.feature_files import check_target, load_features  # noqa: PLC0415
-    from pose2id.io.rows import checked_count  # noqa: PLC0415
 
     if not args.no_picture:
         check_target(args.picture, overwrite=args.overwrite, suffixes=(".png", ".svg", ".pdf"))

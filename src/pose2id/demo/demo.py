@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pose2id.centralization.nfc import generation_diagnostics, nfc_diagnostics
+from pose2id.centralization.diagnostics import generation_diagnostics, nfc_diagnostics
 from pose2id.centralizer import Centralizer
 from pose2id.demo.people import Sample, SyntheticPedestrians
 from pose2id.demo.stripes import colour_stripes
 from pose2id.io.feature_files import FeatureFile
 from pose2id.io.rows import Rows
+from pose2id.report import Pair, by_number, compare, number_table, table
 from pose2id.retrieval.evaluation import RankingProtocol, evaluate
-from pose2id.retrieval.report import Pair, by_number, compare, number_table, table
 
 _LIST_LENGTH = 10
 _SHEET_PEOPLE = 3

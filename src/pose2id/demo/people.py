@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm.auto import tqdm
 
 from pose2id.demo.figure import (
     L_ANKLE,
@@ -27,7 +30,10 @@ from pose2id.demo.figure import (
     random_look,
     random_pose,
 )
-from pose2id.io.rows import checked_count, checked_number
+from pose2id.io.checks import checked_count, checked_number
+from pose2id.io.whole_files import whole_file
+from pose2id.poses.skeleton import Pose
+from pose2id.training.table import PersonImage, write_table
 
 # First number after the seed of every random stream, so that streams of different subjects never meet.
 _IDENTITY, _CAMERA, _IMAGE = 1, 2, 3
@@ -531,3 +537,38 @@ def _infrared(cameras: Any, num_cameras: int) -> list[int]:
     if not isinstance(cameras, Collection) or isinstance(cameras, str):
         raise TypeError(f"infrared_cameras must be a collection of cameras in 1..{num_cameras}, got {cameras!r}.")
     return [checked_count(camera, "infrared_cameras", most=num_cameras) for camera in cameras]
+
+
+def write_people(people: Sequence[Sample], folder: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """Write drawn pedestrians as files: pictures as `images/PID_cCAMID_INDEX.png`, and last of all `table.csv`.
+
+    A folder without a table was not finished.
+
+    Args:
+        people: `SyntheticPedestrians`, or some of its samples.
+        folder: new or empty.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The table's path.
+
+    Raises:
+        FileExistsError: the folder is there and not empty.
+        OSError: a file cannot be written.
+        ValueError: no samples, or one that is there twice.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is no empty directory. Choose another, or remove it.")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images = []
+    for sample in tqdm(people, unit="img", disable=None if progress else True):
+        identity, camera = f"{sample.pid:04d}", str(sample.camid)
+        path = folder / "images" / f"{identity}_c{camera}_{sample.index}.png"
+        with whole_file(path) as unfinished:
+            Image.fromarray(sample.image).save(unfinished, "PNG")
+        seen = np.where(sample.visible[:, None], sample.keypoints, np.nan)
+        images.append(PersonImage(path, identity, camera, Pose(seen) if sample.visible.any() else None))
+    table = folder / "table.csv"
+    write_table(images, table)
+    return table

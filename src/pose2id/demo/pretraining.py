@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.extractor import checked_device, checked_images
-from pose2id.io.rows import blocks, checked_count, checked_labels, checked_number, checked_size
+from pose2id.io.checks import checked_count, checked_device, checked_labels, checked_number, checked_size
+from pose2id.io.images import checked_images
+from pose2id.io.rows import blocks
 from pose2id.ipg.identity import TransReID
 from pose2id.ipg.pixels import load_reference, resized
 from pose2id.training.augmentation import augment

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id.io.rows import checked_count
+from pose2id.io.checks import checked_count
 
 _CHUNK = 16
 _CENTRE_WIDTH = 0.1

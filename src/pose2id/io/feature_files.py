@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id.io.rows import Rows, checked_labels, checked_pair
+from pose2id.io.checks import checked_labels
+from pose2id.io.rows import Rows, checked_pair
 from pose2id.io.whole_files import whole_file
 
 _MAT_NAME_LENGTH = 63

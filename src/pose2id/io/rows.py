@@ -7,8 +7,7 @@ that knows which of the two it is. Callers' arrays are never modified and never 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,17 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pose2id.io.checks import BLOCK_BYTES, checked_visibility
+
 FeatureArray = TypeVar("FeatureArray", "NDArray[Any]", Tensor)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FEATURE_NDIM = 2
 _PARTS_NDIM = 3
-BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
-MIN_BLOCK_BYTES = 1 << 20
 MAX_NORM = 1e300  # differences and means of larger float64 rows overflow
-_MAX_VISIBILITY = 1 + 1e-6  # rounding
 _LANES = 32  # columns below which sums go column by column
-_LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
 
 
 class Rows:
@@ -200,6 +197,12 @@ def square_root(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sqrt(values.numpy())) if values.device.type == "cpu" else values.sqrt()
 
 
+def unit(rows: Tensor) -> Tensor:
+    """Rows (B, D), L2-normalised; a zero row has no direction and stays zero."""
+    norms = row_norms(rows)
+    return rows / torch.where(norms > 0, norms, 1.0)[:, None]
+
+
 def blocks(n: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` (at least 1) that cover `range(n)`."""
     size = max(1, size)
@@ -229,106 +232,6 @@ def checked_pair(first: Rows, second: Rows, first_name: str, second_name: str) -
         )
     if first.device != second.device:
         raise ValueError(f"{first_name} and {second_name} must be on one device, got {first.device}, {second.device}.")
-
-
-def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
-    """Integer labels (array, tensor or sequence) as a (length,) int64 array."""
-    if labels is None or isinstance(labels, (str, bytes)):
-        raise TypeError(f"{name} must be a one-dimensional array of integers, got {type(labels).__name__}.")
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if array.size == 0 and length == 0:
-        return np.zeros(0, dtype=np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"{name} must hold integers, got dtype {array.dtype}. "
-            "Map other labels to integers first: numpy.unique(labels, return_inverse=True)[1]."
-        )
-    if array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} must fit into 64-bit signed integers, got {array.max()}.")
-    if array.shape != (length,):
-        raise ValueError(f"{name} must have shape ({length},), one label per row, got {array.shape}.")
-    return array.astype(np.int64)
-
-
-def checked_distances(distances: Any, name: str) -> NDArray[Any]:
-    """A (Q, G) matrix of distances as a floating numpy array, without a copy where it is one already."""
-    if isinstance(distances, Tensor):
-        distances = distances.detach().cpu()
-        distances = (distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances).numpy()
-    if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
-        given = distances.dtype if isinstance(distances, np.ndarray) else type(distances).__name__
-        raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {given}.")
-    if distances.ndim != _FEATURE_NDIM:
-        raise ValueError(f"{name} must have two dimensions, got shape {distances.shape}.")
-    return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
-
-
-def checked_count(value: Any, name: str, least: int = 1, most: int = 2**63 - 1) -> int:
-    """An integer in [least, most]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    number = int(value)
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}.")
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {number}.")
-    return number
-
-
-def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
-    """A (height, width) in pixels."""
-    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
-        raise ValueError(f"{name} must be (height, width) in pixels, got {size!r}.")
-    return checked_count(size[0], name), checked_count(size[1], name)
-
-
-def checked_memory(max_memory: Any) -> int:
-    """Bytes for one block of temporaries, at least 1 MiB; None: the default."""
-    if isinstance(max_memory, float) and max_memory.is_integer():
-        max_memory = int(max_memory)  # 1e9
-    size = BLOCK_BYTES if max_memory is None else checked_count(max_memory, "max_memory")
-    if size < MIN_BLOCK_BYTES:
-        raise ValueError(f"max_memory must be at least {MIN_BLOCK_BYTES} bytes (1 MiB), got {max_memory}.")
-    return size
-
-
-def checked_number(value: Any, name: str, low: float, high: float) -> float:
-    """A finite real number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not low <= float(value) <= high:  # NaN fails too
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
-    return float(value)
-
-
-def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
-    """One of a few strings."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-    return str(value)
-
-
-def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None) -> Tensor:
-    """Visibility of parts, of any numeric dtype, as a float64 tensor on the CPU; None: whole features have none."""
-    if isinstance(visibility, Tensor):
-        numeric = not visibility.is_complex()
-    else:
-        numeric = isinstance(visibility, np.ndarray) and visibility.dtype.kind in "biuf"
-    if not numeric:
-        given = visibility.dtype if hasattr(visibility, "dtype") else type(visibility).__name__
-        raise TypeError(f"{name} must be a numeric numpy array or torch tensor, got {given}. Try numpy.asarray.")
-    if shape is None:
-        raise ValueError(f"{name} must be None for whole features, got shape {tuple(visibility.shape)}.")
-    if tuple(visibility.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, one value a part, got {tuple(visibility.shape)}.")
-    weights = torch.as_tensor(visibility.astype(np.float64) if isinstance(visibility, np.ndarray) else visibility)
-    weights = weights.detach().cpu().double()
-    if not ((weights >= 0) & (weights <= _MAX_VISIBILITY)).all():  # NaN compares false
-        raise ValueError(
-            f"{name} must be in [0, 1], 0 for hidden and 1 for visible, got values in [{weights.min():g}, "
-            f"{weights.max():g}]. Divide scores by their largest value, or compare them with a threshold."
-        )
-    return torch.where(weights >= _LEAST_VISIBILITY, weights, 0.0)
 
 
 def _checked_features(features: Any, name: str, *, parts: bool) -> Any:

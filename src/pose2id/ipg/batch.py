@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from pose2id.extractor import content_key, load_image
+from pose2id.io.images import content_key, image_files, load_image
 from pose2id.io.whole_files import whole_file
-from pose2id.ipg.folder import NOTE, image_files, read_note
+from pose2id.ipg.folder import NOTE, read_note
 from pose2id.ipg.generator import PARTS, IdentityGenerator
 from pose2id.ipg.pixels import load_poses, load_reference
 

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pose2id.extractor import content_key, load_image
-from pose2id.io.rows import checked_count
+from pose2id.io.checks import checked_count
+from pose2id.io.images import SUFFIXES, content_key, image_files, load_image
 
 if TYPE_CHECKING:
     from pose2id.poses import Pose
 
 NOTE = "pose2id"  # the PNG text in which a generated picture tells what it was made from
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SHOWN = 3
 
 
@@ -252,15 +251,6 @@ def _files_by_name(folder: Path) -> dict[str, list[str]]:
         stem = os.path.splitext(os.path.basename(file))[0]
         files.setdefault(f"{parent}/{stem}" if parent else stem, []).append(file)
     return files
-
-
-def image_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(relative folder, path) of all image files below a folder: strings, since there may be a million."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        relative = Path(parent).relative_to(folder).as_posix()
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield "" if relative == "." else relative, os.path.join(parent, name)
 
 
 def read_note(path: str | os.PathLike[str]) -> dict[str, Any]:

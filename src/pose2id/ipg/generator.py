@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.extractor import checked_device, checked_images
-from pose2id.io.rows import blocks, checked_choice, checked_count, checked_number, checked_size
+from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_number, checked_size
+from pose2id.io.images import checked_images
+from pose2id.io.rows import blocks
 from pose2id.ipg import reference, sampler, weights
 from pose2id.ipg.identity import IdentityTokens
 from pose2id.ipg.noise import Noise

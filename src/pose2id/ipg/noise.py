@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pose2id.extractor import content_key
+from pose2id.io.images import content_key
 
 
 @dataclass(frozen=True)

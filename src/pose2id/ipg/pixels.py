@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pose2id.extractor import checked_images, content_key, load_image
+from pose2id.io.images import checked_images, content_key, load_image
 from pose2id.poses import Pose, draw, standard
 
 LEAST_SIDE = 8  # pixels; on less there is nobody to be seen

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pose2id.io.rows import BLOCK_BYTES, FeatureArray, Rows, as_container, blocks, checked_memory, checked_pair
+from pose2id.io.checks import BLOCK_BYTES, checked_memory
+from pose2id.io.rows import FeatureArray, Rows, as_container, blocks, checked_pair
 from pose2id.neighbors.distance import full_precision, squared_euclidean
 from pose2id.neighbors.search import distinct
 

@@ -18,17 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pose2id.io.rows import (
-    BLOCK_BYTES,
-    MIN_BLOCK_BYTES,
-    FeatureArray,
-    Rows,
-    as_container,
-    blocks,
-    checked_choice,
-    checked_count,
-    checked_memory,
-)
+from pose2id.io.checks import BLOCK_BYTES, MIN_BLOCK_BYTES, checked_choice, checked_count, checked_memory
+from pose2id.io.rows import FeatureArray, Rows, as_container, blocks
 from pose2id.neighbors.distance import full_precision, squared_distances
 from pose2id.neighbors.half import half_dtype, search_half
 from pose2id.neighbors.space import Candidates, RowSource, Space, search_float32

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pose2id.io.rows import BLOCK_BYTES, blocks, row_norms, sum_last
+from pose2id.io.checks import BLOCK_BYTES
+from pose2id.io.rows import blocks, row_norms, sum_last
 from pose2id.neighbors.distance import squared_euclidean
 
 FLOAT32_ROUNDING = 2.0**-24

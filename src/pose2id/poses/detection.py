@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from pose2id.extractor import checked_device, checked_images, load_image
-from pose2id.io.rows import checked_number
+from pose2id.io.checks import checked_device, checked_number
+from pose2id.io.images import checked_images, load_image
 from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, openpose
 
 _COUNTS = (17, 18)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pose2id.io.rows import checked_size
+from pose2id.io.checks import checked_size
 from pose2id.poses.skeleton import LIMBS, PALETTE, Pose
 
 _HALF_THICKNESS = 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id.io.rows import checked_number, checked_size
+from pose2id.io.checks import checked_number, checked_size
 from pose2id.io.whole_files import whole_file
 from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_numbers, openpose
 

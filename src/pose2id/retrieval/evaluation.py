@@ -14,14 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.rows import (
-    Rows,
-    checked_choice,
-    checked_count,
-    checked_distances,
-    checked_labels,
-    checked_pair,
-)
+from pose2id.io.checks import checked_choice, checked_count, checked_distances, checked_labels
+from pose2id.io.rows import Rows, checked_pair
 from pose2id.neighbors.distance import full_precision
 from pose2id.neighbors.parts import mean_distances, query_blocks, query_memory
 from pose2id.neighbors.search import tying_distances

@@ -19,17 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pose2id.io.rows import (
-    BLOCK_BYTES,
-    FeatureArray,
-    JoinedRows,
-    Rows,
-    blocks,
-    checked_count,
-    checked_memory,
-    checked_number,
-    checked_pair,
-)
+from pose2id.io.checks import BLOCK_BYTES, checked_count, checked_memory, checked_number
+from pose2id.io.rows import FeatureArray, JoinedRows, Rows, blocks, checked_pair
 from pose2id.neighbors.distance import full_precision, nearest_columns
 from pose2id.neighbors.search import search, tying_distances
 

@@ -17,20 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.rows import (
+from pose2id.io.checks import (
     BLOCK_BYTES,
     MIN_BLOCK_BYTES,
-    FeatureArray,
-    JoinedRows,
-    Rows,
-    as_container,
-    blocks,
     checked_count,
     checked_distances,
     checked_memory,
     checked_number,
-    checked_pair,
 )
+from pose2id.io.rows import FeatureArray, JoinedRows, Rows, as_container, blocks, checked_pair
 from pose2id.neighbors.distance import full_precision, nearest_columns, squared_euclidean
 from pose2id.neighbors.search import distinct, search
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import pose2id
-from pose2id.centralization.nfc import GenerationDiagnostics, generation_diagnostics
+from pose2id.centralization.diagnostics import GenerationDiagnostics, generation_diagnostics
 from pose2id.io.whole_files import whole_file
 from pose2id.ipg.batch import contact_sheet, fingerprint, stacked
 from pose2id.ipg.generator import IdentityGenerator

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pose2id.extractor import checked_flag
-from pose2id.io.rows import checked_choice, checked_count, checked_number
+from pose2id.io.checks import checked_choice, checked_count, checked_flag, checked_number
 
 OPTIMIZERS = ("adam", "adamw", "adamw8bit")
 SCHEDULES = ("constant", "cosine")

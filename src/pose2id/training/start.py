@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from pose2id.io.rows import checked_count, checked_size
+from pose2id.io.checks import checked_count, checked_size
 from pose2id.ipg import weights
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.identity import IdentityTokens

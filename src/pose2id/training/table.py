@@ -19,14 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
-from pose2id.demo.people import Sample
-from pose2id.extractor import load_image
-from pose2id.io.rows import checked_choice
+from pose2id.io.checks import checked_choice
+from pose2id.io.images import image_files, load_image
 from pose2id.io.whole_files import whole_file
-from pose2id.ipg.folder import image_files
 from pose2id.poses import KEYPOINTS, Pose, detect, read
 from pose2id.poses.detection import Detector
 from pose2id.poses.files import NobodyError
@@ -200,41 +197,6 @@ def table_of_folder(
 def with_poses(images: Sequence[PersonImage], poses: Sequence[Pose | None]) -> list[PersonImage]:
     """The same images with these poses."""
     return [replace(image, pose=pose) for image, pose in zip(images, poses, strict=True)]
-
-
-def write_people(people: Sequence[Sample], folder: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """Write drawn pedestrians as files: pictures as `images/PID_cCAMID_INDEX.png`, and last of all `table.csv`.
-
-    A folder without a table was not finished.
-
-    Args:
-        people: `SyntheticPedestrians`, or some of its samples.
-        folder: new or empty.
-        progress: show a bar on a terminal.
-
-    Returns:
-        The table's path.
-
-    Raises:
-        FileExistsError: the folder is there and not empty.
-        OSError: a file cannot be written.
-        ValueError: no samples, or one that is there twice.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is no empty directory. Choose another, or remove it.")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    images = []
-    for sample in tqdm(people, unit="img", disable=None if progress else True):
-        identity, camera = f"{sample.pid:04d}", str(sample.camid)
-        path = folder / "images" / f"{identity}_c{camera}_{sample.index}.png"
-        with whole_file(path) as unfinished:
-            Image.fromarray(sample.image).save(unfinished, "PNG")
-        seen = np.where(sample.visible[:, None], sample.keypoints, np.nan)
-        images.append(PersonImage(path, identity, camera, Pose(seen) if sample.visible.any() else None))
-    table = folder / "table.csv"
-    write_table(images, table)
-    return table
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:

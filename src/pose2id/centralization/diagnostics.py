@@ -1,0 +1,198 @@
+"""What NFC and generated images would do to features, seen without labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pose2id.centralization.fusion import stacks
+from pose2id.io.checks import checked_count, checked_labels, checked_memory
+from pose2id.io.rows import Rows, unit
+from pose2id.neighbors.search import mutual, search
+
+
+@dataclass(frozen=True)
+class GenerationDiagnostics:
+    """How much of a person a model sees in generated images, measured without labels. Cosine similarities in [-1, 1].
+
+    Attributes:
+        own_cosine: mean between an original's feature and those of its own generated images.
+        other_cosine: mean between an original's feature and those of other originals' generated images.
+        consistency: mean between the generated images of one original (None for one generated image).
+    """
+
+    own_cosine: float
+    other_cosine: float
+    consistency: float | None
+
+    @property
+    def retention(self) -> float:
+        """(own - other) / (1 - other): 1 if generated images look like their original, 0 if like anybody's.
+
+        nan if other_cosine is 1, as with features that are all the same.
+        """
+        room = 1 - self.other_cosine
+        return (self.own_cosine - self.other_cosine) / room if room > 1e-9 else float("nan")
+
+    @property
+    def suggested_eta(self) -> float:
+        """2 * retention, retention kept within [0, 1]: a rule of thumb, not calibrated on labels.
+
+        It lies between 0 (the pictures tell this model nothing about whom they show) and the published 2 of Market1501.
+        Published values: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
+        """
+        retention = self.retention
+        return retention if math.isnan(retention) else 2 * min(max(retention, 0.0), 1.0)
+
+    def __str__(self) -> str:
+        """One line."""
+        among = "" if self.consistency is None else f", among themselves {self.consistency:.3f}"
+        return (
+            f"generated images: cosine to their own {self.own_cosine:.3f}, to others {self.other_cosine:.3f}{among}, "
+            f"retention {self.retention:.1%}: try eta={self.suggested_eta:.2g} (a rule of thumb, not calibrated)"
+        )
+
+
+def generation_diagnostics(features: Any, generated: Any) -> GenerationDiagnostics:
+    """Measure, without labels, how much of a person a model sees in generated images: to choose eta.
+
+    Args:
+        features: (N, D) features of the original images, or (N, P, D) of their parts, N at least 2; as in `fuse`. A few
+            hundred images of different people are enough; people who appear more than once raise `other_cosine`.
+        generated: (N, M, D) or (N, M, P, D) features of the generated images; as in `fuse`.
+
+    Returns:
+        The similarities of `GenerationDiagnostics`; of parts: their means over the parts, whether visible or not.
+
+    Raises:
+        TypeError, ValueError: bad input, named, as in `fuse`.
+    """
+    by_part = stacks(features, generated)
+    n, parts, count = by_part[0][0].n, len(by_part), len(by_part[0][1])
+    if n < 2:
+        raise ValueError(f"features must hold at least 2 images, to compare with other images' pictures, got {n}.")
+    own = cross = among = 0.0
+    for rows, poses in by_part:
+        sum_original = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
+        sum_generated = sum_original.clone()
+        for block in rows.blocks():
+            original = unit(rows.read(block, torch.float64))
+            total, squares = torch.zeros_like(original), 0.0
+            for pose in poses:
+                direction = unit(pose.read(block, torch.float64)).to(original.device)
+                total += direction
+                squares += float(direction.square().sum())
+            own += float((original * total).sum())
+            among += float(total.square().sum()) - squares
+            sum_original += original.sum(0)
+            sum_generated += total.sum(0)
+        # All pairs at once: the sum of products is the product of sums.
+        cross += float(sum_original @ sum_generated)
+    pairs = parts * n * count
+    return GenerationDiagnostics(
+        own_cosine=own / pairs,
+        other_cosine=(cross - own) / (pairs * (n - 1)),
+        consistency=among / (pairs * (count - 1)) if count > 1 else None,
+    )
+
+
+@dataclass(frozen=True)
+class NFCDiagnostics:
+    """What `nfc` would do to a feature set, seen without labels. Shares are fractions in [0, 1].
+
+    Attributes:
+        k1, k2: the parameters.
+        mutual_share: share of rows with at least one mutual neighbour; the others stay as they are.
+        mean_mutual: mean number of mutual neighbours of a row.
+        mean_similarity: mean cosine similarity over the mutual pairs (nan without a pair).
+        background_similarity: mean cosine similarity of all pairs of different rows, for comparison.
+        same_camera_share: share of mutual pairs from one camera (nan without a pair, None without cameras). Near 1, NFC
+            pulls features towards a camera rather than across cameras, and Rank-1 across cameras may fall.
+        expected_same_camera_share: that share if neighbours were drawn at random (None without cameras).
+    """
+
+    k1: int
+    k2: int
+    mutual_share: float
+    mean_mutual: float
+    mean_similarity: float
+    background_similarity: float
+    same_camera_share: float | None
+    expected_same_camera_share: float | None
+
+    def __str__(self) -> str:
+        """One line, in percent."""
+        text = (
+            f"k1={self.k1} k2={self.k2}: {self.mutual_share:.1%} of rows have a mutual neighbour "
+            f"({self.mean_mutual:.2f} each), cosine {self.mean_similarity:.3f} "
+            f"(all pairs {self.background_similarity:.3f})"
+        )
+        if self.same_camera_share is None:
+            return text
+        return f"{text}, same camera {self.same_camera_share:.1%} (at random {self.expected_same_camera_share:.1%})"
+
+
+def nfc_diagnostics(
+    features: Any,
+    k1: int = 2,
+    k2: int = 2,
+    *,
+    camids: Any = None,
+    backend: str = "auto",
+    max_memory: int | None = None,
+) -> NFCDiagnostics:
+    """Measure, without labels, what `nfc(features, k1, k2)` would do: to choose k1 and k2.
+
+    Args:
+        features: (N, D) features of one set, N at least 2; as in `nfc`.
+        k1: as in `nfc`.
+        k2: as in `nfc`.
+        camids: (N,) integer camera labels, optional.
+        backend: as in `nfc`.
+        max_memory: as in `nfc`.
+
+    Returns:
+        The shares and similarities of `NFCDiagnostics`.
+
+    Raises:
+        TypeError, ValueError: bad input, named, as in `nfc`.
+    """
+    rows = Rows(features, "features", normalize=True)
+    if rows.n < 2:
+        raise ValueError(f"features must hold at least 2 rows to have neighbours, got {rows.n}.")
+    k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
+    cameras = None if camids is None else torch.from_numpy(checked_labels(camids, "camids", rows.n)).to(rows.device)
+    neighbors = search(rows, max(k1, k2), backend, max_memory)
+    same_camera = 0
+    similarity = 0.0
+    total = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
+    squares = 0.0
+    is_mutual = mutual(neighbors, k1, k2)
+    pairs, with_neighbor = int(is_mutual.sum()), int(is_mutual.any(1).sum())
+    for block in rows.blocks(checked_memory(max_memory)):
+        direction = rows.read(block, torch.float64)
+        total += direction.sum(0)
+        squares += float(direction.square().sum())
+        for rank in range(is_mutual.shape[1]):
+            hit = torch.nonzero(is_mutual[block, rank]).flatten()
+            other = neighbors[block, rank][hit]
+            similarity += float((direction[hit] * rows.read(other, torch.float64)).sum())
+            if cameras is not None:
+                same_camera += int((cameras[block][hit] == cameras[other]).sum())
+    expected = None
+    if cameras is not None:
+        counts = torch.unique(cameras, return_counts=True)[1].double()
+        expected = float((counts * (counts - 1)).sum() / (rows.n * (rows.n - 1)))
+    return NFCDiagnostics(
+        k1=k1,
+        k2=k2,
+        mutual_share=with_neighbor / rows.n,
+        mean_mutual=pairs / rows.n,
+        mean_similarity=similarity / pairs if pairs else float("nan"),
+        background_similarity=(float(total.square().sum()) - squares) / (rows.n * (rows.n - 1)),
+        same_camera_share=None if cameras is None else (same_camera / pairs if pairs else float("nan")),
+        expected_same_camera_share=expected,
+    )

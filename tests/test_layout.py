@@ -1,0 +1,62 @@
+"""The floors of the house: which folder of src/pose2id may import which."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+SOURCE = ROOT / "src" / "pose2id"
+# From the ground up: a file imports from its own floor and from those below.
+FLOORS = (
+    ("io",),
+    ("neighbors", "poses"),
+    ("centralization", "retrieval"),
+    ("extractor", "ipg", "plots"),
+    ("centralizer", "training"),
+    ("report",),
+    ("demo",),
+    ("cli", "__main__"),
+)
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+def room(module):
+    """The folder, or top-level file, of a module's dotted name below pose2id."""
+    return module.split(".")[0]
+
+
+def imported(path):
+    """Dotted names below pose2id that a file imports, wherever in it; for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pose2id":
+            below = node.module.partition(".")[2]
+            yield from [below] if below else [alias.name for alias in node.names if alias.name != "__version__"]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("pose2id."))
+
+
+def home(name):
+    """The room of a public name of the package itself."""
+    import pose2id  # noqa: PLC0415
+
+    return room(pose2id._HOME.get(name, name))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_no_file_imports_from_a_higher_floor(path):
+    own = room(path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."))
+    higher = [name for name in imported(path) if LEVEL[home(name)] > LEVEL[own]]
+    assert not higher, f"{own} is on floor {LEVEL[own]}, and imports {higher}"
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == set(LEVEL)
+
+
+def test_the_demo_is_imported_by_the_command_line_alone():
+    importers = {path.relative_to(SOURCE).parts[0] for path in FILES for name in imported(path) if home(name) == "demo"}
+    assert importers <= {"cli", "demo"}
