@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Hub
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -38,6 +39,23 @@ def _isolate_hub_client():
 _isolate_hub_client()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--stress", action="store_true", help="full counts of kills, fuzz cases and examples")
+
+
+def pytest_configure(config):
+    # Before test modules are imported: their tests take the profile that is loaded then.
+    settings.register_profile("default", max_examples=25, deadline=None)
+    settings.register_profile("stress", max_examples=200, deadline=None)
+    settings.load_profile("stress" if config.getoption("--stress") else "default")
+
+
+@pytest.fixture(scope="session")
+def stress(request):
+    """Whether full counts of kills and fuzz cases were asked for."""
+    return request.config.getoption("--stress")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     # Before any fixture: models made in tests have the same weights in each run, so that a failure comes back.
@@ -48,8 +66,8 @@ def pytest_runtest_setup():
 def _one_thread_for_miniatures(request):
     # Small networks gain nothing from threads, and lose minutes to them where other processes want the cores.
     tests = request.path.stem
-    miniature = request.path.parent.name == "ipg" and tests != "test_full_size"
-    miniature |= tests in ("test_demo", "test_real_pedestrians")
+    miniature = request.path.parent.name in ("demo", "ipg", "training") and tests != "test_full_size"
+    miniature |= tests == "test_real_pedestrians"
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if miniature else threads)
     yield

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import parts as literal
 from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
@@ -202,13 +202,12 @@ class TestParts:
             np.testing.assert_allclose(found[i], x[i] + v[j, :, None] * x[j])
             np.testing.assert_allclose(found[j], x[j] + v[i, :, None] * x[i])
 
-    @settings(max_examples=60, deadline=None)
     @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9))
     def test_lists_that_end_early_name_nobody(self, seed, k1, k2):
         rng = np.random.default_rng(seed)
         lists = [rng.permutation([j for j in range(8) if j != i])[: rng.integers(0, 8)].tolist() for i in range(8)]
         neighbors = torch.tensor([row + [-1] * (7 - len(row)) for row in lists])
-        found = centralization._mutual(neighbors, k1, k2)
+        found = centralization.mutual_neighbors(neighbors, k1, k2)
         for i, row in enumerate(lists):
             expected = [j for j in row[:k1] if i in lists[j][:k2]]
             assert neighbors[i, :k1][found[i]].tolist() == expected
@@ -282,11 +281,10 @@ class TestParts:
 class TestOut:
     @pytest.mark.parametrize("kind", ["float32", "float16", ">f8"])
     @pytest.mark.parametrize("shape", [(700, 24), (700, 3, 8), (0, 4), (1, 2, 2)])
-    def test_the_file_holds_what_would_be_returned(self, kind, shape, rng, tmp_path, monkeypatch):
-        monkeypatch.setattr(centralization, "BLOCK_BYTES", 1 << 16)  # several blocks
+    def test_the_file_holds_what_would_be_returned(self, kind, shape, rng, tmp_path):
         np.save(tmp_path / "in.npy", rng.standard_normal(shape).astype(kind))
         x = np.load(tmp_path / "in.npy", mmap_mode="r")
-        found = nfc(x, out=str(tmp_path / "out.npy"))
+        found = nfc(x, out=str(tmp_path / "out.npy"), max_memory=1 << 20)  # several blocks
         assert isinstance(found, np.memmap)
         assert not found.flags.writeable
         assert found.dtype == np.dtype(kind)
@@ -296,18 +294,17 @@ class TestOut:
 
     @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device"), ValueError])
     def test_an_interruption_leaves_nothing(self, failure, rng, tmp_path, monkeypatch):
-        monkeypatch.setattr(centralization, "BLOCK_BYTES", 1 << 16)
-        unit, calls = centralization._unit_parts, []
+        block_of_sums, calls = centralization.centralized, []
 
         def failing(*arguments):
             calls.append(sorted(path.stat().st_size for path in tmp_path.iterdir()))
             if len(calls) == 3:
                 raise failure
-            return unit(*arguments)
+            return block_of_sums(*arguments)
 
-        monkeypatch.setattr(centralization, "_unit_parts", failing)
+        monkeypatch.setattr(centralization, "centralized", failing)
         with pytest.raises(OSError if isinstance(failure, OSError) else failure):
-            nfc(rng.standard_normal((700, 24)), out=tmp_path / "out.npy")
+            nfc(rng.standard_normal((700, 24)), out=tmp_path / "out.npy", max_memory=1 << 20)  # three blocks
         assert len(calls[-1]) == 1  # it was under way
         assert os.listdir(tmp_path) == []
 
@@ -371,7 +368,6 @@ def untied(draw):
     return rng.standard_normal((draw(st.integers(2, 60)), draw(st.integers(2, 20)))), rng
 
 
-@settings(max_examples=40, deadline=None)
 @given(untied(), st.integers(1, 6), st.integers(1, 6))
 def test_rows_in_another_order_give_rows_in_that_order(drawn, k1, k2):
     x, rng = drawn
@@ -379,7 +375,6 @@ def test_rows_in_another_order_give_rows_in_that_order(drawn, k1, k2):
     np.testing.assert_array_equal(nfc(x[order], k1, k2), nfc(x, k1, k2)[order])
 
 
-@settings(max_examples=40, deadline=None)
 @given(untied(), st.integers(1, 6), st.floats(1e-6, 1e6))
 def test_scale_does_not_matter(drawn, k, scale):
     x, rng = drawn
@@ -387,7 +382,6 @@ def test_scale_does_not_matter(drawn, k, scale):
     np.testing.assert_allclose(nfc(x * own, k, k), nfc(x, k, k), atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
 @given(untied(), st.integers(1, 8))
 def test_neighbour_sets_grow_with_k(drawn, k):
     x, _ = drawn
@@ -427,7 +421,7 @@ class TestFuse:
         [
             (np.zeros((3, 2)), ValueError, r"generated must have shape \(3, M, 2\)"),
             (np.zeros((3, 2, 5)), ValueError, r"got \(3, 2, 5\)"),
-            (np.zeros((3, 0, 2)), ValueError, "M = 0"),
+            (np.zeros((3, 0, 2)), ValueError, r"M >= 1 .*\(3, 0, 2\)"),
             (np.full((3, 2, 2), np.nan), ValueError, r"generated\[:, 0\] must be finite"),
             (None, TypeError, "generated must be a numpy array"),
         ],
@@ -467,7 +461,7 @@ class TestFuseParts:
         ("f", "g", "visibility", "error", "message"),
         [
             ((3, 2, 4), (3, 1, 4), None, ValueError, r"generated must have shape \(3, M, 2, 4\)"),
-            ((3, 0, 4), (3, 1, 0, 4), None, ValueError, "at least one part"),
+            ((3, 0, 4), (3, 1, 0, 4), None, ValueError, r"features must have at least one column.*\(3, 0, 4\)"),
             ((3, 2, 4), (3, 1, 2, 4), np.ones((3, 2)), ValueError, r"visibility must have shape \(3, 1, 2\)"),
             ((3, 2), (3, 1, 2), np.ones((3, 1, 1)), ValueError, "visibility must be None for whole features"),
             ((3, 2, 4), (3, 1, 2, 4), np.full((3, 1, 2), -1.0), ValueError, r"visibility must be in \[0, 1\]"),
@@ -483,10 +477,10 @@ class TestFuseParts:
     def test_a_row_that_is_not_finite_is_named_with_its_part(self):
         f, g = np.ones((3, 2, 4)), np.ones((3, 5, 2, 4))
         g[2, 4, 1, 0] = np.nan
-        with pytest.raises(ValueError, match=r"generated\[:, 4, 1\] must be finite.*row 2"):
+        with pytest.raises(ValueError, match=r"generated\[:, 4\] must be finite.*row 2 part 1"):
             fuse(f, g)
         f[1, 1] = np.inf
-        with pytest.raises(ValueError, match=r"features\[:, 1\] must be finite.*row 1"):
+        with pytest.raises(ValueError, match=r"features must be finite.*row 1 part 1"):
             fuse(f, g)
 
 
@@ -502,10 +496,9 @@ class TestGenerationDiagnostics:
             assert found.other_cosine == pytest.approx(other)
             assert found.consistency == (None if count == 1 else pytest.approx(among))
             assert found.retention == pytest.approx((own - other) / (1 - other))
-            assert found.suggested_eta == pytest.approx(2 * found.retention)
             assert 0.1 < found.retention < 0.9
         assert ("among themselves" in str(found)) == (count > 1)
-        assert "not calibrated" in str(found)
+        assert f"retention {found.retention:.1%}" in str(found)
 
     def test_blocks_change_nothing(self, rng, monkeypatch):
         f, g = rng.standard_normal((50, 4)), rng.standard_normal((50, 2, 4))
@@ -529,18 +522,16 @@ class TestGenerationDiagnostics:
         f = rng.standard_normal((40, 8))
         faithful = generation_diagnostics(f, np.stack([f, 2 * f], axis=1))
         assert faithful.retention == pytest.approx(1)
-        assert faithful.suggested_eta == pytest.approx(2)
         anybody = generation_diagnostics(f, np.broadcast_to(rng.standard_normal((1, 2, 8)), (40, 2, 8)))
-        assert anybody.suggested_eta == pytest.approx(0, abs=1e-12)
+        assert anybody.retention == pytest.approx(0, abs=1e-12)
         swapped = generation_diagnostics(f[:3], f[[1, 2, 0], None])
         assert swapped.retention < 0
-        assert swapped.suggested_eta == 0
-        assert np.isnan(generation_diagnostics(np.ones((3, 2)), np.ones((3, 1, 2))).suggested_eta)
+        assert np.isnan(generation_diagnostics(np.ones((3, 2)), np.ones((3, 1, 2))).retention)
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="at least 2 images"):
             generation_diagnostics(np.ones((1, 2)), np.ones((1, 3, 2)))
-        with pytest.raises(ValueError, match="M = 0"):
+        with pytest.raises(ValueError, match=r"M >= 1 .*\(2, 0, 2\)"):
             generation_diagnostics(np.ones((2, 2)), np.ones((2, 0, 2)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pose2id import nearest_neighbors
@@ -410,7 +410,6 @@ def test_minus_zero_is_zero():
     assert kept.tolist() == [0, 1, 2]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 40),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import parts as literal
 from test_neighbors import KINDS as ALL_KINDS
@@ -205,7 +205,6 @@ def test_one_part_all_visible_has_the_neighbours_of_whole_features(kind, normali
     np.testing.assert_array_equal(found, nearest_neighbors(x, 4, normalize=normalize))
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 25),

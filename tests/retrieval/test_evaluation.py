@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import parts as literal
 from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
@@ -41,7 +41,6 @@ def test_golden(golden):
         assert result.num_valid_queries == data["valid_query"].sum() == 36
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     q=st.integers(1, 8),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import expansion as literal
 from reference import unit
@@ -52,7 +52,6 @@ class TestEqualsTheLiteralLoops:
         for mine, expected in zip(found, literal.aqe(q, g, qe_times, qe_k, alpha), strict=True):
             close(mine, expected, 1e-11 if dtype is np.float64 else 1e-4)
 
-    @settings(max_examples=60, deadline=None)
     @given(
         seed=st.integers(0, 2**32 - 1),
         n=st.integers(1, 25),
@@ -124,7 +123,6 @@ def test_a_large_alpha_leaves_only_copies(rng):
 
 
 class TestNearestColumns:
-    @settings(max_examples=100, deadline=None)
     @given(
         seed=st.integers(0, 2**32 - 1),
         columns=st.integers(1, 60),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pose2id import evaluate_rank, k_reciprocal, re_ranking
@@ -109,7 +109,6 @@ def test_float64_differences_that_float32_does_not_see(rng):
     np.testing.assert_allclose(k_reciprocal(q, g, 6, 3, normalize=False), expected, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_queries=st.integers(1, 8),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pose2id.centralization.fusion import stacks
+from pose2id.centralization.fusion import stacked_rows
 from pose2id.io.checks import checked_count, checked_labels, checked_memory
 from pose2id.io.rows import Rows, unit
 from pose2id.neighbors.search import mutual, search
@@ -16,7 +15,7 @@ from pose2id.neighbors.search import mutual, search
 
 @dataclass(frozen=True)
 class GenerationDiagnostics:
-    """How much of a person a model sees in generated images, measured without labels. Cosine similarities in [-1, 1].
+    """How much of a person a model sees in generated images, without labels. Cosine similarities in [-1, 1].
 
     Attributes:
         own_cosine: mean between an original's feature and those of its own generated images.
@@ -37,22 +36,12 @@ class GenerationDiagnostics:
         room = 1 - self.other_cosine
         return (self.own_cosine - self.other_cosine) / room if room > 1e-9 else float("nan")
 
-    @property
-    def suggested_eta(self) -> float:
-        """2 * retention, retention kept within [0, 1]: a rule of thumb, not calibrated on labels.
-
-        It lies between 0 (the pictures tell this model nothing about whom they show) and the published 2 of Market1501.
-        Published values: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
-        """
-        retention = self.retention
-        return retention if math.isnan(retention) else 2 * min(max(retention, 0.0), 1.0)
-
     def __str__(self) -> str:
         """One line."""
         among = "" if self.consistency is None else f", among themselves {self.consistency:.3f}"
         return (
             f"generated images: cosine to their own {self.own_cosine:.3f}, to others {self.other_cosine:.3f}{among}, "
-            f"retention {self.retention:.1%}: try eta={self.suggested_eta:.2g} (a rule of thumb, not calibrated)"
+            f"retention {self.retention:.1%}"
         )
 
 
@@ -70,27 +59,26 @@ def generation_diagnostics(features: Any, generated: Any) -> GenerationDiagnosti
     Raises:
         TypeError, ValueError: bad input, named, as in `fuse`.
     """
-    by_part = stacks(features, generated)
-    n, parts, count = by_part[0][0].n, len(by_part), len(by_part[0][1])
+    rows, poses = stacked_rows(features, generated)
+    n, parts, count = rows.n, rows.parts, len(poses)
     if n < 2:
         raise ValueError(f"features must hold at least 2 images, to compare with other images' pictures, got {n}.")
-    own = cross = among = 0.0
-    for rows, poses in by_part:
-        sum_original = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
-        sum_generated = sum_original.clone()
-        for block in rows.blocks():
-            original = unit(rows.read(block, torch.float64))
-            total, squares = torch.zeros_like(original), 0.0
-            for pose in poses:
-                direction = unit(pose.read(block, torch.float64)).to(original.device)
-                total += direction
-                squares += float(direction.square().sum())
-            own += float((original * total).sum())
-            among += float(total.square().sum()) - squares
-            sum_original += original.sum(0)
-            sum_generated += total.sum(0)
-        # All pairs at once: the sum of products is the product of sums.
-        cross += float(sum_original @ sum_generated)
+    own = among = 0.0
+    sum_original = torch.zeros((parts, rows.dim // parts), dtype=torch.float64, device=rows.device)
+    sum_generated = sum_original.clone()
+    for block in rows.blocks():
+        original = unit(rows.by_part(rows.read(block, torch.float64)))
+        total, squares = torch.zeros_like(original), 0.0
+        for pose in poses:
+            direction = unit(pose.by_part(pose.read(block, torch.float64))).to(original.device)
+            total += direction
+            squares += float(direction.square().sum())
+        own += float((original * total).sum())
+        among += float(total.square().sum()) - squares
+        sum_original += original.sum(0)
+        sum_generated += total.sum(0)
+    # All pairs at once: the sum of products is the product of sums.
+    cross = float((sum_original * sum_generated).sum())
     pairs = parts * n * count
     return GenerationDiagnostics(
         own_cosine=own / pairs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch import Tensor
 from pose2id.io.checks import checked_number, checked_visibility
 from pose2id.io.rows import FeatureArray, Rows, unit
 
-_FEATURE_NDIM = 2
 _PARTS_NDIM = 3
 
 
@@ -40,57 +40,40 @@ def fuse(
         TypeError, ValueError: bad input, named; so is the row that is not finite.
     """
     eta = checked_number(eta, "eta", 0, 1e6)
-    parts = stacks(features, generated)
-    weights = None
-    if visibility is not None:
-        in_parts = generated.ndim == _PARTS_NDIM + 1
-        weights = checked_visibility(visibility, "visibility", tuple(generated.shape[:-1]) if in_parts else None)
-    result: Any = (
-        features.new_empty(features.shape) if isinstance(features, Tensor) else np.empty(features.shape, features.dtype)
-    )
-    for part, (rows, poses) in enumerate(parts):
-        target = result if len(result.shape) == _FEATURE_NDIM else result[:, part]
-        for block in rows.blocks():
-            total = rows.read(block, torch.float64)
-            shares: list[Any] = [eta / len(poses)] * len(poses)
-            if weights is not None:
-                shares = _shares(eta, weights[block, :, part].to(total.device))
-            for share, pose in zip(shares, poses, strict=True):
-                total = total + share * pose.read(block, torch.float64).to(total.device)
-            rows.write(target, block, unit(total))
+    originals, poses = stacked_rows(features, generated)
+    weights = _weights(visibility, originals, generated)
+    result: Any = originals.empty()
+    for block in originals.blocks():
+        f = originals.by_part(originals.read(block, torch.float64))
+        f_m = (pose.by_part(pose.read(block, torch.float64)).to(f.device) for pose in poses)
+        originals.write(result, block, centralized(f, f_m, weights[block].to(f.device).movedim(1, 0), eta))
     return result  # type: ignore[no-any-return]
 
 
-def stacks(features: Any, generated: Any) -> list[tuple[Rows, list[Rows]]]:
-    """Part by part (whole features: one part), the original's rows and those of each of the M generated images."""
-    in_parts = isinstance(features, (np.ndarray, Tensor)) and features.ndim == _PARTS_NDIM
-    if in_parts:
-        if features.shape[1] == 0:
-            raise ValueError(f"features must have at least one part, got shape {tuple(features.shape)}.")
-        columns = [(features[:, p], f"features[:, {p}]") for p in range(features.shape[1])]
-    else:
-        columns = [(features, "features")]
-    originals = [Rows(array, name) for array, name in columns]
+def centralized(f: Tensor, f_m: Iterable[Tensor], w_m: Iterable[Tensor], eta: float) -> Tensor:
+    """Eq. 9: normalize(f + eta * sum of w_m f_m), of features (B, P, D) and weights (B, P, 1); w_m = 1 / M."""
+    mean = sum(w * generated for w, generated in zip(w_m, f_m, strict=True))
+    return unit(f + eta * mean)
+
+
+def stacked_rows(features: Any, generated: Any) -> tuple[Rows, list[Rows]]:
+    """The original images' rows, and those of each of the M generated images, checked to be of the same images."""
+    originals = Rows(features, "features", parts=True)
     if not isinstance(generated, (np.ndarray, Tensor)):
         raise TypeError(f"generated must be a numpy array or a torch tensor, got {type(generated).__name__}.")
-    n, *feature_shape = (int(size) for size in features.shape)
-    wanted = (
-        f"({', '.join(map(str, [n, 'M', *feature_shape]))}), M >= 1 generated images of each of the features' images"
-    )
+    n, *feature_shape = features.shape
     shape = tuple(generated.shape)
-    if len(shape) != len(feature_shape) + 2 or [shape[0], *shape[2:]] != [n, *feature_shape]:
-        raise ValueError(f"generated must have shape {wanted}, got {shape}.")
-    if shape[1] == 0:
-        raise ValueError(f"generated must have shape {wanted}, got M = 0.")
-    poses = range(shape[1])
-    if not in_parts:
-        return [(originals[0], [Rows(generated[:, m], f"generated[:, {m}]") for m in poses])]
-    return [
-        (rows, [Rows(generated[:, m, p], f"generated[:, {m}, {p}]") for m in poses]) for p, rows in enumerate(originals)
-    ]
+    if len(shape) != len(feature_shape) + 2 or (shape[0], *shape[2:]) != (n, *feature_shape) or shape[1] == 0:
+        wanted = ", ".join(map(str, (n, "M", *feature_shape)))
+        raise ValueError(f"generated must have shape ({wanted}), M >= 1 for each of the features, got {shape}.")
+    return originals, [Rows(generated[:, m], f"generated[:, {m}]", parts=True) for m in range(shape[1])]
 
 
-def _shares(eta: float, weights: Tensor) -> list[Tensor]:
-    """M columns (B, 1): what each generated image adds to a row, by weights (B, M); 0 where all weights are 0."""
-    total = weights.sum(1, keepdim=True)
-    return list((eta * weights / torch.where(total > 0, total, 1.0)).T[..., None])
+def _weights(visibility: Any, originals: Rows, generated: Any) -> Tensor:
+    """(N, M, P, 1) float64 weights of the generated images' parts, which sum to 1, or to 0 where none shows a part."""
+    n, m = generated.shape[:2]
+    if visibility is None:
+        return torch.full((1, 1, 1, 1), 1 / m, dtype=torch.float64, device="cpu").expand(n, m, originals.parts, 1)
+    v = checked_visibility(visibility, "visibility", tuple(generated.shape[:-1]) if originals.in_parts else None)
+    total = v.sum(1, keepdim=True)
+    return (v / torch.where(total > 0, total, 1.0))[..., None]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pose2id.io.checks import checked_choice, checked_labels
 from pose2id.io.rows import Rows
@@ -74,25 +75,34 @@ def identity_density(
     if not measured.any():
         raise ValueError(f"pids must leave at least one feature to measure, got {rows.n} rows, all of them left out.")
     identities, inverse, counts = np.unique(labels[measured], return_inverse=True, return_counts=True)
-
-    groups = np.full(rows.n, len(identities))  # what is left out goes to one extra group
+    groups = np.full(rows.n, len(identities))  # rows that are left out make one more group
     groups[measured] = inverse
-    group = torch.from_numpy(groups).to(rows.device)
-    centres = torch.zeros((len(identities) + 1, rows.dim), dtype=rows.dtype, device=rows.device)
-    for block in rows.blocks():
-        centres.index_add_(0, group[block], rows.read(block))
-    centres[:-1] /= torch.from_numpy(counts).to(centres)[:, None]
-    squared = torch.empty(rows.n, dtype=torch.float64, device=rows.device)
-    for block in rows.blocks():
-        squared[block] = (rows.read(block) - centres[group[block]]).square().sum(1).double()
 
-    distances = (squared if convention == "published" else squared.sqrt()).cpu().numpy()
+    group = torch.from_numpy(groups).to(rows.device)
+    squared = squared_distances(rows, group, centres(rows, group)).cpu().numpy()
+    distances = squared if convention == "published" else np.sqrt(squared)
     per_identity = np.bincount(inverse, weights=distances[measured]) / counts
     return IdentityDensity(
-        score=float(distances[measured].mean() if convention == "published" else per_identity.mean()),
+        score=float((distances[measured] if convention == "published" else per_identity).mean()),
         pids=identities,
         counts=counts.astype(np.int64),
         per_identity=per_identity,
         per_sample=np.where(measured, distances, np.nan),
         num_singletons=int((counts == 1).sum()),
     )
+
+
+def centres(f: Rows, group: Tensor) -> Tensor:
+    """Eq. 21: c_i, the mean of the features of group i, not normalised again. (I, D); group (N,) int64 from 0."""
+    total = torch.zeros((int(group.max()) + 1, f.dim), dtype=f.dtype, device=f.device)
+    for block in f.blocks():
+        total.index_add_(0, group[block], f.read(block))
+    return total / torch.bincount(group).clamp(min=1).to(total)[:, None]
+
+
+def squared_distances(f: Rows, group: Tensor, c: Tensor) -> Tensor:
+    """|f - c_i|² of every feature to its group's centre, of whose root eq. 20 is the mean. (N,) float64."""
+    result = torch.empty(f.n, dtype=torch.float64, device=f.device)
+    for block in f.blocks():
+        result[block] = (f.read(block) - c[group[block]]).square().sum(1).double()
+    return result

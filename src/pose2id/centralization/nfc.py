@@ -1,4 +1,4 @@
-"""Feature centralization: eq. 9 with features of generated images, Algorithm 1 (NFC) with mutual nearest neighbours.
+"""NFC, Neighbor Feature Centralization: every feature with its mutual nearest neighbours (Algorithm 1, eq. 26-28).
 
 Source: "From Poses to Identity: Training-Free Person Re-Identification via Feature Centralization" (CVPR 2025).
 """
@@ -23,11 +23,9 @@ from pose2id.io.checks import (
 )
 from pose2id.io.rows import FeatureArray, Rows, unit
 from pose2id.io.whole_files import write_npy
-from pose2id.neighbors import visible_parts as part_neighbors
+from pose2id.neighbors import visible_parts
 from pose2id.neighbors.search import BACKENDS, mutual, search
 
-_FEATURE_NDIM = 2
-_PARTS_NDIM = 3
 PART_DISTANCES = ("visible", "flattened")
 
 
@@ -95,26 +93,52 @@ def nfc(
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     target = None if out is None else _checked_out(out, features)
-    rows = Rows(features, "features", normalize=normalize, parts=True)
-    weights = checked_weights(rows, visibility, "visibility", part_distance)
-    k = max(k1, k2)
-    if weights is None:
-        neighbors = search(rows, k, backend, max_memory)
-    elif checked_choice(backend, "backend", BACKENDS) == "faiss":
+    z = Rows(features, "features", normalize=normalize, parts=True)
+    v = checked_weights(z, visibility, "visibility", part_distance)
+    if v is not None and checked_choice(backend, "backend", BACKENDS) == "faiss":
         raise ValueError(
             "backend must be 'auto' or 'torch' for the distance over visible parts, which faiss lacks. "
             "part_distance='flattened' works with faiss."
         )
-    else:
-        neighbors = part_neighbors.search(rows, weights, k, max_memory)
-    sums = _sums(rows, weights, neighbors, _mutual(neighbors, k1, k2), max_memory)
-    blocks = ((block, _unit_parts(rows, total) if normalize else total) for block, total in sums)
+    k = max(k1, k2)
+    nearest = search(z, k, backend, max_memory) if v is None else visible_parts.search(z, v, k, max_memory)
+    is_mutual = mutual_neighbors(nearest, k1, k2)
+
+    def centralized_blocks() -> Iterator[tuple[slice, Tensor]]:
+        for block in z.blocks(min(checked_memory(max_memory), BLOCK_BYTES) // 4):  # sums, neighbours, what is written
+            sums = centralized(z, block, nearest, is_mutual, v)
+            yield block, unit(z.by_part(sums)) if normalize else sums
+
     if target is not None:
-        return _written(target, rows, blocks)  # type: ignore[no-any-return]
-    result = rows.empty()
-    for block, total in blocks:
-        rows.write(result, block, total)
+        return _written(target, z, centralized_blocks())  # type: ignore[no-any-return]
+    result = z.empty()
+    for block, rows in centralized_blocks():
+        z.write(result, block, rows)
     return result  # type: ignore[return-value]
+
+
+def mutual_neighbors(nearest: Tensor, k1: int, k2: int) -> Tensor:
+    """Eq. 26-27: which j in N_i, the k1 nearest of i, have i among their own k2 nearest. (n, k1) booleans.
+
+    Lists of `nearest` (n, k) may end in -1, which is nobody's neighbour.
+    """
+    missing = nearest < 0
+    own = torch.arange(len(nearest), device=nearest.device)[:, None]
+    return mutual(torch.where(missing, own, nearest), k1, k2) & ~missing[:, :k1]
+
+
+def centralized(z: Rows, block: slice, nearest: Tensor, is_mutual: Tensor, v: Tensor | None) -> Tensor:
+    """Eq. 28: z_i + sum of z_j over j in M_i, for the rows i of a block; z_j as far as it is visible (n, P)."""
+    total = z.read(block)
+    # Neighbour by neighbour: a fixed order of sums on every device, and no (rows, k1, D) temporary.
+    for rank in range(is_mutual.shape[1]):
+        i = torch.nonzero(is_mutual[block, rank]).flatten()
+        j = nearest[block, rank][i]
+        z_j = z.read(j)
+        if v is not None:
+            z.by_part(z_j).mul_(v[j, :, None].to(z_j.dtype))
+        total[i] += z_j
+    return total
 
 
 def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) -> Tensor | None:
@@ -129,30 +153,6 @@ def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) 
     if flattened or (rows.parts == 1 and visibility is None):
         return None
     return rows.visibility(visibility, name)
-
-
-def _mutual(neighbors: Tensor, k1: int, k2: int) -> Tensor:
-    """`mutual` for lists that may end in -1, which is nobody's neighbour."""
-    missing = neighbors < 0
-    own = torch.arange(len(neighbors), device=neighbors.device)[:, None]
-    return mutual(torch.where(missing, own, neighbors), k1, k2) & ~missing[:, :k1]
-
-
-def _sums(
-    rows: Rows, weights: Tensor | None, neighbors: Tensor, is_mutual: Tensor, max_memory: int | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows and their sums with their mutual neighbours."""
-    for block in rows.blocks(min(checked_memory(max_memory), BLOCK_BYTES) // 4):  # sums, neighbours and what is written
-        total = rows.read(block)
-        # Neighbour by neighbour: a fixed order of sums on every device, and no (rows, k1, D) temporary.
-        for rank in range(is_mutual.shape[1]):
-            hit = torch.nonzero(is_mutual[block, rank]).flatten()
-            other = neighbors[block, rank][hit]
-            added = rows.read(other)
-            if weights is not None:
-                rows.by_part(added).mul_(weights[other, :, None].to(added.dtype))
-            total[hit] += added
-        yield block, total
 
 
 def _checked_out(out: Any, features: Any) -> Path:
@@ -182,7 +182,3 @@ def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]]) -> 
     like: Any = rows.empty(0)
     write_npy(path, (rows.n, *like.shape[1:]), like.dtype, arrays())
     return np.load(path, mmap_mode="r")
-
-
-def _unit_parts(rows: Rows, totals: Tensor) -> Tensor:
-    return unit(rows.by_part(totals).flatten(0, 1)).view_as(totals)

@@ -198,9 +198,9 @@ def square_root(values: Tensor) -> Tensor:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows (B, D), L2-normalised; a zero row has no direction and stays zero."""
-    norms = row_norms(rows)
-    return rows / torch.where(norms > 0, norms, 1.0)[:, None]
+    """Rows (..., D), L2-normalised; a zero row has no direction and stays zero."""
+    norms = row_norms(rows.flatten(0, -2)).view(rows.shape[:-1])
+    return rows / torch.where(norms > 0, norms, 1.0)[..., None]
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:
