@@ -22,7 +22,7 @@ from pose2id.retrieval.evaluation import RankingProtocol, evaluate
 
 _LIST_LENGTH = 10
 _SHEET_PEOPLE = 3
-_ABOUT_MAPS = "t-SNE of 10 identities, one colour each; the two maps are fitted apart"
+_ABOUT_MAPS = "t-SNE of 10 identities, one colour per identity; the two maps are fitted apart"
 _Images = tuple[Sequence[NDArray[np.uint8]], Sequence[NDArray[np.uint8]]]
 _Sets = Mapping[str, Pair]  # the features before and after, by what they are called
 
@@ -293,7 +293,7 @@ def _draw_lists(figure: Any, images: _Images, labels: tuple[Any, ...], sets: _Se
 
     precision = {name: evaluate(*pair, *labels).average_precision for name, pair in sets.items()}
     before, after = precision.values()
-    chosen = _telling_queries(after - before)
+    chosen = _shown_queries(after - before)
     protocol = RankingProtocol(len(images[0]), len(images[1]), *labels)
     axes = iter(figure.subplots(2 * len(chosen), 1))
     for what, query in chosen.items():
@@ -309,7 +309,7 @@ def _draw_lists(figure: Any, images: _Images, labels: tuple[Any, ...], sets: _Se
             )
 
 
-def _telling_queries(gain: NDArray[np.float64]) -> dict[str, int]:
+def _shown_queries(gain: NDArray[np.float64]) -> dict[str, int]:
     valid = np.flatnonzero(np.isfinite(gain))
     order = valid[np.argsort(gain[valid], kind="stable")]
     return {"most helped": int(order[-1]), "median": int(order[len(order) // 2]), "most harmed": int(order[0])}

@@ -115,7 +115,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Pose:
+class JointAngles:
     """Joint angles in radians; pairs are (right, left).
 
     Attributes:
@@ -249,7 +249,7 @@ def random_look(rng: np.random.Generator) -> Look:
     )
 
 
-def random_pose(rng: np.random.Generator) -> Pose:
+def random_pose(rng: np.random.Generator) -> JointAngles:
     """Draws the joint angles of one moment: mostly walking, sometimes standing."""
     walking = rng.random() < 0.78
     phase = rng.uniform(0.0, 2 * np.pi)
@@ -262,7 +262,7 @@ def random_pose(rng: np.random.Generator) -> Pose:
     for side in range(2):
         if rng.random() < 0.13:
             arms[side], elbows[side] = rng.uniform(0.0, 0.4), rng.uniform(1.2, 2.0)
-    return Pose(
+    return JointAngles(
         thighs=(0.05 + stride * np.sin(right), 0.05 + stride * np.sin(left)),
         knees=(_knee(right, bend), _knee(left, bend)),
         arms=(arms[0], arms[1]),
@@ -275,7 +275,7 @@ def random_pose(rng: np.random.Generator) -> Pose:
     )
 
 
-def body_joints(pose: Pose, look: Look) -> Floats:
+def body_joints(pose: JointAngles, look: Look) -> Floats:
     """Places the 18 keypoints of a pose: (18, 3) body coordinates, the lower foot on the ground."""
     joints = np.zeros((18, 3))
     shoulder_left = _trunk_axes(pose)[0]
@@ -300,7 +300,7 @@ def body_joints(pose: Pose, look: Look) -> Floats:
     return joints
 
 
-def keypoint_visibility(pose: Pose, look: Look, joints: Floats, view: View) -> Bools:
+def keypoint_visibility(pose: JointAngles, look: Look, joints: Floats, view: View) -> Bools:
     """Tells which of the 18 keypoints the person's own head and trunk leave visible."""
     visible = np.ones(18, dtype=np.bool_)
     left, forward, _ = _head_axes(pose)
@@ -323,7 +323,7 @@ def keypoint_visibility(pose: Pose, look: Look, joints: Floats, view: View) -> B
     return visible
 
 
-def draw_figure(canvas: Canvas, pose: Pose, look: Look, view: View, *, infrared: bool = False) -> None:
+def draw_figure(canvas: Canvas, pose: JointAngles, look: Look, view: View, *, infrared: bool = False) -> None:
     """Draws one person, the parts far from the camera first."""
     joints = body_joints(pose, look)
     _Figure(canvas, pose, look, view, joints, look.infrared if infrared else look.colours).draw()
@@ -342,7 +342,7 @@ _FACE: dict[int, tuple[float, float, float]] = {
 @dataclass(frozen=True, eq=False)
 class _Figure:
     canvas: Canvas
-    pose: Pose
+    pose: JointAngles
     look: Look
     view: View
     joints: Floats
@@ -621,23 +621,23 @@ def _swung(angle: float) -> Floats:
     return np.array([0.0, np.sin(angle), -np.cos(angle)])
 
 
-def _trunk_axes(pose: Pose) -> tuple[Floats, Floats]:
+def _trunk_axes(pose: JointAngles) -> tuple[Floats, Floats]:
     sine, cosine = np.sin(pose.twist), np.cos(pose.twist)
     return np.array([cosine, sine, 0.0]), np.array([-sine, cosine, 0.0])
 
 
-def _trunk_point(height: float, pose: Pose) -> Floats:
+def _trunk_point(height: float, pose: JointAngles) -> Floats:
     """Returns the point of the spine at a height; below the hips it stays upright."""
     above = max(0.0, height - 0.525)
     return np.array([0.0, above * np.sin(pose.lean), height - above * (1 - np.cos(pose.lean))])
 
 
-def _head_centre(pose: Pose) -> Floats:
+def _head_centre(pose: JointAngles) -> Floats:
     centre: Floats = _trunk_point(_HEAD_CENTRE, pose) + np.array([0.0, 0.012, 0.0])
     return centre
 
 
-def _head_axes(pose: Pose) -> tuple[Floats, Floats, Floats]:
+def _head_axes(pose: JointAngles) -> tuple[Floats, Floats, Floats]:
     angle = pose.twist - pose.turn
     sine, cosine = np.sin(angle), np.cos(angle)
     left, level = np.array([cosine, sine, 0.0]), np.array([-sine, cosine, 0.0])
@@ -656,7 +656,7 @@ def _nearness(direction: Floats, view: View) -> float:
     return float(direction[1] * np.cos(view.yaw) - direction[0] * np.sin(view.yaw))
 
 
-def _torso_mesh(pose: Pose, look: Look, joints: Floats, heights: Floats) -> Floats:
+def _torso_mesh(pose: JointAngles, look: Look, joints: Floats, heights: Floats) -> Floats:
     """Returns rings around the trunk at the given heights: (R, S + 1, 3)."""
     across = np.interp(heights, _TORSO[:, 0], _TORSO[:, 1]) * look.girth
     ahead = np.interp(heights, _TORSO[:, 0], _TORSO[:, 2]) * look.girth
