@@ -4,7 +4,11 @@ BIN := .venv/bin
 # One process a core, with one thread each: small networks gain nothing from more. A file's tests stay together.
 SIDE_BY_SIDE := -n auto --dist loadfile
 
-.PHONY: demo test lint docs bench clean
+# What depends on the versions of diffusers, huggingface_hub and safetensors: files, networks, schedulers, the Hub's client.
+OLDEST_TESTS := tests/ipg/test_versions.py tests/ipg/test_parts.py tests/ipg/test_pipeline.py tests/ipg/test_weights.py \
+	tests/ipg/test_hub.py tests/demo/test_tiny.py tests/training/test_objective.py tests/training/test_starting.py
+
+.PHONY: demo test stress lint docs bench clean
 
 demo: .venv/demo.stamp
 	mkdir -p out
@@ -12,8 +16,14 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp .oldest/stamp lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
-	OMP_NUM_THREADS=1 PYTHONPATH=.oldest $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/ipg tests/training tests/poses tests/demo/test_tiny.py tests/demo/test_pretraining.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.oldest $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(OLDEST_TESTS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Full counts of kills, fuzz cases and examples: whoever builds a capability runs it once before it is done.
+stress: .venv/dev.stamp .oldest/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --stress $(SIDE_BY_SIDE)
+	OMP_NUM_THREADS=1 PYTHONPATH=.oldest $(BIN)/python -m pytest --stress $(SIDE_BY_SIDE) \
+		tests/ipg tests/training tests/poses tests/demo
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from pose2id.ipg import weights
 from pose2id.ipg.pixels import to_tensor
 from pose2id.training import start as starting
 
-FOLDER = resources.files("pose2id.ipg") / "tiny"
+FOLDER = resources.files("pose2id.demo") / "tiny"
 
 
 @pytest.fixture(scope="module")

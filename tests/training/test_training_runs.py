@@ -78,7 +78,7 @@ class Trainers:
 
     def __init__(self, table):
         self._table = str(table)
-        paths = [str(ROOT / "tests"), str(ROOT / "tests" / "ipg"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(ROOT / "tests"), str(ROOT / "tests" / "training"), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-c", "import test_training_runs; test_training_runs.serve()"],
             stdin=subprocess.PIPE,
