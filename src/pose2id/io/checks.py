@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_MATRIX_NDIM = 2
 _MAX_VISIBILITY = 1 + 1e-6  # rounding
-
-
 _LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
-
-
 MIN_BLOCK_BYTES = 1 << 20
-
-
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
 
 
@@ -96,7 +89,7 @@ def checked_distances(distances: Any, name: str) -> NDArray[Any]:
     if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
         given = distances.dtype if isinstance(distances, np.ndarray) else type(distances).__name__
         raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {given}.")
-    if distances.ndim != _MATRIX_NDIM:
+    if distances.ndim != 2:
         raise ValueError(f"{name} must have two dimensions, got shape {distances.shape}.")
     return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
 
@@ -137,3 +130,11 @@ def checked_flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value
+
+
+def first_few(names: Iterable[Any], total: int | None = None, most: int = 3, separator: str = ", ") -> str:
+    """What an error lists of many: "a, b, c, ... and 7 more"; `total` counts those too that are not in `names`."""
+    given = list(names)
+    shown = [str(name) for name in given[:most]]
+    hidden = (len(given) if total is None else total) - len(shown)
+    return separator.join([*shown, f"... and {hidden} more"] if hidden else shown)

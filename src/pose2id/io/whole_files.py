@@ -13,6 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None) -> Path:
+    """The file to write: `path`, or what it links to, so that a link stays one.
+
+    Args:
+        path: of the file.
+        overwrite: whether it may exist; None: it must not, and the caller has no such option.
+
+    Raises:
+        FileExistsError: it exists and may not.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another name{'' if overwrite is None else ', or overwrite it'}.")
+    return target
+
+
+def new_directory(path: str | os.PathLike[str]) -> Path:
+    """A directory to fill, which does not exist yet or is empty.
+
+    Raises:
+        FileExistsError: it is neither.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty. Choose another.")
+    return target
+
+
 @contextmanager
 def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A hidden name beside `path`, to write to: it becomes `path` when all has gone well, and is removed if not.
