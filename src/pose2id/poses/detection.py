@@ -5,6 +5,7 @@ Images cross to the detector as OpenCV has them, (H, W, 3) uint8 BGR, and come b
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 from urllib.error import URLError
 
@@ -79,10 +80,15 @@ def detect(
 def _rtmlib_body(device: str) -> Detector:
     try:
         from rtmlib import Body  # noqa: PLC0415
-    except ImportError as error:
+
+        # The wheels of OpenCV share their files: removing one leaves an empty cv2 of another.
+        if "cv2" in sys.modules and not hasattr(sys.modules["cv2"], "warpAffine"):
+            raise ImportError("cv2 is empty")
+    except (AttributeError, ImportError) as error:
+        repair = "--force-reinstall --no-deps opencv-python-headless"
+        packages = '"pose2id[pose]"' if isinstance(error, ModuleNotFoundError) else repair
         raise ImportError(
-            'Poses are detected with the extra "pose": pip install "pose2id[pose]"; or pass a model of your own '
-            f"({error})."
+            f"detect needs rtmlib with OpenCV ({error}): pip install {packages}; or pass a model of your own."
         ) from error
     try:
         detector: Detector = Body(backend="onnxruntime", device=device)
