@@ -16,6 +16,11 @@ def test_a_new_file(tmp_path):
             new_file(taken)
         with pytest.raises(FileExistsError, match=rf"^{taken} exists\. Choose another name, or overwrite it\.$"):
             new_file(taken, overwrite=False)
+    with pytest.raises(FileNotFoundError, match=rf"^There is no folder {tmp_path}/no\.$"):
+        new_file(tmp_path / "no" / "a.txt")
+    assert new_file(tmp_path / "B.PNG", suffixes=(".svg", ".png")).name == "B.PNG"
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/b must end in \.svg or \.png\.$"):
+        new_file(tmp_path / "b", suffixes=(".svg", ".png"))
 
 
 def test_a_new_directory(tmp_path):
