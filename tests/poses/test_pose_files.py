@@ -99,7 +99,7 @@ def test_written_poses_are_read_back(tmp_path):
     poses = [*standard(), *(pose.flipped() for pose in standard()), Pose(ONE.keypoints / 3)]
     write(poses, path)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"exists\. Choose another name, or overwrite it"):
         write(poses[:1], path)
     assert path.read_bytes() == before
     write(poses, path, overwrite=True)
