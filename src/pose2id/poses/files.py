@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pose2id.io.checks import checked_number, checked_size
 from pose2id.io.whole_files import new_file, whole_file
-from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_numbers, openpose
+from pose2id.poses.skeleton import HIGHEST, KEYPOINTS, LOWEST, THRESHOLD, Pose, checked_numbers, openpose
 
 _OF_BODY_25 = [*range(8), *range(9, 19)]  # the 18: all but the middle of the hips, and the feet
 
@@ -89,28 +89,31 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
             raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")
     if not poses:
         raise ValueError("poses must hold at least one pose, got none.")
-    entries = [
-        {"name": pose.name, "keypoints": [None if math.isnan(point[0]) else point for point in pose.keypoints.tolist()]}
-        for pose in poses
-    ]
+    entries = [{"name": pose.name, "keypoints": to_entries(pose.keypoints)} for pose in poses]
     with whole_file(new_file(path, overwrite=overwrite)) as unfinished:
         unfinished.write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
 
 
+def from_entries(entries: list[Any], where: str, name: Any = "") -> Pose:
+    """The pose of 18 entries [x, y] or None, as JSON has them; `where` names them in errors."""
+    for i, (joint, entry) in enumerate(zip(KEYPOINTS, entries, strict=False)):
+        if entry is not None and not (isinstance(entry, list) and len(entry) == 2):
+            raise ValueError(f"{where}[{i}] ({joint}) must be [x, y] or null, got {entry!r}.")
+    return _pose([(math.nan, math.nan) if entry is None else entry for entry in entries], where, name)
+
+
+def to_entries(keypoints: NDArray[np.float64]) -> list[list[float] | None]:
+    """The entries of (18, 2) keypoints."""
+    return [None if math.isnan(x) else [x, y] for x, y in keypoints.tolist()]
+
+
 def _parsed(data: Any, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
     if isinstance(data, dict) and "poses" in data:
-        return [_own_pose(entry, f"poses[{i}]") for i, entry in enumerate(_list(data, "poses", ""))]
+        own = {f"poses[{i}]": entry for i, entry in enumerate(_list(data, "poses", ""))}
+        lists = {where: _list(entry, "keypoints", where) for where, entry in own.items()}
+        return [from_entries(lists[where], f"{where}.keypoints", entry.get("name", "")) for where, entry in own.items()]
     pictures = {f"[{i}]": entry for i, entry in enumerate(data)} if isinstance(data, list) else {"": data}
     return [pose for where, picture in pictures.items() for pose in _poses_of(picture, where, size, threshold)]
-
-
-def _own_pose(entry: Any, where: str) -> Pose:
-    points = []
-    for i, point in enumerate(_list(entry, "keypoints", where)):
-        if point is not None and not (isinstance(point, list) and len(point) == 2):
-            raise ValueError(f"{where}.keypoints[{i}] must be [x, y] or null, got {point!r}.")
-        points.append([math.nan, math.nan] if point is None else point)
-    return _pose(points, where, entry.get("name", ""))
 
 
 def _poses_of(picture: Any, where: str, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
