@@ -228,7 +228,7 @@ def test_features_of_one_call_on_two_devices(name, other, rng):
     feats = {**inputs["feats"], query: inputs["feats"][query].cuda()}
     if other == "numpy":
         feats[gallery] = feats[gallery].numpy()
-    with pytest.raises(ValueError, match=r"must be on one device, got cuda:0, cpu"):
+    with pytest.raises(ValueError, match=r"must be on one device, got cuda:0 and cpu"):
         CALLS[name](feats, inputs["rest"])
 
 

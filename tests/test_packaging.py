@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -22,10 +23,12 @@ def test_a_wheel_works_in_a_clean_environment(tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"pose2id-{pose2id.__version__}-py3-none-any.whl"
-    names = zipfile.ZipFile(wheel).namelist()
+    files = zipfile.ZipFile(wheel).infolist()
+    names = [file.filename for file in files]
     assert "pose2id/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith("pose2id") for name in names)
+    assert sum(file.file_size for file in files if not file.filename.startswith("pose2id/demo/tiny/")) < 1e6
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     scripts = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
     run(scripts / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path)
@@ -38,6 +41,11 @@ def test_a_wheel_works_in_a_clean_environment(tmp_path):
         scripts / "python", "-c", "from pose2id import *; print(IdentityGenerator)", cwd=tmp_path
     )
     assert "baseline" in run(scripts / "pose2id", "demo", "--people", "2", "--no-picture", cwd=tmp_path)
+
+
+def test_every_file_is_python_3_10():
+    for path in (ROOT / "src").rglob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), path.name, feature_version=(3, 10))
 
 
 def test_the_version_is_the_same_everywhere():

@@ -143,7 +143,7 @@ BAD_VISIBILITY = [
         TypeError,
         "must be a numeric numpy array or torch tensor, got torch.complex64",
     ),
-    (np.ones((3, 3)), ValueError, r"must have shape \(3, 2\), one value a part, got \(3, 3\)"),
+    (np.ones((3, 3)), ValueError, r"must have shape \(3, 2\), one value per part, got \(3, 3\)"),
     (np.ones(3), ValueError, r"must have shape \(3, 2\)"),
     (np.ones((3, 2, 1)), ValueError, r"must have shape \(3, 2\)"),
     (np.full((3, 2), -0.1), ValueError, r"must be in \[0, 1\].*got values in \[-0.1, -0.1\]"),

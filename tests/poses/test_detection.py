@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 import inspect
 import sys
 import types
@@ -213,3 +214,23 @@ def test_without_rtmlib(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "pose2id\[pose\]"'):
         detect([IMAGE])
     assert detect([IMAGE], returning(person()))[0] is not None
+
+
+def test_a_missing_library_of_opencv_is_named(monkeypatch):
+    original = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "rtmlib":
+            raise ImportError("libGL.so.1: cannot open shared object file")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "rtmlib", raising=False)
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=r"libGL\.so\.1.*pip install --force-reinstall --no-deps opencv-python-head"):
+        detect([IMAGE])
+
+
+def test_an_empty_opencv_is_named(rtmlib, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))
+    with pytest.raises(ImportError, match=r"cv2 is empty.*pip install --force-reinstall"):
+        detect([IMAGE])

@@ -99,7 +99,7 @@ def test_written_poses_are_read_back(tmp_path):
     poses = [*standard(), *(pose.flipped() for pose in standard()), Pose(ONE.keypoints / 3)]
     write(poses, path)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"exists\. Choose another name, or overwrite it"):
         write(poses[:1], path)
     assert path.read_bytes() == before
     write(poses, path, overwrite=True)
@@ -176,13 +176,19 @@ def test_people_of_whom_nothing_is_visible_are_left_out(file):
             {"people": [person(ONE, pixels=True)], "canvas_width": 9, "canvas_height": 9},
             r"people\[0\]: keypoints\[\d+\]",
         ),
-        ({"poses": [{"keypoints": [[0.5, 0.5]] * 17}]}, r"poses\[0\]: keypoints must have shape \(18, 2\)"),
-        ({"poses": [{"keypoints": [[0.5]] * 18}]}, r"poses\[0\]\.keypoints\[0\] must be \[x, y\] or null, got \[0.5\]"),
-        ({"poses": [{"keypoints": [None] * 18}]}, r"poses\[0\]: keypoints must have at least one visible"),
-        ({"poses": [{"keypoints": [["a", "b"]] * 18}]}, r"poses\[0\]: keypoints must be an array of numbers"),
-        ({"poses": [{"keypoints": [[30, 60]] * 18}]}, r"poses\[0\]: keypoints\[0\] \(nose\).*divide pixels"),
-        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": "../a"}]}, r"poses\[0\]: name must be fit for a file"),
-        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": 1}]}, r"poses\[0\]: name must be a string"),
+        ({"poses": [{"keypoints": [[0.5, 0.5]] * 17}]}, r"poses\[0\]\.keypoints: keypoints must have shape \(18, 2\)"),
+        (
+            {"poses": [{"keypoints": [[0.5]] * 18}]},
+            r"poses\[0\]\.keypoints\[0\] \(nose\) must be \[x, y\] or null, got \[0.5\]",
+        ),
+        ({"poses": [{"keypoints": [None] * 18}]}, r"poses\[0\]\.keypoints: keypoints must have at least one visible"),
+        (
+            {"poses": [{"keypoints": [["a", "b"]] * 18}]},
+            r"poses\[0\]\.keypoints: keypoints must be an array of numbers",
+        ),
+        ({"poses": [{"keypoints": [[30, 60]] * 18}]}, r"poses\[0\]\.keypoints: keypoints\[0\] \(nose\).*divide pixels"),
+        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": "../a"}]}, r"poses\[0\].*: name must be fit for a file"),
+        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": 1}]}, r"poses\[0\].*: name must be a string"),
         ({"poses": [7]}, r"poses\[0\] must be an object with a list 'keypoints', got int"),
         ({"poses": 7}, "with a list 'poses'"),
     ],

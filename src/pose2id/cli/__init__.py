@@ -179,9 +179,9 @@ def _feature_command(commands: Any, name: str, help_text: str, run: Any) -> argp
 
 def _enhance(args: argparse.Namespace) -> None:
     from pose2id.centralizer import Centralizer  # noqa: PLC0415 - torch takes seconds to import
-    from pose2id.io.feature_files import check_target, load_features, save_features  # noqa: PLC0415
+    from pose2id.io.feature_files import load_features, new_feature_file, save_features  # noqa: PLC0415
 
-    check_target(args.output, overwrite=args.overwrite)
+    new_feature_file(args.output, overwrite=args.overwrite)
     features = load_features(args.input)
     centralizer = Centralizer(k1=args.k1, k2=args.k2)
     enhanced = centralizer.enhance(features.query_feats, features.gallery_feats, joint=args.joint)
@@ -268,11 +268,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    from pose2id.io.feature_files import check_target  # noqa: PLC0415
+    from pose2id.io.whole_files import new_file  # noqa: PLC0415
     from pose2id.poses import detect  # noqa: PLC0415
     from pose2id.training import table  # noqa: PLC0415
 
-    check_target(args.output, overwrite=args.overwrite, suffixes=(".csv",))
+    new_file(args.output, overwrite=args.overwrite, suffixes=(".csv",))
     images = table.table_of_folder(args.folder, identity=args.identity, keypoints=args.keypoints)
     if args.detect:
         images = table.with_poses(images, detect([image.path for image in images]))
@@ -307,10 +307,11 @@ def _demo(args: argparse.Namespace) -> None:
     from pose2id.centralizer import Centralizer  # noqa: PLC0415
     from pose2id.demo import demo  # noqa: PLC0415
     from pose2id.io.checks import checked_count  # noqa: PLC0415
-    from pose2id.io.feature_files import check_target, load_features  # noqa: PLC0415
+    from pose2id.io.feature_files import load_features  # noqa: PLC0415
+    from pose2id.io.whole_files import new_file  # noqa: PLC0415
 
     if not args.no_picture:
-        check_target(args.picture, overwrite=args.overwrite, suffixes=(".png", ".svg", ".pdf"))
+        new_file(args.picture, overwrite=args.overwrite, suffixes=(".png", ".svg", ".pdf"))
         from pose2id.plots import require_plots  # noqa: PLC0415
 
         require_plots()

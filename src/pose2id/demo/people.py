@@ -31,7 +31,7 @@ from pose2id.demo.figure import (
     random_pose,
 )
 from pose2id.io.checks import checked_count, checked_number
-from pose2id.io.whole_files import whole_file
+from pose2id.io.whole_files import new_directory, whole_file
 from pose2id.poses.skeleton import Pose
 from pose2id.training.table import PersonImage, write_table
 
@@ -557,9 +557,7 @@ def write_people(people: Sequence[Sample], folder: str | os.PathLike[str], *, pr
         OSError: a file cannot be written.
         ValueError: no samples, or one that is there twice.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is no empty directory. Choose another, or remove it.")
+    folder = new_directory(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images = []
     for sample in tqdm(people, unit="img", disable=None if progress else True):

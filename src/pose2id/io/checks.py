@@ -1,9 +1,9 @@
-"""Checks of arguments, made where a value enters: errors name argument, rule, what was given and remedy."""
+"""Checks of arguments where a value enters. An error names the argument, the rule, what was given, and the remedy."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_MATRIX_NDIM = 2
 _MAX_VISIBILITY = 1 + 1e-6  # rounding
-
-
 _LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
-
-
 MIN_BLOCK_BYTES = 1 << 20
-
-
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
 
 
@@ -29,10 +22,9 @@ def checked_count(value: Any, name: str, least: int = 1, most: int = 2**63 - 1) 
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     number = int(value)
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}.")
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {number}.")
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most}"
+        raise ValueError(f"{name} must be {bound}, got {number}.")
     return number
 
 
@@ -61,25 +53,20 @@ def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
 
 def checked_memory(max_memory: Any) -> int:
     """Bytes for one block of temporaries, at least 1 MiB; None: the default."""
-    if isinstance(max_memory, float) and max_memory.is_integer():
-        max_memory = int(max_memory)  # 1e9
-    size = BLOCK_BYTES if max_memory is None else checked_count(max_memory, "max_memory")
-    if size < MIN_BLOCK_BYTES:
-        raise ValueError(f"max_memory must be at least {MIN_BLOCK_BYTES} bytes (1 MiB), got {max_memory}.")
-    return size
+    if max_memory is None:
+        return BLOCK_BYTES
+    whole = int(max_memory) if isinstance(max_memory, float) and max_memory.is_integer() else max_memory  # 1e9
+    return checked_count(whole, "max_memory", least=MIN_BLOCK_BYTES)
 
 
 def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
     """Integer labels (array, tensor or sequence) as a (length,) int64 array."""
-    if labels is None or isinstance(labels, (str, bytes)):
-        raise TypeError(f"{name} must be a one-dimensional array of integers, got {type(labels).__name__}.")
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if array.size == 0 and length == 0:
         return np.zeros(0, dtype=np.int64)
     if array.dtype.kind not in "iu":
         raise TypeError(
-            f"{name} must hold integers, got dtype {array.dtype}. "
-            "Map other labels to integers first: numpy.unique(labels, return_inverse=True)[1]."
+            f"{name} must hold integers, got dtype {array.dtype}. Try numpy.unique(labels, return_inverse=True)[1]."
         )
     if array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must fit into 64-bit signed integers, got {array.max()}.")
@@ -94,33 +81,27 @@ def checked_distances(distances: Any, name: str) -> NDArray[Any]:
         distances = distances.detach().cpu()
         distances = (distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances).numpy()
     if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
-        given = distances.dtype if isinstance(distances, np.ndarray) else type(distances).__name__
-        raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {given}.")
-    if distances.ndim != _MATRIX_NDIM:
+        raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {_kind(distances)}.")
+    if distances.ndim != 2:
         raise ValueError(f"{name} must have two dimensions, got shape {distances.shape}.")
     return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
 
 
 def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None) -> Tensor:
     """Visibility of parts, of any numeric dtype, as a float64 tensor on the CPU; None: whole features have none."""
-    if isinstance(visibility, Tensor):
-        numeric = not visibility.is_complex()
+    if isinstance(visibility, np.ndarray) and visibility.dtype.kind in "biuf":
+        weights = torch.from_numpy(visibility.astype(np.float64))
+    elif isinstance(visibility, Tensor) and not visibility.is_complex():
+        weights = visibility.detach().cpu().double()
     else:
-        numeric = isinstance(visibility, np.ndarray) and visibility.dtype.kind in "biuf"
-    if not numeric:
-        given = visibility.dtype if hasattr(visibility, "dtype") else type(visibility).__name__
-        raise TypeError(f"{name} must be a numeric numpy array or torch tensor, got {given}. Try numpy.asarray.")
+        raise TypeError(f"{name} must be a numeric numpy array or torch tensor, got {_kind(visibility)}.")
     if shape is None:
-        raise ValueError(f"{name} must be None for whole features, got shape {tuple(visibility.shape)}.")
-    if tuple(visibility.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, one value a part, got {tuple(visibility.shape)}.")
-    weights = torch.as_tensor(visibility.astype(np.float64) if isinstance(visibility, np.ndarray) else visibility)
-    weights = weights.detach().cpu().double()
+        raise ValueError(f"{name} must be None for whole features, got shape {tuple(weights.shape)}.")
+    if tuple(weights.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, one value per part, got {tuple(weights.shape)}.")
     if not ((weights >= 0) & (weights <= _MAX_VISIBILITY)).all():  # NaN compares false
-        raise ValueError(
-            f"{name} must be in [0, 1], 0 for hidden and 1 for visible, got values in [{weights.min():g}, "
-            f"{weights.max():g}]. Divide scores by their largest value, or compare them with a threshold."
-        )
+        given = f"[{weights.min():g}, {weights.max():g}]"
+        raise ValueError(f"{name} must be in [0, 1], got values in {given}. Divide by the largest.")
     return torch.where(weights >= _LEAST_VISIBILITY, weights, 0.0)
 
 
@@ -137,3 +118,15 @@ def checked_flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value
+
+
+def first_few(names: Iterable[Any], total: int | None = None, most: int = 3, separator: str = ", ") -> str:
+    """What an error lists of many: "a, b, c, ... and 7 more"; `total` counts those too that are not in `names`."""
+    given = list(names)
+    shown = [str(name) for name in given[:most]]
+    hidden = (len(given) if total is None else total) - len(shown)
+    return separator.join([*shown, f"... and {hidden} more"] if hidden else shown)
+
+
+def _kind(value: Any) -> Any:
+    return value.dtype if hasattr(value, "dtype") else type(value).__name__

@@ -18,26 +18,16 @@ from numpy.typing import NDArray
 
 from pose2id.io.checks import checked_labels
 from pose2id.io.rows import Rows, checked_pair
-from pose2id.io.whole_files import whole_file
+from pose2id.io.whole_files import new_file, whole_file
 
 _MAT_NAME_LENGTH = 63
-_NPZ_KEYS = {
-    "query_feats": "query_feats",
-    "gallery_feats": "gallery_feats",
-    "q_pids": "q_pids",
-    "g_pids": "g_pids",
-    "q_camids": "q_camids",
-    "g_camids": "g_camids",
-}
+_LABELS = ("q_pids", "g_pids", "q_camids", "g_camids")
+_NPZ_KEYS = {name: name for name in ("query_feats", "gallery_feats", *_LABELS)}
 # The layout in which Market1501 features are commonly passed around between Python and MATLAB.
-_MAT_KEYS = {
-    "query_feats": "query_f",
-    "gallery_feats": "gallery_f",
-    "q_pids": "query_label",
-    "g_pids": "gallery_label",
-    "q_camids": "query_cam",
-    "g_camids": "gallery_cam",
-}
+_MAT_KEYS = dict(
+    zip(_NPZ_KEYS, ("query_f", "gallery_f", "query_label", "gallery_label", "query_cam", "gallery_cam"), strict=True)
+)
+_KEYS = {".npz": _NPZ_KEYS, ".mat": _MAT_KEYS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +74,14 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
     keys = _keys(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no feature file {path}.")
-    arrays = _read_npz(path) if _suffix(path) == ".npz" else _read_mat(path)
-    missing = [key for key in (keys["query_feats"], keys["gallery_feats"]) if key not in arrays]
+    arrays = (_read_npz if keys is _NPZ_KEYS else _read_mat)(path)
+    missing = [keys[name] for name in ("query_feats", "gallery_feats") if keys[name] not in arrays]
     if missing:
         raise ValueError(f"{path} must hold {' and '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
     found: dict[str, Any] = {name: arrays.pop(key, None) for name, key in keys.items()}
     query, gallery = (Rows(found[name], f"{keys[name]} of {path}") for name in ("query_feats", "gallery_feats"))
     checked_pair(query, gallery, keys["query_feats"], keys["gallery_feats"])
-    for name in ("q_pids", "g_pids", "q_camids", "g_camids"):
+    for name in _LABELS:
         if found[name] is not None:
             labels = _integral(np.asarray(found[name]))
             found[name] = checked_labels(labels, f"{keys[name]} of {path}", (query if name[0] == "q" else gallery).n)
@@ -110,15 +100,25 @@ def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwr
         ValueError: another ending, or names or MATLAB cells that the format cannot hold.
         FileExistsError: the file exists and `overwrite` is False.
     """
-    check_target(path, overwrite=overwrite)
-    path = Path(path).resolve()  # what a link points to, not the link, is replaced
-    named = {key: getattr(features, name) for name, key in _keys(path).items() if getattr(features, name) is not None}
-    collisions = sorted(set(_keys(path).values()) & set(features.others))
+    target, keys = new_feature_file(path, overwrite=overwrite), _keys(Path(path))
+    named = {key: getattr(features, name) for name, key in keys.items() if getattr(features, name) is not None}
+    collisions = sorted(set(keys.values()) & set(features.others))
     if collisions:
         raise ValueError(f"{', '.join(collisions)} in the file's other arrays would replace the features or labels.")
-    write = _write_npz if _suffix(path) == ".npz" else _write_mat
-    with whole_file(path) as unfinished, unfinished.open("xb") as file:
+    write = _write_npz if keys is _NPZ_KEYS else _write_mat
+    with whole_file(target) as unfinished, unfinished.open("xb") as file:
         write(file, {**named, **features.others})
+
+
+def new_feature_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """As `whole_files.new_file`, for the endings of feature files."""
+    return new_file(path, overwrite=overwrite, suffixes=tuple(_KEYS))
+
+
+def _keys(path: Path) -> dict[str, str]:
+    if path.suffix.lower() not in _KEYS:
+        raise ValueError(f"{path} must end in {' or '.join(_KEYS)}.")
+    return _KEYS[path.suffix.lower()]
 
 
 def _write_npz(file: Any, arrays: Mapping[str, Any]) -> None:
@@ -142,35 +142,9 @@ def _write_mat(file: Any, arrays: Mapping[str, Any]) -> None:
     if bad:
         raise ValueError(f"{', '.join(bad)} cannot be names in a .mat file. Write an .npz file.")
     # MATLAB knows no half precision.
-    wide = {name: value.astype(np.float32) if _is_half(value) else value for name, value in arrays.items()}
+    half = {name for name, value in arrays.items() if isinstance(value, np.ndarray) and value.dtype == np.float16}
+    wide = {name: value.astype(np.float32) if name in half else value for name, value in arrays.items()}
     savemat(file, wide, do_compression=True, long_field_names=True)
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype == np.float16
-
-
-def check_target(
-    path: str | os.PathLike[str], *, overwrite: bool = False, suffixes: tuple[str, ...] = (".npz", ".mat")
-) -> None:
-    """Raise before any work what would hinder writing this file: its ending, a missing folder, a file that exists."""
-    path = Path(path)
-    if _suffix(path) not in suffixes:
-        raise ValueError(f"Files to write here end in {' or '.join(suffixes)}, got {path}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. Choose another name, or say to overwrite it (--overwrite).")
-
-
-def _suffix(path: Path) -> str:
-    return path.suffix.lower()
-
-
-def _keys(path: Path) -> dict[str, str]:
-    if _suffix(path) not in (".npz", ".mat"):
-        raise ValueError(f"Feature files end in .npz or .mat, got {path}.")
-    return _NPZ_KEYS if _suffix(path) == ".npz" else _MAT_KEYS
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -179,7 +153,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
             pass
         file = np.load(path, allow_pickle=False)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or no .npz file ({error}). Write it again with numpy.savez.") from error
+        raise ValueError(f"{path} is damaged, or no .npz file ({error}).") from error
     arrays = {}
     with file:
         for name in file.files:
@@ -187,8 +161,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 arrays[name] = file[name]
             except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
                 raise ValueError(
-                    f"{name} of {path} cannot be read ({error}). Pickled objects can run code and are refused; save "
-                    "plain arrays with numpy.savez."
+                    f"{name} of {path} cannot be read ({error}). Pickled objects, which can run code, are refused."
                 ) from error
     return arrays
 

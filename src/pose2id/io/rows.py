@@ -1,7 +1,7 @@
-"""The boundary: what callers hand in is checked here once, with errors that name the argument, and read block by block.
+"""Feature sets that callers hand in: checked once, then read block by block.
 
-Containers: numpy in, numpy out; torch in, torch out, on the same device and in the same dtype. `Rows` is the only place
-that knows which of the two it is. Callers' arrays are never modified and never copied whole.
+Containers: numpy in, numpy out; torch in, torch out, on the same device and in the same dtype. Only `Rows` knows which
+of the two it is. Callers' arrays are never modified and never copied whole.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import BLOCK_BYTES, checked_visibility
+from pose2id.io.checks import BLOCK_BYTES, checked_visibility, first_few
 
 FeatureArray = TypeVar("FeatureArray", "NDArray[Any]", Tensor)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FEATURE_NDIM = 2
-_PARTS_NDIM = 3
 MAX_NORM = 1e300  # differences and means of larger float64 rows overflow
 _LANES = 32  # columns below which sums go column by column
 
@@ -41,9 +39,8 @@ class Rows:
         norms: (n,) float64 Euclidean norms.
 
     Raises:
-        TypeError: `features` is no numpy array or torch tensor, or not of a floating dtype.
-        ValueError: the rank is not 2 (with `parts`: nor 3), there are no columns, or a row is not finite (named by its
-            index, and its part).
+        TypeError: not a numpy array or torch tensor of a floating dtype.
+        ValueError: not two dimensions (with `parts`: or three), no columns, or rows that are not finite, named.
     """
 
     def __init__(self, features: Any, name: str, *, normalize: bool = False, parts: bool = False) -> None:
@@ -81,8 +78,8 @@ class Rows:
 
     def _divide_by(self, scale: Tensor | None) -> None:
         self._scale = scale
-        extremes = (1e-30, 1e30)  # float32 rows divided by such scales lose digits or vanish
-        self._beyond_float32 = scale is not None and bool(((scale < extremes[0]) | (scale > extremes[1])).any())
+        # float32 rows divided by such scales lose digits or vanish.
+        self._beyond_float32 = scale is not None and bool(((scale < 1e-30) | (scale > 1e30)).any())
 
     @staticmethod
     def share_scale(*sets: Rows) -> float:
@@ -131,12 +128,12 @@ class Rows:
             norms[block] = row_norms(self.by_part(rows).flatten(0, 1)).view(-1, self.parts)
         bad = ~(norms <= MAX_NORM)  # NaN compares false
         if bad.any():
-            shown = [f"{row} part {part}" if self.parts > 1 else f"{row}" for row, part in bad.nonzero()[:5].tolist()]
-            more = ", ..." if int(bad.sum()) > len(shown) else ""
-            repair = "Set parts that are hidden to 0" if self.parts > 1 else "Drop these rows and their labels"
+            places = bad.nonzero()[:5].tolist()
+            shown = [f"{row} part {part}" if self.parts > 1 else f"{row}" for row, part in places]
+            repair = "Set hidden parts to 0" if self.parts > 1 else "Drop these rows and their labels"
             raise ValueError(
                 f"{name} must be finite; {int(bad.any(1).sum())} of {self.n} rows hold NaN or infinity "
-                f"(row {', '.join(shown)}{more}). {repair}, or find out why the model produced them."
+                f"(row {first_few(shown, int(bad.sum()), most=5)}). {repair}."
             )
         return norms
 
@@ -215,23 +212,18 @@ def as_container(result: Tensor, like: NDArray[Any] | Tensor) -> NDArray[Any] | 
 
 
 def checked_pair(first: Rows, second: Rows, first_name: str, second_name: str) -> None:
-    """Raise unless both sets have rows, the same number of columns, and (for tensors) the same device."""
+    """Raise unless both sets have rows, the same parts and columns, and (for tensors) the same device."""
     for rows, name in ((first, first_name), (second, second_name)):
         if rows.n == 0:
             raise ValueError(f"{name} must hold at least one row, got an empty set.")
-    if (first.in_parts, first.parts) != (second.in_parts, second.parts):
-        given = " and ".join(f"{rows.parts} parts" if rows.in_parts else "whole features" for rows in (first, second))
-        raise ValueError(
-            f"{first_name} and {second_name} must have the same parts, got {given}. Extract both with the same model."
-        )
-    if first.dim != second.dim:
-        raise ValueError(
-            f"{first_name} and {second_name} must have the same number of columns, got {first.dim // first.parts} and "
-            f"{second.dim // second.parts}. "
-            "Extract both with the same model."
-        )
-    if first.device != second.device:
-        raise ValueError(f"{first_name} and {second_name} must be on one device, got {first.device}, {second.device}.")
+    kinds = [f"{rows.parts} parts" if rows.in_parts else "whole features" for rows in (first, second)]
+    for rule, given in (
+        ("have the same parts", kinds),
+        ("have the same number of columns", [rows.dim // rows.parts for rows in (first, second)]),
+        ("be on one device", [rows.device for rows in (first, second)]),
+    ):
+        if given[0] != given[1]:
+            raise ValueError(f"{first_name} and {second_name} must {rule}, got {given[0]} and {given[1]}.")
 
 
 def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
@@ -242,19 +234,17 @@ def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
     else:
         raise TypeError(
-            f"{name} must be a numpy array or a torch tensor of shape (N, D), got {type(features).__name__}. "
-            "Convert it with numpy.asarray, or torch.stack for a list of tensors."
+            f"{name} must be a numpy array or a torch tensor, got {type(features).__name__}. Try numpy.asarray or "
+            "torch.stack."
         )
     if not floating:
         raise TypeError(
-            f"{name} must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}. "
-            "Convert it to float32, and check the order of the arguments."
+            f"{name} must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}. Check the "
+            "order of the arguments."
         )
-    if features.ndim != _FEATURE_NDIM and not (parts and features.ndim == _PARTS_NDIM):
-        wanted = "(N, D), one feature a row" + (", or (N, P, D) for features in parts" if parts else "")
-        hint = ""
-        if features.ndim == _PARTS_NDIM:
-            hint = " Features in parts can be compared as one vector, reshape(N, -1), or by pose2id.part_distances."
+    if features.ndim != 2 and not (parts and features.ndim == 3):
+        wanted = "(N, D), one feature per row" + (", or (N, P, D) for features in parts" if parts else "")
+        hint = " Try reshape(N, -1), or pose2id.part_distances." if features.ndim == 3 else ""
         raise ValueError(f"{name} must have shape {wanted}, got shape {tuple(features.shape)}.{hint}")
     if 0 in features.shape[1:]:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(features.shape)}.")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, under names that are free."""
 
 from __future__ import annotations
 
@@ -13,9 +13,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suffixes: tuple[str, ...] = ()) -> Path:
+    """The file to write: `path`, or what it links to, so that a link stays one. Called before any work.
+
+    Args:
+        path: of the file, in a folder that exists.
+        overwrite: whether it may exist; None: it must not, and the caller has no such option.
+        suffixes: one of which it must end in.
+
+    Raises:
+        FileExistsError: it exists and may not.
+        FileNotFoundError: its folder does not exist.
+        ValueError: another ending.
+    """
+    target = Path(path).resolve()
+    if suffixes and Path(path).suffix.lower() not in suffixes:
+        raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {Path(path).parent}.")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another name{'' if overwrite is None else ', or overwrite it'}.")
+    return target
+
+
+def new_directory(path: str | os.PathLike[str]) -> Path:
+    """A directory to fill, which does not exist yet or is empty.
+
+    Raises:
+        FileExistsError: it is neither.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty. Choose another.")
+    return target
+
+
 @contextmanager
 def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """A hidden name beside `path`, to write to: it becomes `path` when all has gone well, and is removed if not.
+    """A hidden name beside `path` to write to: it becomes `path` when all has gone well, and is removed if not.
 
     Raises:
         OSError: the file cannot be written; named. FileExistsError: without `replace`, it appeared in the meantime.
@@ -48,7 +83,7 @@ def _link(source: Path, path: Path) -> None:
 
 
 def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterable[NDArray[Any]]) -> None:
-    """Write an array of which blocks of rows come one after the other.
+    """Write an array whose blocks of rows come one after the other.
 
     Raises:
         OSError: as `whole_file`.

@@ -1,4 +1,4 @@
-"""Poses: the published 8 and your own, as keypoints and as the drawings that the generator reads."""
+"""Poses, the 8 published ones and your own: keypoints, and the drawings that the generator reads."""
 
 from pose2id.poses.detection import detect
 from pose2id.poses.drawing import draw

@@ -1,10 +1,11 @@
-"""Poses of people on images, through a detector of the user's own or rtmlib's.
+"""Poses of people on images, by your own detector or rtmlib's.
 
-Images cross to the detector as OpenCV has them, (H, W, 3) uint8 BGR, and come back as keypoints in pixels.
+The detector takes images as OpenCV has them, (H, W, 3) uint8 BGR, and returns keypoints in pixels.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 from urllib.error import URLError
 
@@ -17,18 +18,16 @@ from pose2id.io.checks import checked_device, checked_number
 from pose2id.io.images import checked_images, load_image
 from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, openpose
 
-_COUNTS = (17, 18)
-
 
 class Detector(Protocol):
     """Any callable from one image to the people on it; rtmlib's `Body` is one."""
 
     def __call__(self, image: NDArray[np.uint8], /) -> Any:
-        """People on an (H, W, 3) uint8 image in **BGR** order, which is the detector's to change.
+        """People on an (H, W, 3) uint8 image in **BGR** order, which the detector may change.
 
         Returns:
-            (keypoints, scores): (P, K, 2) in pixels and (P, K) confidences of P people, of whom there may be none; K is
-            17, in COCO's order, or 18, in that of `KEYPOINTS`.
+            (keypoints, scores): (P, K, 2) in pixels and (P, K) confidences of P >= 0 people; K is 17, in COCO's order,
+            or 18, in that of `KEYPOINTS`.
         """
 
 
@@ -44,22 +43,21 @@ def detect(
 
     Args:
         images: paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) floats in [0, 1], of any sizes.
-        model: see `Detector`. None: rtmlib's `Body`, which needs the extra "pose" and downloads its weights from the
-            internet when it is first used. Make it yourself for other weights or settings.
-        threshold: confidence in [0, 1] from which on a keypoint is visible. A person of whom nothing is visible is
-            nobody.
-        device: of rtmlib's model, such as "cpu", "cuda" or "cuda:1" (which needs onnxruntime-gpu); a model of your own
+        model: see `Detector`. None: rtmlib's `Body`, which needs the extra "pose" and downloads its weights on first
+            use. Make it yourself for other weights or settings.
+        threshold: least confidence, in [0, 1], of a visible keypoint.
+        device: of rtmlib's model, such as "cpu", "cuda" or "cuda:1" (which needs onnxruntime-gpu); your own model
             stays where it is.
         progress: show a bar on a terminal.
 
     Returns:
-        One pose for each image, its keypoints in fractions of the image. Keypoints that are further outside than a
-        `Pose` allows are not visible.
+        One pose per image, its keypoints in fractions of the image. Keypoints further outside than a `Pose` allows are
+        not visible.
 
     Raises:
         ImportError: no model is given, and rtmlib is missing; with the pip command.
         OSError: rtmlib's weights cannot be downloaded.
-        TypeError, ValueError: bad input, an unreadable image or an output of another shape, named by index.
+        TypeError, ValueError: an unreadable image or an output of another shape, named by index.
     """
     images = checked_images(images)
     threshold = checked_number(threshold, "threshold", 0, 1)
@@ -79,17 +77,21 @@ def detect(
 def _rtmlib_body(device: str) -> Detector:
     try:
         from rtmlib import Body  # noqa: PLC0415
-    except ImportError as error:
+
+        # The wheels of OpenCV share their files: removing one leaves an empty cv2 of another.
+        if "cv2" in sys.modules and not hasattr(sys.modules["cv2"], "warpAffine"):
+            raise ImportError("cv2 is empty")
+    except (AttributeError, ImportError) as error:
+        repair = "--force-reinstall --no-deps opencv-python-headless"
+        packages = '"pose2id[pose]"' if isinstance(error, ModuleNotFoundError) else repair
         raise ImportError(
-            'Poses are detected with the extra "pose": pip install "pose2id[pose]"; or pass a model of your own '
-            f"({error})."
+            f"detect needs rtmlib with OpenCV ({error}): pip install {packages}; or pass a model of your own."
         ) from error
     try:
         detector: Detector = Body(backend="onnxruntime", device=device)
     except URLError as error:
         raise OSError(
-            f"the weights of rtmlib's detector cannot be downloaded ({error.reason}). Connect for the first use, or "
-            "take keypoints from files."
+            f"the weights of rtmlib's detector cannot be downloaded ({error.reason}). Connect for the first use."
         ) from error
     return detector
 
@@ -102,14 +104,10 @@ def _checked_output(output: Any, name: str) -> tuple[NDArray[np.float64], NDArra
         raise TypeError(f"model must return arrays (keypoints, scores), got {given} for {name}.") from error
     if len(keypoints) == 0 and len(scores) == 0:  # detectors return nobody in many shapes
         return np.empty((0, 17, 2)), np.empty((0, 17))
-    if keypoints.ndim != 3 or keypoints.shape[1] not in _COUNTS or keypoints.shape[2] != 2:
-        raise ValueError(
-            f"model must return keypoints of shape (P, 17, 2) or (P, 18, 2), got {keypoints.shape} for {name}."
-        )
+    if keypoints.shape[1:] not in ((17, 2), (18, 2)):
+        raise ValueError(f"model must return keypoints (P, 17, 2) or (P, 18, 2), got {keypoints.shape} for {name}.")
     if scores.shape != keypoints.shape[:2]:
-        raise ValueError(
-            f"model must return scores of shape (P, K) = {keypoints.shape[:2]}, got {scores.shape} for {name}."
-        )
+        raise ValueError(f"model must return scores (P, K) = {keypoints.shape[:2]}, got {scores.shape} for {name}.")
     return keypoints, scores
 
 

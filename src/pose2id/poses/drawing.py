@@ -1,23 +1,30 @@
-"""Drawn poses as DWPose draws them: what the generator's weights were trained on, and nothing else will do."""
+"""Poses drawn as DWPose draws them: what the generator's weights were trained on, and nothing else will do.
+
+DWPose draws with OpenCV: a limb is `fillConvexPoly` of `ellipse2Poly`, a joint is `circle`. The same pixels come out
+here without OpenCV. Points are (x, y), in whole pixels.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pose2id.io.checks import checked_size
 from pose2id.poses.skeleton import LIMBS, PALETTE, Pose
 
+_Integers: TypeAlias = NDArray[np.int64]
+
 _HALF_THICKNESS = 1
-_RADIUS = 2
+_DISC = np.array([(x, y) for x in range(-2, 3) for y in range(-2, 3) if abs(x) + abs(y) <= 2])  # a circle of radius 2
 _DIMMED = 0.6  # of limbs, so that joints stand out
-_REPAIR = (
-    "Poses are drawn with OpenCV, whose module cv2 {}. Repair it: "
-    "pip install --force-reinstall --no-deps opencv-python-headless"
-)
+# OpenCV's table of sines, a float32 of 7 decimals for each degree: more digits round some corners to other pixels.
+_SINE = np.round(np.sin(np.radians(np.arange(361))), 7).astype(np.float32).astype(np.float64)
+_COSINE = _SINE[(450 - np.arange(361)) % 360]
+_ONE = 1 << 16  # of the fixed-point numbers in which OpenCV follows an edge from row to row
 
 
 def draw(pose: Pose, size: tuple[int, int] = (128, 64)) -> Image.Image:
@@ -32,40 +39,96 @@ def draw(pose: Pose, size: tuple[int, int] = (128, 64)) -> Image.Image:
 
     Returns:
         RGB picture in the colours of `PALETTE`: the limb from the neck to the right shoulder is red.
-
-    Raises:
-        ImportError: OpenCV is missing or damaged.
-        TypeError, ValueError: not a pose, or not a size.
     """
     if not isinstance(pose, Pose):
         raise TypeError(f"pose must be a Pose, got {type(pose).__name__}.")
     height, width = checked_size(size)
-    cv2 = _opencv()
-    canvas = np.zeros((height, width, 3), dtype=np.uint8)
-    joints = [None if math.isnan(x) else (x * width, y * height) for x, y in pose.keypoints.tolist()]
-    for (first, second), colour in zip(LIMBS, PALETTE, strict=False):  # one colour more than limbs
-        start, end = joints[first], joints[second]
-        if start is None or end is None:
-            continue
-        # Truncated, not rounded, and from the second joint to the first: else pixels differ from the published ones.
-        middle = (int((start[0] + end[0]) / 2), int((start[1] + end[1]) / 2))
-        along = (start[0] - end[0], start[1] - end[1])
-        axes = (int(math.hypot(*along) / 2), _HALF_THICKNESS)
-        angle = int(math.degrees(math.atan2(along[1], along[0])))
-        cv2.fillConvexPoly(canvas, cv2.ellipse2Poly(middle, axes, angle, 0, 360, 1), colour)
-    canvas = (canvas * _DIMMED).astype(np.uint8)
-    for joint, colour in zip(joints, PALETTE, strict=True):
-        if joint is not None:
-            cv2.circle(canvas, (int(joint[0]), int(joint[1])), _RADIUS, colour, thickness=-1)
-    return Image.fromarray(canvas)
+    joints, seen = pose.keypoints * (width, height), pose.visible
+    limbs = [i for i, (first, second) in enumerate(LIMBS) if seen[first] and seen[second]]
+    outlines = [_outline(*joints[list(LIMBS[i])].tolist()) for i in limbs]
+    canvas = np.zeros((height, width), dtype=np.uint8)  # indices into a palette: black, of limbs, of joints
+    for line, y, first, stop in _spans(np.array(outlines, np.int64).reshape(-1, 361, 2), height, width):
+        canvas[y, first:stop] = 1 + limbs[line]
+    for i in np.flatnonzero(seen):
+        disc = joints[i].astype(np.int64) + _DISC
+        x, y = disc[((disc >= 0) & (disc < (width, height))).all(axis=1)].T
+        canvas[y, x] = 1 + len(PALETTE) + i
+    picture = Image.fromarray(canvas)
+    picture.putpalette(np.array([(0, 0, 0), *np.multiply(PALETTE, _DIMMED), *PALETTE]).astype(np.uint8).tobytes())
+    return picture.convert("RGB")
 
 
-def _opencv() -> Any:
-    try:
-        import cv2  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(_REPAIR.format(f"cannot be imported ({error})")) from error
-    # The wheels of OpenCV share their files: removing one of them leaves an empty cv2 of the other.
-    if not hasattr(cv2, "fillConvexPoly"):
-        raise ImportError(_REPAIR.format("is empty"))
-    return cv2
+def _outline(start: list[float], end: list[float]) -> _Integers:
+    """The (361, 2) corners of a limb: a thin ellipse, one for each degree."""
+    # Truncated, not rounded, and from the second joint to the first: else pixels differ from the published ones.
+    middle = int((start[0] + end[0]) / 2), int((start[1] + end[1]) / 2)
+    along = start[0] - end[0], start[1] - end[1]
+    angle = int(math.degrees(math.atan2(along[1], along[0]))) % 360
+    u, v = int(math.hypot(*along) / 2) * _COSINE, _HALF_THICKNESS * _SINE
+    x = middle[0] + u * _COSINE[angle] - v * _SINE[angle]
+    y = middle[1] + u * _SINE[angle] + v * _COSINE[angle]
+    corners: _Integers = np.rint(np.column_stack([x, y])).astype(np.int64)
+    return corners
+
+
+def _spans(outlines: _Integers, height: int, width: int) -> list[list[int]]:
+    """The pixels of filled outlines, one after the other: index of the outline, y, first x, and x after the last.
+
+    A convex outline is filled between the leftmost and the rightmost pixel of its lines, and of its edges: OpenCV
+    rounds these to the other side.
+    """
+    left, right = np.full((2, len(outlines), height), [[[width]], [[-1]]])
+    starts, ends = outlines[:, :-1].reshape(-1, 2), outlines[:, 1:].reshape(-1, 2)
+    moves = np.flatnonzero((starts != ends).any(axis=1))
+    edges = moves // 360, starts[moves], ends[moves]
+    for line, x, y in (_pixels(*_clipped(*edges, height, width)), _crossings(*edges, height)):
+        np.minimum.at(left, (line, y), x)
+        np.maximum.at(right, (line, y), x)
+    line, y = np.nonzero(left <= right)
+    spans: list[list[int]] = np.column_stack([line, y, left[line, y].clip(0), right[line, y] + 1]).tolist()
+    return spans
+
+
+def _pixels(owner: _Integers, starts: _Integers, ends: _Integers) -> tuple[_Integers, _Integers, _Integers]:
+    """Owner, x and y of the pixels of lines, by Bresenham's rule: halves are rounded back to the left end."""
+    backwards = (starts[:, 0] > ends[:, 0])[:, None]
+    starts, ends = np.where(backwards, ends, starts), np.where(backwards, starts, ends)
+    way = ends - starts
+    length = np.abs(way).max(axis=1)
+    line, step = _steps(length + 1)
+    twice = 2 * np.maximum(length, 1)[line, None]
+    x, y = (starts[line] - np.sign(way)[line] * ((twice // 2 - 2 * np.abs(way)[line] * step[:, None]) // twice)).T
+    return owner[line], x, y
+
+
+def _crossings(owner: _Integers, starts: _Integers, ends: _Integers, height: int) -> tuple[_Integers, ...]:
+    """Owner, x and y of the edges in the rows that they cross, halves rounded up."""
+    upwards = (starts[:, 1] > ends[:, 1])[:, None]
+    starts, ends = np.where(upwards, ends, starts), np.where(upwards, starts, ends)
+    across, down = (ends - starts).T
+    slope = np.trunc((2 * _ONE * across + down) / np.maximum(2 * down, 1)).astype(np.int64)
+    edge, row = _steps(np.where(down > 0, down + 1, 0))
+    x, y = starts[edge, 0] + (slope[edge] * row + _ONE // 2) // _ONE, starts[edge, 1] + row
+    inside = (y >= 0) & (y < height)
+    return owner[edge][inside], x[inside], y[inside]
+
+
+def _steps(counts: _Integers) -> tuple[_Integers, _Integers]:
+    """0 0 0 1 1 ... and 0 1 2 0 1 ... for counts 3 2 ..."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
+
+
+def _clipped(
+    owner: _Integers, starts: _Integers, ends: _Integers, height: int, width: int
+) -> tuple[_Integers, _Integers, _Integers]:
+    """The lines inside the canvas; an end beyond a border moves to it, by whole pixels across."""
+    for axis, last in ((1, height - 1), (0, width - 1)):
+        inside = (np.maximum(starts, ends)[:, axis] >= 0) & (np.minimum(starts, ends)[:, axis] <= last)
+        owner, starts, ends = owner[inside], starts[inside], ends[inside]
+        for near, far in ((starts, ends), (ends, starts)):
+            beyond = (near[:, axis] < 0) | (near[:, axis] > last)
+            way, moved = (far - near)[beyond], (near[:, axis].clip(0, last) - near[:, axis])[beyond]
+            near[beyond, 1 - axis] += np.trunc(moved * way[:, 1 - axis] / way[:, axis]).astype(np.int64)
+            near[beyond, axis] += moved
+    return owner, starts, ends

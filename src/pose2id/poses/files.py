@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pose2id.io.checks import checked_number, checked_size
-from pose2id.io.whole_files import whole_file
-from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, checked_numbers, openpose
+from pose2id.io.whole_files import new_file, whole_file
+from pose2id.poses.skeleton import HIGHEST, KEYPOINTS, LOWEST, THRESHOLD, Pose, checked_numbers, openpose
 
 _OF_BODY_25 = [*range(8), *range(9, 19)]  # the 18: all but the middle of the hips, and the feet
 
 
 class NobodyError(ValueError):
-    """A file is fine, and has nobody in it."""
+    """A file of poses that shows nobody."""
 
 
 @cache
@@ -43,18 +43,18 @@ def read(
     - ours: `{"poses": [{"name": "front", "keypoints": [[x, y], null, ...]}, ...]}` with 18 entries in the order of
       `KEYPOINTS`, in fractions of width and height, null where not visible; names may be left out.
 
-    But for ours, coordinates are fractions if all visible ones of a picture lie in [-1, 2], and pixels otherwise.
-    People without a visible keypoint are left out. Names are empty where the file has none.
+    Ours apart, coordinates are fractions if all visible ones of a picture lie in [-1, 2], and pixels otherwise. People
+    without a visible keypoint are left out. Names are empty where the file has none.
 
     Args:
         path: of the file.
-        size: (height, width) of the picture, for pixels; goes before the canvas that the file names.
-        threshold: confidence in [0, 1] from which on a keypoint is visible; with a confidence of 0 it never is.
+        size: (height, width) of the picture, for pixels, instead of the canvas that the file names.
+        threshold: least confidence of a visible keypoint; with a confidence of 0 it never is visible.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no JSON, none of these formats, bad keypoints, pixels without a size: with the file and the place in
-            it; or nobody (`NobodyError`).
+        ValueError: none of these formats, bad keypoints, pixels without a size: with the file and the place in it; or
+            nobody (`NobodyError`).
     """
     size = None if size is None else checked_size(size)
     threshold = checked_number(threshold, "threshold", 0, 1)
@@ -65,8 +65,7 @@ def read(
         raise ValueError(f"{os.fspath(path)} cannot be read as poses: {error}") from error
     if not poses:
         raise NobodyError(
-            f"{os.fspath(path)} cannot be read as poses: there must be at least one person with a visible keypoint, "
-            "got none."
+            f"{os.fspath(path)} cannot be read as poses: needs at least one person with a visible keypoint, got none."
         )
     return poses
 
@@ -80,9 +79,8 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
         overwrite: replace the file if it is there.
 
     Raises:
-        FileExistsError: there is such a file.
+        FileExistsError: the file exists, and `overwrite` is False.
         OSError: the file cannot be written.
-        TypeError, ValueError: something that is no pose, or none at all.
     """
     if isinstance(poses, Pose):
         raise TypeError("poses must be a sequence of poses, got one Pose. Wrap it in a list.")
@@ -91,31 +89,31 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
             raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")
     if not poses:
         raise ValueError("poses must hold at least one pose, got none.")
-    entries = [
-        {"name": pose.name, "keypoints": [None if math.isnan(point[0]) else point for point in pose.keypoints.tolist()]}
-        for pose in poses
-    ]
-    target = Path(path).resolve()  # what a link points to, not the link, is replaced
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists. Choose another file, or pass overwrite=True.")
-    with whole_file(target) as unfinished:
+    entries = [{"name": pose.name, "keypoints": to_entries(pose.keypoints)} for pose in poses]
+    with whole_file(new_file(path, overwrite=overwrite)) as unfinished:
         unfinished.write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
+
+
+def from_entries(entries: list[Any], where: str, name: Any = "") -> Pose:
+    """The pose of 18 entries [x, y] or None, as JSON has them; `where` names them in errors."""
+    for i, (joint, entry) in enumerate(zip(KEYPOINTS, entries, strict=False)):
+        if entry is not None and not (isinstance(entry, list) and len(entry) == 2):
+            raise ValueError(f"{where}[{i}] ({joint}) must be [x, y] or null, got {entry!r}.")
+    return _pose([(math.nan, math.nan) if entry is None else entry for entry in entries], where, name)
+
+
+def to_entries(keypoints: NDArray[np.float64]) -> list[list[float] | None]:
+    """The entries of (18, 2) keypoints."""
+    return [None if math.isnan(x) else [x, y] for x, y in keypoints.tolist()]
 
 
 def _parsed(data: Any, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
     if isinstance(data, dict) and "poses" in data:
-        return [_own_pose(entry, f"poses[{i}]") for i, entry in enumerate(_list(data, "poses", ""))]
+        own = {f"poses[{i}]": entry for i, entry in enumerate(_list(data, "poses", ""))}
+        lists = {where: _list(entry, "keypoints", where) for where, entry in own.items()}
+        return [from_entries(lists[where], f"{where}.keypoints", entry.get("name", "")) for where, entry in own.items()]
     pictures = {f"[{i}]": entry for i, entry in enumerate(data)} if isinstance(data, list) else {"": data}
     return [pose for where, picture in pictures.items() for pose in _poses_of(picture, where, size, threshold)]
-
-
-def _own_pose(entry: Any, where: str) -> Pose:
-    points = []
-    for i, point in enumerate(_list(entry, "keypoints", where)):
-        if point is not None and not (isinstance(point, list) and len(point) == 2):
-            raise ValueError(f"{where}.keypoints[{i}] must be [x, y] or null, got {point!r}.")
-        points.append([math.nan, math.nan] if point is None else point)
-    return _pose(points, where, entry.get("name", ""))
 
 
 def _poses_of(picture: Any, where: str, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
@@ -127,10 +125,7 @@ def _poses_of(picture: Any, where: str, size: tuple[int, int] | None, threshold:
         people = {place: _list(entry, "pose_keypoints_2d", place) for place, entry in entries.items()}
     found = {place: _placed(numbers, place, threshold) for place, numbers in people.items()}
     found = {place: keypoints for place, keypoints in found.items() if not np.isnan(keypoints).all()}
-    if not found:
-        return []
-    everything = np.stack(list(found.values()))
-    if np.nanmin(everything) < LOWEST or np.nanmax(everything) > HIGHEST:
+    if any(np.nanmin(keypoints) < LOWEST or np.nanmax(keypoints) > HIGHEST for keypoints in found.values()):
         extent = size or _canvas(picture, where)
         found = {place: keypoints / extent[::-1] for place, keypoints in found.items()}
     return [_pose(keypoints, place) for place, keypoints in found.items()]
@@ -141,8 +136,8 @@ def _placed(numbers: list[Any], where: str, threshold: float) -> NDArray[np.floa
     array = checked_numbers(numbers, _named(where))
     if array.shape not in ((51,), (54,), (75,)):
         raise ValueError(
-            f"{_named(where)} must have x, y and confidence of COCO's 17 keypoints, of 18 or of BODY_25's 25: 51, 54 "
-            f"or 75 numbers, got shape {array.shape}."
+            f"{_named(where)} must have x, y and confidence of 17, 18 or 25 keypoints, 51, 54 or 75 numbers, got shape "
+            f"{array.shape}."
         )
     keypoints = array.reshape(-1, 3)
     return openpose(keypoints[_OF_BODY_25] if len(keypoints) == 25 else keypoints, threshold)
@@ -151,8 +146,7 @@ def _placed(numbers: list[Any], where: str, threshold: float) -> NDArray[np.floa
 def _canvas(picture: Any, where: str) -> tuple[int, int]:
     if "canvas_width" not in picture or "canvas_height" not in picture:
         raise ValueError(
-            f"{_named(where)} is in pixels and names no canvas_width and canvas_height. Pass size=(height, width) of "
-            "the picture."
+            f"{_named(where)} is in pixels and names no canvas_width and canvas_height. Pass size=(height, width)."
         )
     return checked_size((picture["canvas_height"], picture["canvas_width"]), f"{_named(where)}: canvas")
 

@@ -15,91 +15,36 @@ from numpy.typing import NDArray
 
 from pose2id.io.checks import checked_number, checked_size
 
+# fmt: off
 KEYPOINTS = (
-    "nose",
-    "neck",
-    "right_shoulder",
-    "right_elbow",
-    "right_wrist",
-    "left_shoulder",
-    "left_elbow",
-    "left_wrist",
-    "right_hip",
-    "right_knee",
-    "right_ankle",
-    "left_hip",
-    "left_knee",
-    "left_ankle",
-    "right_eye",
-    "left_eye",
-    "right_ear",
-    "left_ear",
+    "nose", "neck",
+    "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
+    "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
+    "right_eye", "left_eye", "right_ear", "left_ear",
 )
 """Names of the 18 keypoints. Left and right are the person's own."""
 
 COCO_KEYPOINTS = (
-    "nose",
-    "left_eye",
-    "right_eye",
-    "left_ear",
-    "right_ear",
-    "left_shoulder",
-    "right_shoulder",
-    "left_elbow",
-    "right_elbow",
-    "left_wrist",
-    "right_wrist",
-    "left_hip",
-    "right_hip",
-    "left_knee",
-    "right_knee",
-    "left_ankle",
-    "right_ankle",
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear",
+    "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
+    "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle",
 )
 """Names of COCO's 17 keypoints: the same joints without the neck."""
 
 LIMBS = (
-    (1, 2),
-    (1, 5),
-    (2, 3),
-    (3, 4),
-    (5, 6),
-    (6, 7),
-    (1, 8),
-    (8, 9),
-    (9, 10),
-    (1, 11),
-    (11, 12),
-    (12, 13),
-    (1, 0),
-    (0, 14),
-    (14, 16),
-    (0, 15),
-    (15, 17),
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7),
+    (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
+    (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
 )
 """The 17 limbs, in the order in which they are drawn, as pairs of indices into `KEYPOINTS`."""
 
 PALETTE = (
-    (255, 0, 0),
-    (255, 85, 0),
-    (255, 170, 0),
-    (255, 255, 0),
-    (170, 255, 0),
-    (85, 255, 0),
-    (0, 255, 0),
-    (0, 255, 85),
-    (0, 255, 170),
-    (0, 255, 255),
-    (0, 170, 255),
-    (0, 85, 255),
-    (0, 0, 255),
-    (85, 0, 255),
-    (170, 0, 255),
-    (255, 0, 255),
-    (255, 0, 170),
-    (255, 0, 85),
+    (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0),
+    (0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255),
+    (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85),
 )
 """Colours, RGB in 0..255: of keypoint i, and of limb i."""
+# fmt: on
 
 THRESHOLD = 0.3
 """Confidence from which on a keypoint counts as visible."""
@@ -122,15 +67,13 @@ class Pose:
     """Where a person's 18 keypoints are. Poses with the same `key` are equal, whatever their names.
 
     Attributes:
-        keypoints: (18, 2) float64, read-only, copied from what is given: (x, y) in fractions of the picture's width and
-            height, in the order of `KEYPOINTS`. NaN, NaN where a keypoint is not visible. Visible ones may lie outside
-            the picture, down to -1 and up to 2, as detectors place joints that the border cuts off.
+        keypoints: (18, 2) float64, a read-only copy: (x, y) in fractions of the picture's width and height, in the
+            order of `KEYPOINTS`; NaN, NaN where a keypoint is not visible. Visible ones, of which there must be one,
+            may lie outside the picture, down to -1 and up to 2: detectors place joints that the border cuts off.
         name: for file names: empty, or letters, digits and underscores, with spaces, dots and hyphens in between.
 
     Raises:
-        TypeError: keypoints that are no numbers, a name that is no string.
-        ValueError: another shape, infinity, one coordinate without the other, a visible keypoint out of range, none
-            visible, a name that is not fit for a file.
+        TypeError, ValueError: other keypoints, or a name that does not fit a file.
     """
 
     keypoints: NDArray[np.float64]
@@ -143,8 +86,8 @@ class Pose:
             raise TypeError(f"name must be a string, got {type(self.name).__name__}.")
         if not _NAME.fullmatch(self.name):
             raise ValueError(
-                "name must be fit for a file name: letters, digits and underscores, with spaces, dots and hyphens in "
-                f"between, got {self.name!r}."
+                "name must be fit for a file name: letters, digits, underscores, and spaces, dots, hyphens in between, "
+                f"got {self.name!r}."
             )
         keypoints.setflags(write=False)
         object.__setattr__(self, "keypoints", keypoints)
@@ -168,7 +111,7 @@ class Pose:
 
     @property
     def key(self) -> str:
-        """Hexadecimal SHA-256 of the keypoints, rounded to 6 decimals, and their visibility; the name has no part."""
+        """Hexadecimal SHA-256 of the keypoints, rounded to 6 decimals, and their visibility, whatever the name."""
         # Whole millionths in a fixed byte order: the same bytes on every machine, and no negative zero.
         millionths = np.rint(np.nan_to_num(self.keypoints) * 1e6).astype("<i8")
         return hashlib.sha256(millionths.tobytes() + self.visible.tobytes()).hexdigest()
@@ -195,10 +138,7 @@ class Pose:
             keypoints: (17, 2) with NaN where not visible, or (17, 3) with a confidence (or COCO's visibility 0, 1, 2).
             threshold: confidence from which on a keypoint is visible.
             size: (height, width) of the picture, for coordinates in pixels; None: they are fractions.
-            name: see `Pose`.
-
-        Raises:
-            TypeError, ValueError: see `Pose`.
+            name: as of `Pose`.
         """
         array = checked_numbers(keypoints, "keypoints")
         if array.shape not in ((17, 2), (17, 3)):
@@ -249,20 +189,16 @@ def checked_numbers(values: Any, name: str) -> NDArray[np.float64]:
 def _check_keypoints(keypoints: NDArray[np.float64]) -> None:
     if keypoints.shape != (len(KEYPOINTS), 2):
         raise ValueError(
-            f"keypoints must have shape (18, 2), (x, y) in the order of KEYPOINTS, got {keypoints.shape}. "
-            "Pose.from_coco takes COCO's 17."
+            f"keypoints must have shape (18, 2), as KEYPOINTS, got {keypoints.shape}. Pose.from_coco takes COCO's 17."
         )
     missing = np.isnan(keypoints)
-    # NaN compares false: only coordinates that are there can be out of range.
+    if missing.all():
+        raise ValueError("keypoints must have at least one visible keypoint, got none. Leave this pose out.")
+    outside = ((keypoints < LOWEST) | (keypoints > HIGHEST)).any(axis=1)  # NaN compares false
     for rule, bad in (
         ("have both coordinates, or NaN for both", missing[:, 0] != missing[:, 1]),
-        (
-            f"lie in [{LOWEST:g}, {HIGHEST:g}], in fractions of width and height (divide pixels by them)",
-            ((keypoints < LOWEST) | (keypoints > HIGHEST)).any(axis=1),
-        ),
+        (f"lie in [{LOWEST:g}, {HIGHEST:g}] (divide pixels by width and height)", outside),
     ):
         if bad.any():
             first = int(np.argmax(bad))
             raise ValueError(f"keypoints[{first}] ({KEYPOINTS[first]}) must {rule}, got {keypoints[first].tolist()}.")
-    if missing.all():
-        raise ValueError("keypoints must have at least one visible keypoint, got NaN for all 18. Leave this pose out.")

@@ -1,4 +1,4 @@
-"""Tables of people: who is on which image, seen by which camera, in which pose; one line of CSV an image.
+"""Tables of people: who is on which image, from which camera, in which pose; one CSV line per image.
 
 `pose2id train` reads them. A table knows images by their paths and opens none of them.
 """
@@ -9,49 +9,41 @@ import csv
 import io
 import json
 import logging
-import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_choice
+from pose2id.io.checks import checked_choice, first_few
 from pose2id.io.images import image_files, load_image
-from pose2id.io.whole_files import whole_file
+from pose2id.io.whole_files import new_file, whole_file
 from pose2id.poses import KEYPOINTS, Pose, detect, read
 from pose2id.poses.detection import Detector
-from pose2id.poses.files import NobodyError
+from pose2id.poses.files import NobodyError, from_entries, to_entries
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("path", "identity", "camera", "keypoints")
-_NEEDED = 2  # of them, the first
-_ENTRIES = f"a JSON list of {len(KEYPOINTS)} entries [x, y] or null"
-_NAMED = re.compile(r"(-1|\d+)_c(\d+)")
+_NEEDED = ("path", "identity")
+_COLUMNS = (*_NEEDED, "camera", "keypoints")
+_BY_NAME = re.compile(r"(-1|\d+)_c(\d+)")
 _CAMERA = re.compile(r"_c(\d+)|^c(\d+)_")
-_SHOWN = 3  # files that an error lists
 _SHOWN_LENGTH = 60  # characters of a cell that an error shows
 
 
 @dataclass(frozen=True)
 class PersonImage:
-    """An image of a person, as a line of a table has it.
+    """An image of a person: a line of a table.
 
     Attributes:
         path: of the image.
-        identity: who it is; the same text for the same person. Not empty.
+        identity: who it is: the same text for the same person, not empty.
         camera: which took it; empty where unknown.
         pose: the person's keypoints, in fractions of the image's width and height; None where unknown.
-
-    Raises:
-        TypeError: an attribute of another type.
-        ValueError: an empty identity.
     """
 
     path: Path
@@ -72,7 +64,7 @@ class PersonImage:
 def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
     """The images of a table, in its order.
 
-    The table is CSV in UTF-8. Its header names the columns, in any order; those that are not named here are ignored:
+    The table is CSV in UTF-8. Its header names the columns, in any order; other columns are ignored:
 
     - `path`: of the image, absolute or from the table's folder. Each image once.
     - `identity`: any text.
@@ -85,8 +77,7 @@ def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
 
     Raises:
         OSError: the table cannot be read.
-        ValueError: no CSV in UTF-8, no header or a column that it lacks, a line of another length, an empty path or
-            identity, bad keypoints, an image that is there twice, no images: with the file, the line and the column.
+        ValueError: bad content, with the file, the line and the column.
     """
     path = Path(path)
     lines = _lines(path)
@@ -98,8 +89,8 @@ def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
         where = f"{path}, line {line}"
         if len(cells) != len(header):
             raise ValueError(
-                f"{where} must have {len(header)} cells, as the header has, got {len(cells)}. Put cells with commas, "
-                'such as keypoints, in "quotation marks".'
+                f"{where} must have {len(header)} cells, as the header, got {len(cells)}. Put cells with commas in "
+                '"quotation marks".'
             )
         image = _image({name: cells[i] for name, i in columns.items()}, path.parent, where)
         first = first_lines.setdefault(os.path.abspath(image.path), line)
@@ -115,7 +106,7 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
     """Write a table, whole or not at all; `read_table` gives equal images back.
 
     Paths of images below the table's folder are written from there, so that both can move together; others are
-    absolute. Coordinates are rounded to 6 decimals, which a pose's `key` does too. Names of poses are not kept.
+    absolute. Coordinates are rounded to 6 decimals, as for a pose's `key`. Names of poses are not kept.
 
     Args:
         images: at least one, each once.
@@ -123,10 +114,9 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
         overwrite: replace the file if it is there.
 
     Raises:
-        FileExistsError: there is such a file.
+        FileExistsError: the file exists, and `overwrite` is False.
         OSError: the file cannot be written.
-        TypeError: something that is no `PersonImage`.
-        ValueError: no images, one that is there twice, a text that UTF-8 has no bytes for.
+        ValueError: no images, one of them twice, a text that UTF-8 has no bytes for.
     """
     folder = Path(os.path.abspath(path)).parent
     rows: dict[str, list[str]] = {}
@@ -146,10 +136,7 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
     except UnicodeEncodeError as error:  # a file name in another encoding
         around = error.object[max(0, error.start - _SHOWN_LENGTH) : error.end]
         raise ValueError(f"images must have names that UTF-8 can hold, got {around!r}. Rename the file.") from error
-    target = Path(path).resolve()  # what a link points to, not the link, is replaced
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists. Choose another file, or pass overwrite=True.")
-    with whole_file(target, replace=overwrite) as unfinished:
+    with whole_file(new_file(path, overwrite=overwrite), replace=overwrite) as unfinished:
         unfinished.write_bytes(content)
 
 
@@ -161,30 +148,29 @@ def table_of_folder(
     detector: Detector | None = None,
     progress: bool = True,
 ) -> list[PersonImage]:
-    """All image files below a folder, ordered by path, hidden files and folders left out.
+    """All image files below a folder, ordered by path, without hidden files and folders.
 
     Args:
         folder: with images at any depth.
-        identity: "name": file names begin with identity, `_c` and camera, as Market1501 has them
-            (`0002_c1s1_000451_03.jpg`); identities -1 (junk) and 0 (distractors) are no people and left out. "folder":
-            every person has one folder, whose name is the identity; the camera is the number after `_c` in a file's
-            name, or in `c1_...`, if there is one.
-        keypoints: directory with `NAME.json`, or OpenPose's `NAME_keypoints.json`, for the image NAME, which is the
-            path below `folder` without suffix, in any format that `poses.read` reads. An image without such a file, or
-            with nobody in it, has no pose; nor has one that is broken, or whose file is, which a warning says. Of
-            several people the one with most visible keypoints is taken.
+        identity: "name": file names begin with identity, `_c` and camera, as in Market1501
+            (`0002_c1s1_000451_03.jpg`); identities -1 (junk) and 0 (distractors) are left out. "folder": every person
+            has one folder, named by the identity; the camera is the number after `_c` in a file's name, or in
+            `c1_...`, if there is one.
+        keypoints: directory with `NAME.json`, or OpenPose's `NAME_keypoints.json`, in any format of `poses.read`; NAME
+            is the image's path below `folder` without suffix. An image has no pose without such a file, if the file
+            shows nobody, or, with a warning, if one of the two is broken. Of several people the one with most visible
+            keypoints counts.
         detector: finds the poses of all images; see `poses.detect`.
         progress: show a bar on a terminal, for keypoints or detector.
 
     Raises:
         FileNotFoundError: no such folder, or no image files in it.
-        TypeError: a detector that cannot be called.
-        ValueError: both keypoints and detector, names that don't fit or are no people's, folders of the same name, no
-            keypoints at all; with a detector an image that cannot be read.
+        ValueError: both keypoints and detector, names that tell no identity, folders of the same name, no keypoints at
+            all; with a detector an image that cannot be read.
     """
     identity = checked_choice(identity, "identity", ("name", "folder"))
     if keypoints is not None and detector is not None:
-        raise ValueError("keypoints and detector must not both be given: poses come from files or from a detector.")
+        raise ValueError("keypoints and detector must not both be given. Leave one out.")
     folder = Path(folder)
     images = _images_below(folder, identity)
     if detector is not None:
@@ -204,9 +190,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise type(error)(
-            f"table must be a CSV file that can be read, and {path} is none: {error.strerror}."
-        ) from error
+        raise type(error)(f"table must be a CSV file, and {path} cannot be read: {error.strerror}.") from error
     try:
         text = content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
@@ -220,16 +204,16 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield line, cells
             line = rows.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line} must be CSV, got a row that is none ({error}).") from error
+        raise ValueError(f"{path}, line {line} must be CSV ({error}).") from error
 
 
 def _columns(header: list[str], where: str) -> dict[str, int]:
     """Column name to its place."""
-    missing = [name for name in _COLUMNS[:_NEEDED] if name not in header]
+    missing = [name for name in _NEEDED if name not in header]
     if missing:
         raise ValueError(
-            f"{where} must be a header that names the columns {', '.join(_COLUMNS)}, of which camera and keypoints may "
-            f"be left out, got {_shortened(','.join(header))} without {' and '.join(missing)}."
+            f"{where} must be a header with path and identity, and camera and keypoints where known, got "
+            f"{_shortened(','.join(header))} without {' and '.join(missing)}."
         )
     twice = [name for name in _COLUMNS if header.count(name) > 1]
     if twice:
@@ -238,7 +222,7 @@ def _columns(header: list[str], where: str) -> dict[str, int]:
 
 
 def _image(cell: dict[str, str], folder: Path, where: str) -> PersonImage:
-    for name in _COLUMNS[:_NEEDED]:
+    for name in _NEEDED:
         if not cell[name].strip():
             raise ValueError(f"{where}, column {name} must not be empty, got {cell[name]!r}.")
     keypoints = cell.get("keypoints", "")
@@ -247,28 +231,19 @@ def _image(cell: dict[str, str], folder: Path, where: str) -> PersonImage:
 
 
 def _pose(text: str, where: str) -> Pose:
+    rule = f"{where} must be empty or a JSON list of {len(KEYPOINTS)} entries [x, y] or null, got {_shortened(text)}"
     try:
-        points = json.loads(text)
+        entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be empty or {_ENTRIES}, got {_shortened(text)} ({error}).") from error
-    if not isinstance(points, list) or len(points) != len(KEYPOINTS):
-        given = f"{len(points)} entries" if isinstance(points, list) else _shortened(text)
-        raise ValueError(f"{where} must be empty or {_ENTRIES}, got {given}.")
-    for i, point in enumerate(points):
-        if point is not None and not (isinstance(point, list) and len(point) == 2):
-            raise ValueError(f"{where}: entry {i} ({KEYPOINTS[i]}) must be [x, y] or null, got {point!r}.")
-    try:
-        return Pose(np.array([[math.nan, math.nan] if point is None else point for point in points]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{rule} ({error}).") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{rule}.")
+    return from_entries(entries, where)
 
 
-def _first(files: Sequence[Path]) -> str:
-    return ", ".join(map(str, files[:_SHOWN])) + (", ..." if len(files) > _SHOWN else "")
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}...")
+def _written_pose(pose: Pose | None) -> str:
+    # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
+    return "" if pose is None else json.dumps(to_entries(np.rint(pose.keypoints * 1e6) / 1e6 + 0.0))
 
 
 def _written_path(path: Path, folder: Path) -> str:
@@ -276,12 +251,8 @@ def _written_path(path: Path, folder: Path) -> str:
     return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
 
 
-def _written_pose(pose: Pose | None) -> str:
-    if pose is None:
-        return ""
-    # Rounded as `Pose.key` does it; 0.0 is added for want of negative zeros.
-    points: list[Any] = (np.rint(pose.keypoints * 1e6) / 1e6 + 0.0).tolist()
-    return json.dumps([point if seen else None for point, seen in zip(points, pose.visible, strict=True)])
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}...")
 
 
 def _images_below(folder: Path, identity: str) -> list[PersonImage]:
@@ -293,25 +264,21 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     labels = {file: _by_name(file) if identity == "name" else _by_folder(file, folder) for file in files}
     strange = [file for file, label in labels.items() if label is None]
     if strange:
-        wanted = {
-            "name": "have names such as 0002_c1s1_000451_03.jpg, of identity, _c and camera",
-            "folder": "be in folders, one for each person",
-        }
+        rule = "have names such as 0002_c1s1_000451_03.jpg" if identity == "name" else "be in folders, one per person"
         raise ValueError(
-            f"images in {folder} must {wanted[identity]}, got {len(strange)} of {len(files)} that are not so: "
-            f"{_first(strange)}. Move or rename them. Identities are taken from names (identity='name', "
-            "--identity name) or folders (identity='folder', --identity folder)."
+            f"images in {folder} must {rule}, got {len(strange)} of {len(files)} others: {first_few(strange)}. Move or "
+            "rename them, or take identities from names (name) or folders (folder)."
         )
     images = [PersonImage(file, *label) for file, label in labels.items() if label is not None]
     if identity == "folder":
         _check_folders(images)
-    if identity == "name":
-        images = [image for image in images if int(image.identity) > 0]
-    if not images:
+        return images
+    people = [image for image in images if int(image.identity) > 0]
+    if not people:
         raise ValueError(f"images in {folder} must show people, got {len(files)} of identities -1 (junk) and 0 only.")
-    if len(images) < len(files):
-        logger.warning("%d of %d images left out: identities -1 (junk) and 0", len(files) - len(images), len(files))
-    return images
+    if len(people) < len(files):
+        logger.warning("%d of %d images left out: identities -1 (junk) and 0", len(files) - len(people), len(files))
+    return people
 
 
 def _check_folders(images: Sequence[PersonImage]) -> None:
@@ -322,21 +289,20 @@ def _check_folders(images: Sequence[PersonImage]) -> None:
     for name, places in folders.items():
         if len(places) > 1:
             raise ValueError(
-                f"every person must have one folder with images right in it, got {len(places)} folders {name!r}: "
-                f"{_first(sorted(places))}. Move one person's images together; where people's folders hold others, as "
-                "for cameras, move the images up, with c1_ or _c1 in their names for the camera."
+                f"every person must have one folder of images, got {len(places)} folders {name!r}: "
+                f"{first_few(sorted(places))}. Move one person's images together, with c1_ or _c1 in names for cameras."
             )
     by_depth = {len(image.path.parts): image.path for image in images}
     if len(by_depth) > 1:
         raise ValueError(
             "folders of people must all be at one depth, or cameras would pass for people, got "
-            f"{_first(sorted(by_depth.values()))}. Move them, or make a table of each depth."
+            f"{first_few(sorted(by_depth.values()))}. Move them, or make a table of each depth."
         )
 
 
 def _by_name(file: Path) -> tuple[str, str] | None:
     """Identity and camera."""
-    found = _NAMED.match(file.name)
+    found = _BY_NAME.match(file.name)
     return (found[1], found[2]) if found else None
 
 
@@ -347,12 +313,12 @@ def _by_folder(file: Path, folder: Path) -> tuple[str, str] | None:
 
 
 def _stored_poses(images: Sequence[PersonImage], folder: Path, directory: Path, progress: bool) -> list[Pose | None]:
-    names = [directory / image.path.relative_to(folder).with_suffix("") for image in images]
-    files = [next((f for f in _keypoint_files(name) if f.is_file()), _keypoint_files(name)[0]) for name in names]
-    if not any(file.is_file() for file in files):
+    files = [_keypoint_file(directory / image.path.relative_to(folder).with_suffix("")) for image in images]
+    missing = [file for file in files if not file.is_file()]
+    if len(missing) == len(files):
         raise ValueError(
             f"keypoints must be a directory with NAME.json for image NAME, got {directory}, which has none for any of "
-            f"{len(images)} images. Looked for {_first(files)}."
+            f"{len(images)} images. Looked for {first_few(files)}."
         )
     poses: list[Pose | None] = []
     problems = []
@@ -363,18 +329,18 @@ def _stored_poses(images: Sequence[PersonImage], folder: Path, directory: Path, 
         except ValueError as error:
             poses.append(None)
             problems.append(str(error))
-    missing = [file for file in files if not file.is_file()]
     if missing:
-        logger.warning("%d of %d images have no file of keypoints: %s", len(missing), len(images), _first(missing))
+        logger.warning("%d of %d images have no file of keypoints: %s", len(missing), len(images), first_few(missing))
     if problems:
-        shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
+        shown = first_few(problems, separator="; ")
         logger.warning("%d of %d images have keypoints that cannot be used: %s", len(problems), len(images), shown)
     return poses
 
 
-def _keypoint_files(name: Path) -> tuple[Path, Path]:
+def _keypoint_file(name: Path) -> Path:
     """Where the keypoints of an image may be; OpenPose appends to its name."""
-    return name.with_name(f"{name.name}.json"), name.with_name(f"{name.name}_keypoints.json")
+    plain, openpose = (name.with_name(f"{name.name}{end}.json") for end in ("", "_keypoints"))
+    return openpose if openpose.is_file() and not plain.is_file() else plain
 
 
 def _stored_pose(path: Path, file: Path) -> Pose | None:
