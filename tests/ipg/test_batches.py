@@ -18,7 +18,7 @@ from torch import nn
 
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.io.images import content_key
-from pose2id.ipg import IdentityGenerator, IdentityTokens, weights
+from pose2id.ipg import IdentityGenerator, IdentityTokens, Networks, weights
 from pose2id.ipg import generator as generator_module
 from pose2id.ipg.noise import ItemNoise
 from pose2id.ipg.pixels import pixels
@@ -144,8 +144,8 @@ def test_noise_of_steps_depends_on_no_batch(people, batch_size):
 def test_poses_are_drawn_for_the_network(people):
     generator = tiny.generator()
     seen = []
-    encode = generator.encode_poses
-    generator.encode_poses = lambda images: seen.append(images) or encode(images)
+    encode = generator.networks.encode_poses
+    generator.networks.encode_poses = lambda images: seen.append(images) or encode(images)
     poses = [standard()[2], draw(standard()[2]), Pose(standard()[3].keypoints[:, ::-1] * 0.5)]
     pictures = generator.generate(people[:1], poses, **OPTIONS)
     assert len(pictures[0]) == 3
@@ -309,14 +309,14 @@ def test_a_device_ends_offloading(people, offloaded):
     assert offloaded.to(dtype=torch.float32).device == torch.device("cpu", 0)
     offloaded.to("cpu")
     assert offloaded.device == torch.device("cpu")
-    with offloaded._at_work("vae"):
+    with offloaded.networks.at_work("vae"):
         assert pointers(offloaded) == before
 
 
 def test_constants_follow_the_device(people):
     generator = tiny.generator()
     generator.enable_model_cpu_offload("cpu")
-    generator._offload_device = torch.device("cpu", 0)  # stands for another device
+    generator.networks.offload_device = torch.device("cpu", 0)  # stands for another device
     generator.unconditional_tokens()
     calls = []
     generator.identity_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -373,14 +373,14 @@ def test_batches_of_small_gpus(monkeypatch, free, dtype, offload, expected):
         parts = {name: part.build(configs[name]) for name, part in weights.PARTS.items()}
     generator = IdentityGenerator(**parts, scheduler=diffusers.DDIMScheduler(**tiny.SCHEDULER)).to(dtype=dtype)
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(IdentityGenerator, "device", device)
-    generator._offload_device = device if offload else None
+    monkeypatch.setattr(Networks, "device", device)
+    generator.networks.offload_device = device if offload else None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda asked: (int((free - 1) * 2**30), 80 * 2**30))
     # What torch holds and doesn't use is free for us.
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda asked: 5 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda asked: 4 * 2**30)
-    assert generator.resolve_batch_size("auto") == expected
-    assert generator.resolve_batch_size(5) == 5
+    assert generator.networks.resolve_batch_size("auto") == expected
+    assert generator.networks.resolve_batch_size(5) == 5
 
 
 def test_the_bar_counts_pictures(people, monkeypatch):
@@ -398,7 +398,7 @@ def test_the_bar_counts_pictures(people, monkeypatch):
 
 def test_from_pretrained_lays_out_and_compiles(folder, monkeypatch):
     done = []
-    monkeypatch.setattr(IdentityGenerator, "_lay_out", lambda self: done.append("laid out"))
+    monkeypatch.setattr(Networks, "lay_out", lambda self: done.append("laid out"))
     monkeypatch.setattr(IdentityGenerator, "compile", lambda self: done.append("compiled"))
     IdentityGenerator.from_pretrained(folder)
     assert done == ["laid out"]

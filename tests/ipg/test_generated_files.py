@@ -307,11 +307,12 @@ def test_the_probe_counts_steps(generator, people, monkeypatch):
     clock, steps_seen = [0.0], []
     monkeypatch.setattr(files.time, "perf_counter", lambda: clock[0])
 
-    def generate(images, drawings, *, num_inference_steps, **_):
-        steps_seen.append((len(images), len(drawings), num_inference_steps))
-        clock[0] += len(images) * len(drawings) * (5 + 2 * num_inference_steps)
+    def generate_iter(images, drawings, *, sampling, **_):
+        steps_seen.append((len(images), len(drawings), sampling.steps))
+        clock[0] += len(images) * len(drawings) * (5 + 2 * sampling.steps)
+        return []
 
-    monkeypatch.setattr(generator, "generate", generate, raising=False)
+    monkeypatch.setattr(generator, "generate_iter", generate_iter, raising=False)
     assert seconds_per_picture(generator, people / "a.png", num_inference_steps=20) == pytest.approx(45)
     assert seconds_per_picture(generator, people / "a.png", num_inference_steps=1) == pytest.approx(7)
     assert steps_seen[:3] == [(1, 1, 1), (1, 1, 1), (1, 1, 3)]
