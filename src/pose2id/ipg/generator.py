@@ -35,16 +35,15 @@ OUTPUTS = ("pil", "tensor")
 
 
 def _of_networks(name: str) -> Any:
-    """An attribute of `networks`, to be read."""
-    return property(attrgetter(f"networks.{name}"))
+    """What `networks` have, to be read only: they were checked together."""
+    return property(attrgetter(f"networks.{name}"), doc=f"See `Networks.{name}`.")
 
 
 class IdentityGenerator:
     """Identity-guided pedestrian generation, IPG (Pose2ID, section 3.2), from built networks; nothing here is trained.
 
-    Not for several threads at once: they would share one scheduler's timesteps. Networks are adapted in place: put into
-    eval mode, the UNets given their attention processors, the reference UNet relieved of its output head. State dicts
-    keep the names of stock UNets.
+    Not for several threads at once: they would share one scheduler's timesteps. Networks are adapted in place (see
+    `Networks`); state dicts keep the names of stock UNets.
 
     Args:
         identity_encoder: see `IdentityEncoder`. The tokens were trained with one encoder, and fit no other.
@@ -104,15 +103,22 @@ class IdentityGenerator:
         self.sources = dict(sources or {})
         self.license = weights.checked_license(license)
 
-    # Read-only: networks were checked together.
     identity_encoder = _of_networks("identity_encoder")
     identity_tokens = _of_networks("identity_tokens")
     reference_unet = _of_networks("reference_unet")
     denoising_unet = _of_networks("denoising_unet")
     pose_encoder = _of_networks("pose_encoder")
     vae = _of_networks("vae")
-    image_size = _of_networks("image_size")
-    vae_scale_factor = _of_networks("vae_scale_factor")
+    image_size: tuple[int, int] = _of_networks("image_size")
+    vae_scale_factor: int = _of_networks("vae_scale_factor")
+    latent_shape: tuple[int, int, int] = _of_networks("latent_shape")
+    device: torch.device = _of_networks("device")
+    dtype: torch.dtype = _of_networks("dtype")
+    encode_identity = _of_networks("encode_identity")
+    unconditional_tokens = _of_networks("unconditional_tokens")
+    encode_images = _of_networks("encode_images")
+    encode_poses = _of_networks("encode_poses")
+    decode = _of_networks("decode")
 
     @classmethod
     def from_pretrained(
@@ -244,21 +250,6 @@ class IdentityGenerator:
         """The networks by name."""
         return dict(self.networks.named_children())
 
-    @property
-    def device(self) -> torch.device:
-        """Where pictures are computed; with offload, not where the networks rest."""
-        return self.networks.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the denoising UNet computes in."""
-        return self.networks.dtype
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one picture's latents."""
-        return self.networks.latent_shape
-
     def replaced(self, **changes: Any) -> IdentityGenerator:
         """A new generator of the same networks and settings up to these; networks are shared, not copied.
 
@@ -303,26 +294,6 @@ class IdentityGenerator:
         state dicts stay as they are.
         """
         self.networks.compile(**options)
-
-    def encode_identity(self, images: Tensor) -> Tensor:
-        """Identity tokens (B, N, D) of images (B, 3, *identity_encoder.image_size) in [0, 1]."""
-        return self.networks.encode_identity(images)
-
-    def unconditional_tokens(self) -> Tensor:
-        """(1, N, D): the unconditional tokens, those of a mid-grey image."""
-        return self.networks.unconditional_tokens()
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w), the mean of the VAE's distribution, of images (B, 3, H, W) in [0, 1]."""
-        return self.networks.encode_images(images)
-
-    def encode_poses(self, images: Tensor) -> Tensor:
-        """Pose features (P, C, h, w) of drawn poses (P, 3, H, W) in [0, 1]; one set serves any number of references."""
-        return self.networks.encode_poses(images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], of at least single precision, of scaled latents (B, 4, h, w)."""
-        return self.networks.decode(latents)
 
     def generate(
         self,
@@ -402,18 +373,10 @@ class IdentityGenerator:
         """`generate` as a stream: one list of M pictures, or one (M, 3, height, width) tensor, for each image in order.
 
         What it holds does not grow with the number of images. Arguments and images are checked by the call, before the
-        first picture is asked for. Images beyond the first 64 MiB of pixels are decoded twice, all others once.
+        first picture is asked for; images beyond the latest 64 MiB of pixels are decoded once more for their picture.
 
-        Args:
-            images: as for `generate`, or `pose2id.ipg.pixels.References`, which have been checked.
-            poses: see `generate`, as for the following.
-            sampling: in place of the keywords of `generate`.
-            generator: of a run's noise.
-            latents: the noise.
-            batch_size: pictures per forward.
-            output: "pil" or "tensor".
-            progress: show a bar on a terminal.
-            **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size`.
+        Arguments are those of `generate`, or `sampling` in place of steps, guidance, seed and size. Images may be
+        `pose2id.ipg.pixels.References`, which are taken as checked.
         """
         references = images if isinstance(images, References) else References(checked_images(images))
         drawn = load_poses(poses)
