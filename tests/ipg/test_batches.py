@@ -345,8 +345,21 @@ def test_devices_that_are_not_there():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     for call in (tiny.generator().enable_model_cpu_offload, lambda: tiny.generator().to("cuda")):
-        with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        with pytest.raises(ValueError, match="it sees no CUDA device"):
             call()
+
+
+def test_a_cuda_device_of_a_number_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    generator = tiny.generator()
+    for call in (generator.to, generator.enable_model_cpu_offload):
+        with pytest.raises(
+            ValueError, match=r"device must be one that torch sees, got 'cuda:1': it sees 1 CUDA device"
+        ):
+            call("cuda:1")
+    with pytest.raises(ValueError, match="it sees 1 CUDA device"):
+        IdentityGenerator.from_pretrained(folder, device="cuda:1")
 
 
 def test_precision_by_device():

@@ -401,7 +401,7 @@ def test_bad_arguments(own, options, error, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(own):
-    with pytest.raises(ValueError, match="torch sees no CUDA device here"):
+    with pytest.raises(ValueError, match="it sees no CUDA device"):
         IdentityGenerator.from_pretrained(own, device="cuda")
 
 
@@ -422,7 +422,7 @@ def test_a_cut_safetensors_file_is_named(tmp_path, own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format=2), "must have format 1, .* got 2"),
+        (lambda content: content.update(format=2), "must have format 1, got 2"),
         (lambda content: content["parts"].pop("vae"), "must hold an object 'vae', got null"),
         (lambda content: content.update(parts=3), "must hold an object 'parts', got 3"),
         (

@@ -34,12 +34,7 @@ _SAMPLED = 256  # values of each tensor that a fingerprint looks at
 
 @dataclass(frozen=True)
 class Written:
-    """What `generate_files` did, in pictures.
-
-    Attributes:
-        written: generated and saved.
-        kept: were there already, made from the same image, pose, weights and settings.
-    """
+    """How many pictures `generate_files` wrote, and how many it kept because they were there already."""
 
     written: int
     kept: int
@@ -51,23 +46,18 @@ def collect_images(
     """Name to file, in order, of image files and of all image files below directories, hidden ones left out.
 
     A file's name is its path without suffix: below the directory, or the last part for a file given by itself. What a
-    directory has below `without` is left out: pictures that were generated into it.
-
-    Raises:
-        FileNotFoundError: neither a file nor a directory, or a directory without images.
-        TypeError: one path instead of a sequence of them.
-        ValueError: a directory inside `without`, two files of one name, or none at all.
+    directory has below `without` is left out: pictures that were generated into it. Two files of one name are errors.
     """
     if isinstance(images, (str, os.PathLike)):
-        raise TypeError(f"images must be a sequence of files and directories, got {images!r} alone. Wrap it in a list.")
+        raise TypeError(f"images must be a sequence of files and directories, got {images!r}. Wrap it in a list.")
     found: dict[str, Path] = {}
     for given in map(Path, images):
         for path in _files_of(given, without):
             name = path.relative_to(given if given.is_dir() else given.parent).with_suffix("").as_posix()
             if name in found:
                 raise ValueError(
-                    f"images must have different names, got {found[name]} and {path}: their pictures would be the same "
-                    "files. Pass the directory above both, or generate them into two directories."
+                    f"images must have different names, got {found[name]} and {path}. Pass the directory above both, "
+                    "or generate them into two directories."
                 )
             found[name] = path
     if not found:
@@ -247,7 +237,7 @@ class _Job:
         overwrite: bool,
     ) -> None:
         if directory.exists() and not directory.is_dir():
-            raise FileExistsError(f"directory must be one to write pictures to, and {directory} is a file.")
+            raise FileExistsError(f"directory must not be a file, and {directory} is a file.")
         found = collect_images(images, directory)
         self.names, self.directory, self.overwrite = list(found), directory, overwrite
         self.poses = load_poses(poses)
@@ -261,23 +251,24 @@ class _Job:
             "weights": generator.sources,
         }
         there = self._there(grid)
+        every = range(len(self.names))
         # A dictionary for its order, which is that of the results.
-        self.incomplete = dict.fromkeys(i for i in range(len(self.names)) if not there.issuperset(self._targets(i)))
-        self.missing = sum(target not in there for i in range(len(self.names)) for target in self._targets(i))
+        self.incomplete = dict.fromkeys(i for i in every if not there.issuperset(self._pictures(i)))
+        self.missing = sum(target not in there for i in every for target in self._pictures(i))
 
     def write(self, i: int, pictures: Sequence[Image.Image]) -> None:
         """Save an image's pictures, except those that are there."""
-        for pose, (target, picture) in enumerate(zip(self._targets(i), pictures, strict=True)):
-            self._write(picture, target, self._note(i, pose))
+        for (target, note), picture in zip(self._pictures(i).items(), pictures, strict=True):
+            self._write(picture, target, note)
 
     def write_sheet(self, i: int) -> None:
         """Save an image's contact sheet, made of the files, if it isn't there."""
 
         def sheet() -> Image.Image:
-            pictures = [load_image(target, "picture") for target in self._targets(i)]
+            pictures = [load_image(target, "picture") for target in self._pictures(i)]
             return contact_sheet(self.references[i], [drawing for _, drawing in self.poses], pictures)
 
-        self._write(sheet, self._sheet(i), self._note(i))
+        self._write(sheet, *self._sheet(i))
 
     def _write(self, picture: Image.Image | Callable[[], Image.Image], target: Path, note: dict[str, Any]) -> None:
         # Looked at again: another run may write here too.
@@ -288,19 +279,27 @@ class _Job:
             raise self._others([(target, found, note)])
         _save(picture() if callable(picture) else picture, target, json.dumps(note, sort_keys=True))
 
+    def _pictures(self, i: int) -> dict[Path, dict[str, Any]]:
+        """The files of an image, one for each pose, with their notes."""
+        made_from = {"image": self._keys[i], **self._made_with}
+        folders = ((self.directory / f"pose{m}", key) for m, (key, _) in enumerate(self.poses, 1))
+        return {folder / f"{self.names[i]}.png": {"pose": key, **made_from} for folder, key in folders}
+
+    def _sheet(self, i: int) -> tuple[Path, dict[str, Any]]:
+        note = {"image": self._keys[i], "pose": [key for key, _ in self.poses], **self._made_with}
+        return self.directory / SHEETS / f"{self.names[i]}.png", note
+
     def _there(self, grid: bool) -> set[Path]:
         """Files that are what they should be; raises if others are in their place, or pictures in more poses."""
-        if (self.directory / f"pose{len(self.poses) + 1}").exists():
+        more = self.directory / f"pose{len(self.poses) + 1}"
+        if more.exists():
             raise FileExistsError(
-                f"{self.directory} must not hold pictures in more than {len(self.poses)} poses, and has a "
-                f"pose{len(self.poses) + 1}: the sets would mix. Choose another directory, or remove the folders."
+                f"{self.directory} must not hold pictures in more than {len(self.poses)} poses, got {more.name}. "
+                "Choose another directory, or remove the folders."
             )
         there, others = set(), []
         for i in range(len(self.names)):
-            notes = {target: self._note(i, pose) for pose, target in enumerate(self._targets(i))}
-            if grid:
-                notes[self._sheet(i)] = self._note(i)
-            for target, note in notes.items():
+            for target, note in [*self._pictures(i).items(), *([self._sheet(i)] if grid else [])]:
                 found = _look(target)
                 if found == note:
                     there.add(target)
@@ -314,25 +313,15 @@ class _Job:
         target, found, note = others[0]
         differing = [key for key in note if found.get(key) != note[key]] if found else ["no note of pose2id"]
         return FileExistsError(
-            f"{len(others)} files are in the place of pictures to be generated, and were made from other images, "
-            f"settings or weights; {target} is the first, different in: {', '.join(differing)}. Choose another "
-            "directory, or overwrite them (overwrite=True, --overwrite)."
+            f"{len(others)} files are in the place of new pictures, made from other images, settings or weights; "
+            f"{target} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "
+            "(overwrite=True, --overwrite)."
         )
-
-    def _targets(self, i: int) -> list[Path]:
-        return [self.directory / f"pose{pose + 1}" / f"{self.names[i]}.png" for pose in range(len(self.poses))]
-
-    def _sheet(self, i: int) -> Path:
-        return self.directory / SHEETS / f"{self.names[i]}.png"
-
-    def _note(self, i: int, pose: int | None = None) -> dict[str, Any]:
-        keys = [key for key, _ in self.poses]
-        return {"image": self._keys[i], "pose": keys if pose is None else keys[pose], **self._made_with}
 
 
 def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]:
     if not given.exists():
-        raise FileNotFoundError(f"images must be files or directories, and there is no {given}.")
+        raise FileNotFoundError(f"images must be files or directories; there is no {given}.")
     if not given.is_dir():
         return [given]
     left_out = None if without is None else Path(without).resolve()
