@@ -213,16 +213,17 @@ class IdentityGenerator:
             FileExistsError: the directory holds something.
             TypeError: a network of another class than the published one's, whose configuration the JSON can't hold.
         """
-        weights.save(
-            directory,
-            {name: weights.config_of(name, network) for name, network in self.parts.items()},
-            ((name, network.state_dict()) for name, network in self.parts.items()),
+        networks = self.parts
+        described = weights.Weights(
+            files={},
+            configs={name: weights.config_of(name, network) for name, network in networks.items()},
             scheduler_config=weights.scheduler_config(self.scheduler),
             settings={"image_size": list(self.image_size), "round_bank": self.round_bank},
             sources=self.sources,
             license=self.license,
-            notes=notes,
         )
+        states = ((name, network.state_dict()) for name, network in networks.items())
+        weights.save(directory, described, states, notes=notes)
 
     def push_to_hub(
         self,

@@ -246,34 +246,26 @@ def published_scheduler() -> Any:
 
 def save(
     directory: str | os.PathLike[str],
-    configs: Mapping[str, Mapping[str, Any]],
+    weights: Weights,
     states: Iterable[tuple[str, Mapping[str, Tensor]]],
     *,
-    scheduler_config: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    sources: Mapping[str, str],
-    license: str,  # noqa: A002 - what the Hub calls it
     notes: str = "",
 ) -> None:
     """Write weights in our layout, whole or not at all, into a directory that is new or empty.
 
     Args:
         directory: where to.
-        configs: network to configuration.
+        weights: what describes them; its files do not matter.
         states: (network, tensors), taken one after the other.
-        scheduler_config: with its class under `_class_name`.
-        settings: further arguments of `IdentityGenerator`, as the following.
-        sources: repository to commit.
-        license: of the UNets.
         notes: Markdown that ends the model card.
     """
-    target, terms = checked_target(directory), checked_license(license)
+    target, terms = checked_target(directory), checked_license(weights.license)
     content = {
         "format": _FORMAT,
-        "parts": {name: dict(config) for name, config in configs.items()},
-        "scheduler": dict(scheduler_config),
-        "settings": dict(settings),
-        "sources": dict(sources),
+        "parts": {name: dict(config) for name, config in weights.configs.items()},
+        "scheduler": dict(weights.scheduler_config),
+        "settings": dict(weights.settings),
+        "sources": dict(weights.sources),
         "license": terms,
     }
     description = json.dumps(content, indent=2) + "\n"
@@ -284,7 +276,7 @@ def save(
     try:
         unfinished.mkdir()
         (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
-        (unfinished / CARD).write_text(model_card(sources, terms, notes), encoding="utf-8")
+        (unfinished / CARD).write_text(model_card(weights.sources, terms, notes), encoding="utf-8")
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -327,15 +319,9 @@ def convert(
     if dtype is not None:
         checked_dtype(dtype)
     weights = open_weights(source, **options)
-    save(
-        directory,
-        {name: config_of(name, weights.build(name)) for name in PARTS},
-        ((name, weights.state(name, dtype)) for name in PARTS),
-        scheduler_config=scheduler_config(weights.scheduler()),
-        settings=weights.settings,
-        sources=weights.sources,
-        license=weights.license,
-    )
+    configs = {name: config_of(name, weights.build(name)) for name in PARTS}
+    described = replace(weights, configs=configs, scheduler_config=scheduler_config(weights.scheduler()))
+    save(directory, described, ((name, weights.state(name, dtype)) for name in PARTS))
 
 
 def push(
@@ -568,7 +554,7 @@ tags:
 
 # Weights of identity-guided pedestrian generation (IPG)
 
-For `pose2id.IdentityGenerator.from_pretrained`. One safetensors file for each part; `pose2id.json` holds their
+For `pose2id.IdentityGenerator.from_pretrained`. One safetensors file per network; `pose2id.json` holds their
 configurations. The method is Pose2ID, "From Poses to Identity: Training-Free Person Re-Identification via Feature
 Centralization" (CVPR 2025, arXiv 2503.00938).
 
@@ -583,12 +569,12 @@ which the law of many places restricts: use them only where you have a lawful ba
 _TERMS = {
     OPENRAIL: """\
 The published UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers them and
-whatever was trained from them: its use-based restrictions must be passed on with every copy. The other parts (identity
-encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.""",
+whatever was trained from them: its use-based restrictions must be passed on with every copy. The other networks
+(identity encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.""",
     OTHER: """\
-The UNets are under the terms of whoever trained them, and so is each of the other parts (identity encoder, identity
-tokens, pose encoder, VAE).""",
+The UNets are under the terms of whoever trained them, and so is each of the other networks (identity encoder,
+identity tokens, pose encoder, VAE).""",
 }
 _OTHER_TERMS = """\
-The UNets, or those that they were trained from, are under the licence that is named above, {license}. The other parts
-(identity encoder, identity tokens, pose encoder, VAE) are under the terms of their authors."""
+The UNets, or those that they were trained from, are under the licence that is named above, {license}. The other
+networks (identity encoder, identity tokens, pose encoder, VAE) are under the terms of their authors."""
