@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -454,10 +455,16 @@ class Mean(nn.Module):
         return images.mean((2, 3))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("weights") / "tiny"
+    tiny.generator().save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-def folder(tmp_path):
-    tiny.generator().save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("name", ["identity_encoder", "identity_tokens"])
@@ -577,17 +584,25 @@ def psnr(pictures, expected):
     return float(10 * torch.log10(1 / ((pictures - expected) ** 2).mean()))
 
 
+@pytest.fixture(scope="module")
+def drawn_person():
+    return {"images": [SyntheticPedestrians(1)[0].image], "poses": standard()[:2], "size": None, "output": "tensor"}
+
+
+@pytest.fixture(scope="module")
+def in_full_precision(generator, drawn_person):
+    return generator.generate(**drawn_person, progress=False)
+
+
 @pytest.mark.parametrize("vae", ["vae alike", "float32 vae"])
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 65), (torch.float16, 52), (torch.bfloat16, 38)])
-def test_half_precision_against_full(generator, dtype, least, vae):
+def test_half_precision_against_full(drawn_person, in_full_precision, dtype, least, vae):
     # What chose the default: float16 is 14 dB nearer to float64 than bfloat16. `-s` prints the figures of the docs.
-    people = [SyntheticPedestrians(1)[0].image]
-    options = {"poses": standard()[:2], "size": None, "output": "tensor", "progress": False}
-    expected = generator.generate(people, **options)
+    expected = in_full_precision
     half = tiny.generator(dtype)
     if vae == "float32 vae":
         nn.Module.to(half.vae, dtype=torch.float32)
-    pictures = half.generate(people, **options)
+    pictures = half.generate(**drawn_person, progress=False)
     error = float((pictures - expected).abs().mean()) * 255
     print(f"\n{dtype}, {vae}: {psnr(pictures, expected):.1f} dB, {error:.3f}/255 on average")  # noqa: T201
     assert psnr(pictures, expected) > least

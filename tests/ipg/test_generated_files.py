@@ -324,19 +324,25 @@ def test_the_probe_counts_steps(generator, people, monkeypatch):
         assert steps_seen[0] == expected
 
 
+@pytest.fixture(scope="module")
+def weights(generator, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("weights") / "tiny"
+    generator.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-def command(people, tmp_path):
+def command(weights, people, tmp_path):
     """The command on tiny weights; returns its exit status."""
-    tiny.generator().save_pretrained(tmp_path / "weights")
 
     def run(*words, images=(str(people),)):
-        given = ["generate", *images, "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "weights")]
+        given = ["generate", *images, "--out", str(tmp_path / "out"), "--weights", str(weights)]
         return main([*given, "--steps", "1", "--device", "cpu", *words])
 
     return run
 
 
-def test_the_command(command, people, tmp_path, capsys):
+def test_the_command(command, weights, people, tmp_path, capsys):
     poses.write(FEW, tmp_path / "poses.json")
     words = ("--poses", str(tmp_path / "poses.json"), "--seed", "3", "--guidance", "2", "--size", "64x32", "--grid")
     assert command(*words, "--dtype", "bfloat16", "--batch-size", "4") == 0
@@ -344,7 +350,7 @@ def test_the_command(command, people, tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote 6 pictures to {out}\n"
     names = ("a.png", "b.png", "cam1/a.png")
     assert below(out) == {f"{folder}/{name}" for folder in ("pose1", "pose2", "sheets") for name in names}
-    generator = IdentityGenerator.from_pretrained(tmp_path / "weights", dtype=torch.bfloat16, device="cpu")
+    generator = IdentityGenerator.from_pretrained(weights, dtype=torch.bfloat16, device="cpu")
     options = {"num_inference_steps": 1, "seed": 3, "guidance_scale": 2.0, "size": (64, 32), "batch_size": 4}
     expected = generator.generate([people / "a.png", people / "b.jpg"], FEW, **options)
     with Image.open(out / "pose2" / "b.png") as picture:
