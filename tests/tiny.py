@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import diffusers
 import recipe
 import torch
@@ -42,6 +45,12 @@ SCHEDULER = {
 
 def parts():
     """Fresh parts of an `IdentityGenerator` for pictures of 128x64 pixels."""
+    like = torch.empty(0)
+    return copy.deepcopy(_parts(like.dtype, like.device))
+
+
+@cache  # drawing the weights takes longer than copying them
+def _parts(_dtype, _device):
     encoder = TransReID((64, 32), patch_size=16, stride=12, dim=32, depth=3, heads=4)
     return {
         "identity_encoder": recipe.filled(encoder),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pose2id.centralization.nfc import nfc
     from pose2id.centralizer import Centralizer
     from pose2id.ipg.generator import IdentityGenerator
+    from pose2id.ipg.sampling import Sampling
     from pose2id.neighbors.parts import part_distances
     from pose2id.neighbors.search import nearest_neighbors
     from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
@@ -37,6 +38,7 @@ __all__ = [
     "IdentityDensity",
     "IdentityGenerator",
     "NFCDiagnostics",
+    "Sampling",
     "aqe",
     "database_augmentation",
     "evaluate",
@@ -61,6 +63,7 @@ _HOME = {
     "IdentityDensity": "centralization.id2",
     "IdentityGenerator": "ipg.generator",
     "NFCDiagnostics": "centralization.diagnostics",
+    "Sampling": "ipg.sampling",
     "aqe": "retrieval.expansion",
     "database_augmentation": "retrieval.expansion",
     "evaluate": "retrieval.evaluation",

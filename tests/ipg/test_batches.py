@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.io.images import content_key
-from pose2id.ipg import IdentityGenerator, IdentityTokens, weights
+from pose2id.ipg import IdentityGenerator, IdentityTokens, Networks, weights
 from pose2id.ipg import generator as generator_module
 from pose2id.ipg.noise import ItemNoise
 from pose2id.ipg.pixels import pixels
@@ -144,8 +145,8 @@ def test_noise_of_steps_depends_on_no_batch(people, batch_size):
 def test_poses_are_drawn_for_the_network(people):
     generator = tiny.generator()
     seen = []
-    encode = generator.encode_poses
-    generator.encode_poses = lambda images: seen.append(images) or encode(images)
+    encode = generator.networks.encode_poses
+    generator.networks.encode_poses = lambda images: seen.append(images) or encode(images)
     poses = [standard()[2], draw(standard()[2]), Pose(standard()[3].keypoints[:, ::-1] * 0.5)]
     pictures = generator.generate(people[:1], poses, **OPTIONS)
     assert len(pictures[0]) == 3
@@ -309,14 +310,14 @@ def test_a_device_ends_offloading(people, offloaded):
     assert offloaded.to(dtype=torch.float32).device == torch.device("cpu", 0)
     offloaded.to("cpu")
     assert offloaded.device == torch.device("cpu")
-    with offloaded._at_work("vae"):
+    with offloaded.networks.at_work("vae"):
         assert pointers(offloaded) == before
 
 
 def test_constants_follow_the_device(people):
     generator = tiny.generator()
     generator.enable_model_cpu_offload("cpu")
-    generator._offload_device = torch.device("cpu", 0)  # stands for another device
+    generator.networks.offload_device = torch.device("cpu", 0)  # stands for another device
     generator.unconditional_tokens()
     calls = []
     generator.identity_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -345,8 +346,21 @@ def test_devices_that_are_not_there():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     for call in (tiny.generator().enable_model_cpu_offload, lambda: tiny.generator().to("cuda")):
-        with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        with pytest.raises(ValueError, match="it sees no CUDA device"):
             call()
+
+
+def test_a_cuda_device_of_a_number_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    generator = tiny.generator()
+    for call in (generator.to, generator.enable_model_cpu_offload):
+        with pytest.raises(
+            ValueError, match=r"device must be one that torch sees, got 'cuda:1': it sees 1 CUDA device"
+        ):
+            call("cuda:1")
+    with pytest.raises(ValueError, match="it sees 1 CUDA device"):
+        IdentityGenerator.from_pretrained(folder, device="cuda:1")
 
 
 def test_precision_by_device():
@@ -373,14 +387,14 @@ def test_batches_of_small_gpus(monkeypatch, free, dtype, offload, expected):
         parts = {name: part.build(configs[name]) for name, part in weights.PARTS.items()}
     generator = IdentityGenerator(**parts, scheduler=diffusers.DDIMScheduler(**tiny.SCHEDULER)).to(dtype=dtype)
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(IdentityGenerator, "device", device)
-    generator._offload_device = device if offload else None
+    monkeypatch.setattr(Networks, "device", device)
+    generator.networks.offload_device = device if offload else None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda asked: (int((free - 1) * 2**30), 80 * 2**30))
     # What torch holds and doesn't use is free for us.
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda asked: 5 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda asked: 4 * 2**30)
-    assert generator.resolve_batch_size("auto") == expected
-    assert generator.resolve_batch_size(5) == 5
+    assert generator.networks.resolve_batch_size("auto") == expected
+    assert generator.networks.resolve_batch_size(5) == 5
 
 
 def test_the_bar_counts_pictures(people, monkeypatch):
@@ -398,7 +412,7 @@ def test_the_bar_counts_pictures(people, monkeypatch):
 
 def test_from_pretrained_lays_out_and_compiles(folder, monkeypatch):
     done = []
-    monkeypatch.setattr(IdentityGenerator, "_lay_out", lambda self: done.append("laid out"))
+    monkeypatch.setattr(Networks, "lay_out", lambda self: done.append("laid out"))
     monkeypatch.setattr(IdentityGenerator, "compile", lambda self: done.append("compiled"))
     IdentityGenerator.from_pretrained(folder)
     assert done == ["laid out"]
@@ -441,10 +455,16 @@ class Mean(nn.Module):
         return images.mean((2, 3))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("weights") / "tiny"
+    tiny.generator().save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-def folder(tmp_path):
-    tiny.generator().save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("name", ["identity_encoder", "identity_tokens"])
@@ -564,17 +584,25 @@ def psnr(pictures, expected):
     return float(10 * torch.log10(1 / ((pictures - expected) ** 2).mean()))
 
 
+@pytest.fixture(scope="module")
+def drawn_person():
+    return {"images": [SyntheticPedestrians(1)[0].image], "poses": standard()[:2], "size": None, "output": "tensor"}
+
+
+@pytest.fixture(scope="module")
+def in_full_precision(generator, drawn_person):
+    return generator.generate(**drawn_person, progress=False)
+
+
 @pytest.mark.parametrize("vae", ["vae alike", "float32 vae"])
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 65), (torch.float16, 52), (torch.bfloat16, 38)])
-def test_half_precision_against_full(generator, dtype, least, vae):
+def test_half_precision_against_full(drawn_person, in_full_precision, dtype, least, vae):
     # What chose the default: float16 is 14 dB nearer to float64 than bfloat16. `-s` prints the figures of the docs.
-    people = [SyntheticPedestrians(1)[0].image]
-    options = {"poses": standard()[:2], "size": None, "output": "tensor", "progress": False}
-    expected = generator.generate(people, **options)
+    expected = in_full_precision
     half = tiny.generator(dtype)
     if vae == "float32 vae":
         nn.Module.to(half.vae, dtype=torch.float32)
-    pictures = half.generate(people, **options)
+    pictures = half.generate(**drawn_person, progress=False)
     error = float((pictures - expected).abs().mean()) * 255
     print(f"\n{dtype}, {vae}: {psnr(pictures, expected):.1f} dB, {error:.3f}/255 on average")  # noqa: T201
     assert psnr(pictures, expected) > least

@@ -50,7 +50,8 @@ class Run:
             mutate(generator)
         self.noise = []
         generator.denoising_unet.register_forward_hook(lambda unet, args, output: self.noise.append(output[0]))
-        step, decode, encode = generator.scheduler.step, generator.decode, generator.encode_images
+        networks = generator.networks
+        step, decode, encode = generator.scheduler.step, networks.decode, networks.encode_images
         self.latents = []
 
         def recorded_step(*args, **options):
@@ -66,8 +67,8 @@ class Run:
             self.ref_latents = encode(images)
             return self.ref_latents
 
-        generator.scheduler.step, generator.decode = recorded_step, recorded_decode
-        generator.encode_images = recorded_encode
+        generator.scheduler.step, networks.decode = recorded_step, recorded_decode
+        networks.encode_images = recorded_encode
         self.pose_features = generator.encode_poses(given("pose_in"))
         self.images = generator.sample(
             torch.ones(1, 3, 2, 2, dtype=dtype),
@@ -208,12 +209,12 @@ def reference_forward(change):
 
 
 def reference_latents_unscaled(generator):
-    encode = generator.encode_images
-    generator.encode_images = lambda images: encode(images) / generator.vae.config.scaling_factor
+    encode = generator.networks.encode_images
+    generator.networks.encode_images = lambda images: encode(images) / generator.vae.config.scaling_factor
 
 
 def unconditional_tokens_of_zeros(generator):
-    generator.unconditional_tokens = lambda: torch.zeros(1, 20, 32, dtype=generator.dtype)
+    generator.networks.unconditional_tokens = lambda: torch.zeros(1, 20, 32, dtype=generator.dtype)
 
 
 def unconditional_rows_see_the_bank(generator):
@@ -268,8 +269,8 @@ def test_a_mistake_in_the_pose_image_is_seen(golden, changed):
     vectors = golden("tiny_pipeline_salted_f64")
 
     def mutate(generator):
-        encode = generator.encode_poses
-        generator.encode_poses = lambda images: encode(changed(images))
+        encode = generator.networks.encode_poses
+        generator.networks.encode_poses = lambda images: encode(changed(images))
 
     run = Run(vectors, mutate=mutate)
     assert 1e-3 < np.abs(run.pose_features.numpy() - vectors["pose_fea"]).max() < 0.1

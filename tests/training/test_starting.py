@@ -158,7 +158,7 @@ def test_from_a_file_of_a_configuration(weights, tmp_path):
     for given in (tmp_path / "small.json", str(tmp_path / "small.json")):
         found = starting.start(weights, unet=given)
         assert_equal(expected.denoising_unet.state_dict(), found.denoising_unet.state_dict())
-    with pytest.raises(FileNotFoundError, match=r"unet .*none\.json must be a file of JSON, and there is none"):
+    with pytest.raises(FileNotFoundError, match=r"unet .*none\.json must be a JSON file, and there is none"):
         starting.start("nobody/nothing", unet=tmp_path / "none.json")  # said before weights are looked for
 
 
@@ -332,7 +332,7 @@ def test_a_unet_that_is_nowhere(hub, online, weights, tmp_path):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ("{", {}, r"config\.json is no intact JSON"),
+        ("{", {}, r"config\.json is not valid JSON"),
         (json.dumps(UNET), {"x": torch.zeros(1)}, r"missing: .*1 unexpected: x"),
         (json.dumps({**UNET, "layers_per_block": 2}), None, "missing"),
         (json.dumps({**UNET, "block_out_channels": [16, 16]}), None, "unet"),
@@ -351,7 +351,7 @@ def test_damaged_weights_of_a_unet(weights, diffusion, tmp_path):
     (tmp_path / "unet").mkdir()
     for name in SD_FILES:
         (tmp_path / name).write_bytes((diffusion / name).read_bytes()[: 500 if name.endswith("rs") else None])
-    with pytest.raises(ValueError, match="is no intact safetensors file"):
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
         starting.start(weights, unet=tmp_path)
 
 

@@ -1,7 +1,7 @@
 """Identity-guided pedestrian generation (IPG): the person on a reference image, in other poses.
 
-Built from parts, each of which can be replaced; `IdentityGenerator` puts them together. Names load on first use:
-diffusers takes seconds to import, and pictures of a folder need none of it.
+`Networks` are the six networks, each of which can be replaced; `IdentityGenerator` samples with them. Names load on
+first use: diffusers takes seconds to import, and pictures of a folder need none of it.
 """
 
 from __future__ import annotations
@@ -11,26 +11,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pose2id.ipg.batch import generate_files
-    from pose2id.ipg.generator import IdentityEncoder, IdentityGenerator
+    from pose2id.ipg.generator import IdentityGenerator
     from pose2id.ipg.identity import IdentityTokens, TransReID
+    from pose2id.ipg.networks import IdentityEncoder, Networks
     from pose2id.ipg.pose_encoder import PoseEncoder
+    from pose2id.ipg.sampling import Sampling
     from pose2id.ipg.weights import convert
 
 __all__ = [
     "IdentityEncoder",
     "IdentityGenerator",
     "IdentityTokens",
+    "Networks",
     "PoseEncoder",
+    "Sampling",
     "TransReID",
     "convert",
     "generate_files",
 ]
 
 _HOME = {
-    "IdentityEncoder": "generator",
+    "IdentityEncoder": "networks",
     "IdentityGenerator": "generator",
     "IdentityTokens": "identity",
+    "Networks": "networks",
     "PoseEncoder": "pose_encoder",
+    "Sampling": "sampling",
     "TransReID": "identity",
     "convert": "weights",
     "generate_files": "batch",

@@ -1,4 +1,4 @@
-"""Generated pictures as files: one for each image and pose, each of which tells what it was made from.
+"""Generated pictures as files: one for each image and pose, with its settings recorded in the PNG.
 
 `DIRECTORY/pose1/NAME.png` to `DIRECTORY/poseM/NAME.png`, and contact sheets in `DIRECTORY/sheets`: the layout that the
 published evaluation reads, and `Centralizer(generated=DIRECTORY)`.
@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from PIL import Image, PngImagePlugin
 from pose2id.io.images import content_key, image_files, load_image
 from pose2id.io.whole_files import whole_file
 from pose2id.ipg.folder import NOTE, read_note
-from pose2id.ipg.generator import PARTS, IdentityGenerator
-from pose2id.ipg.pixels import load_poses, load_reference
+from pose2id.ipg.generator import IdentityGenerator
+from pose2id.ipg.pixels import References, load_poses
+from pose2id.ipg.sampler import denoise
+from pose2id.ipg.sampling import Sampling
+from pose2id.ipg.weights import PARTS
 
 SHEETS = "sheets"
 _GAP = 4  # pixels between the pictures of a contact sheet
@@ -31,12 +34,7 @@ _SAMPLED = 256  # values of each tensor that a fingerprint looks at
 
 @dataclass(frozen=True)
 class Written:
-    """What `generate_files` did, in pictures.
-
-    Attributes:
-        written: generated and saved.
-        kept: were there already, made from the same image, pose, weights and settings.
-    """
+    """How many pictures `generate_files` wrote, and how many it kept because they were there already."""
 
     written: int
     kept: int
@@ -48,23 +46,18 @@ def collect_images(
     """Name to file, in order, of image files and of all image files below directories, hidden ones left out.
 
     A file's name is its path without suffix: below the directory, or the last part for a file given by itself. What a
-    directory has below `without` is left out: pictures that were generated into it.
-
-    Raises:
-        FileNotFoundError: neither a file nor a directory, or a directory without images.
-        TypeError: one path instead of a sequence of them.
-        ValueError: a directory inside `without`, two files of one name, or none at all.
+    directory has below `without` is left out: pictures that were generated into it. Two files of one name are errors.
     """
     if isinstance(images, (str, os.PathLike)):
-        raise TypeError(f"images must be a sequence of files and directories, got {images!r} alone. Wrap it in a list.")
+        raise TypeError(f"images must be a sequence of files and directories, got {images!r}. Wrap it in a list.")
     found: dict[str, Path] = {}
     for given in map(Path, images):
         for path in _files_of(given, without):
             name = path.relative_to(given if given.is_dir() else given.parent).with_suffix("").as_posix()
             if name in found:
                 raise ValueError(
-                    f"images must have different names, got {found[name]} and {path}: their pictures would be the same "
-                    "files. Pass the directory above both, or generate them into two directories."
+                    f"images must have different names, got {found[name]} and {path}. Pass the directory above both, "
+                    "or generate them into two directories."
                 )
             found[name] = path
     if not found:
@@ -80,12 +73,10 @@ def generate_files(
     poses: Any = "standard",
     grid: bool = False,
     overwrite: bool = False,
-    num_inference_steps: int = 20,
-    guidance_scale: float = 3.5,
-    seed: int = 42,
+    sampling: Sampling | None = None,
     batch_size: int | str = "auto",
-    size: tuple[int, int] | None = (256, 128),
     progress: bool = True,
+    **settings: Any,
 ) -> Written:
     """Generate every person in every pose into PNG files, and go on where an earlier run stopped.
 
@@ -96,35 +87,36 @@ def generate_files(
 
     Args:
         generator: of the pictures.
-        images: files, and directories with image files at any depth (`collect_images`).
+        images: files, and directories with image files at any depth (`collect_images`). Each is decoded twice at most:
+            to see what is there already, and to generate.
         directory: made if it isn't there. Pictures go to `pose{i}/NAME.png`, i from 1.
         poses: see `IdentityGenerator.generate`.
         grid: also write `sheets/NAME.png`: the reference, the poses, the pictures.
         overwrite: replace files that were made from something else, or by something else.
-        num_inference_steps: see `IdentityGenerator.generate`, as for the following.
-        guidance_scale: of the sampler.
-        seed: of the noise.
+        sampling: settings of all pictures; None: the default.
         batch_size: pictures per forward.
-        size: (height, width) of the pictures.
         progress: show a bar on a terminal, of the pictures that are missing.
+        **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size` of `IdentityGenerator.generate`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: bad input, named, before anything is written.
         FileExistsError: there are files that were made from something else, or pictures in more poses.
     """
-    generator.resolve_batch_size(batch_size)
-    settings = generator.checked_settings(num_inference_steps, guidance_scale, seed, size)
-    job = _Job(generator, images, Path(directory), poses, settings, grid, overwrite)
-    options = {**settings, "batch_size": batch_size, "progress": progress}
+    generator.networks.resolve_batch_size(batch_size)
+    sampling = generator.checked_sampling(sampling, **settings)
+    job = _Job(generator, images, Path(directory), poses, sampling, grid, overwrite)
     results = iter(())
     if job.incomplete:
-        results = generator.generate_iter([job.images[name] for name in job.incomplete], poses, **options)
-    for name in job.images:
-        if name in job.incomplete:
-            job.write(name, next(results))
+        references = job.references.some(list(job.incomplete))
+        results = generator.generate_iter(
+            references, poses, sampling=sampling, batch_size=batch_size, progress=progress
+        )
+    for i in range(len(job.names)):
+        if i in job.incomplete:
+            job.write(i, next(results))
         if grid:
-            job.write_sheet(name)
-    return Written(job.missing, len(job.images) * len(job.poses) - job.missing)
+            job.write_sheet(i)
+    return Written(job.missing, len(job.names) * len(job.poses) - job.missing)
 
 
 def missing_pictures(
@@ -134,14 +126,12 @@ def missing_pictures(
     *,
     poses: Any = "standard",
     overwrite: bool = False,
-    num_inference_steps: int = 20,
-    guidance_scale: float = 3.5,
-    seed: int = 42,
-    size: tuple[int, int] | None = (256, 128),
+    sampling: Sampling | None = None,
+    **settings: Any,
 ) -> int:
     """How many pictures `generate_files` would write; arguments and errors are the same."""
-    settings = generator.checked_settings(num_inference_steps, guidance_scale, seed, size)
-    return _Job(generator, images, Path(directory), poses, settings, False, overwrite).missing
+    sampling = generator.checked_sampling(sampling, **settings)
+    return _Job(generator, images, Path(directory), poses, sampling, False, overwrite).missing
 
 
 def seconds_per_picture(
@@ -149,9 +139,9 @@ def seconds_per_picture(
     image: Any,
     poses: Any = "standard",
     *,
-    num_inference_steps: int = 20,
+    sampling: Sampling | None = None,
     batch_size: int | str = "auto",
-    **options: Any,
+    **settings: Any,
 ) -> float:
     """A short timed probe: what a picture takes in a long run, from a batch of 1 step and one of 3.
 
@@ -160,27 +150,26 @@ def seconds_per_picture(
     Args:
         generator: of the pictures.
         image: a reference image.
-        poses: see `IdentityGenerator.generate`, as for the following.
-        num_inference_steps: of the run that is asked about.
+        poses: see `IdentityGenerator.generate`.
+        sampling: of the run that is asked about; None: the default.
         batch_size: of that run.
-        **options: further keywords of `IdentityGenerator.generate`.
+        **settings: see `generate_files`.
     """
-    count = generator.resolve_batch_size(batch_size) if generator.device.type == "cuda" else 1
+    sampling = generator.checked_sampling(sampling, **settings)
+    count = generator.networks.resolve_batch_size(batch_size) if generator.device.type == "cuda" else 1
     drawings = [drawing for _, drawing in load_poses(poses)][:count]
     images = [image] * (count // len(drawings))
-    generator.checked_settings(num_inference_steps)
 
     def seconds(steps: int) -> float:
         start = time.perf_counter()
+        probe = replace(sampling, steps=steps)
         # Pictures come back on the CPU: everything before them has been computed then.
-        generator.generate(
-            images, drawings, num_inference_steps=steps, batch_size=batch_size, **{**options, "progress": False}
-        )
+        list(generator.generate_iter(images, drawings, sampling=probe, batch_size=batch_size, progress=False))
         return (time.perf_counter() - start) / (len(images) * len(drawings))
 
     seconds(1)  # what happens only once: constants, kernels to choose or to compile
     one, three = seconds(1), seconds(3)
-    return one + max(0.0, three - one) / 2 * (num_inference_steps - 1)
+    return one + max(0.0, three - one) / 2 * (sampling.steps - 1)
 
 
 def contact_sheet(
@@ -208,18 +197,17 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS, *, bank: bool = True) -> str:
+def fingerprint(generator: IdentityGenerator, names: Iterable[str] = PARTS, *, bank: bool = True) -> str:
     """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size.
 
     Args:
         generator: that is hashed.
-        names: parts whose weights count.
+        names: networks whose weights count.
         bank: whether it counts if the bank is rounded.
     """
     digest = hashlib.sha256()
     for name in names:
-        part = generator.parts[name]
-        for key, tensor in part.state_dict().items():
+        for key, tensor in generator.parts[name].state_dict().items():
             flat = tensor.detach().flatten()
             values = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu().numpy()
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -228,6 +216,9 @@ def fingerprint(generator: IdentityGenerator, names: Sequence[str] = PARTS, *, b
     scaling = generator.vae.config.scaling_factor
     rounded = generator.round_bank if bank else None
     rest = [type(generator.scheduler).__name__, scheduler, list(generator.image_size), rounded, scaling]
+    if generator.sampler is not denoise:
+        own = generator.sampler if hasattr(generator.sampler, "__qualname__") else type(generator.sampler)
+        rest.append(f"{own.__module__}.{own.__qualname__}")
     digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -241,42 +232,43 @@ class _Job:
         images: Iterable[str | os.PathLike[str]],
         directory: Path,
         poses: Any,
-        settings: Mapping[str, Any],
+        sampling: Sampling,
         grid: bool,
         overwrite: bool,
     ) -> None:
         if directory.exists() and not directory.is_dir():
-            raise FileExistsError(f"directory must be one to write pictures to, and {directory} is a file.")
-        self.images, self.directory, self.overwrite = collect_images(images, directory), directory, overwrite
+            raise FileExistsError(f"directory must not be a file, and {directory} is a file.")
+        found = collect_images(images, directory)
+        self.names, self.directory, self.overwrite = list(found), directory, overwrite
         self.poses = load_poses(poses)
-        self._keys = _content_keys(self.images)
+        self.references = References(list(found.values()), [f"image {name}" for name in found])
+        self._keys = _content_keys(found, self.references)
         self._made_with = {
             "generated": True,
-            **settings,
-            "size": settings["size"] and list(settings["size"]),
+            **sampling.note(),
             "dtype": str(generator.dtype).removeprefix("torch."),
             "generator": fingerprint(generator),
             "weights": generator.sources,
         }
         there = self._there(grid)
+        every = range(len(self.names))
         # A dictionary for its order, which is that of the results.
-        self.incomplete = dict.fromkeys(name for name in self.images if not there.issuperset(self._targets(name)))
-        self.missing = sum(target not in there for name in self.images for target in self._targets(name))
+        self.incomplete = dict.fromkeys(i for i in every if not there.issuperset(self._pictures(i)))
+        self.missing = sum(target not in there for i in every for target in self._pictures(i))
 
-    def write(self, name: str, pictures: Sequence[Image.Image]) -> None:
-        """Save an image's pictures, but for those that are there."""
-        for pose, (target, picture) in enumerate(zip(self._targets(name), pictures, strict=True)):
-            self._write(picture, target, self._note(name, pose))
+    def write(self, i: int, pictures: Sequence[Image.Image]) -> None:
+        """Save an image's pictures, except those that are there."""
+        for (target, note), picture in zip(self._pictures(i).items(), pictures, strict=True):
+            self._write(picture, target, note)
 
-    def write_sheet(self, name: str) -> None:
+    def write_sheet(self, i: int) -> None:
         """Save an image's contact sheet, made of the files, if it isn't there."""
 
         def sheet() -> Image.Image:
-            pictures = [load_image(target, "picture") for target in self._targets(name)]
-            reference = load_reference(self.images[name], f"image {name}")
-            return contact_sheet(reference, [drawing for _, drawing in self.poses], pictures)
+            pictures = [load_image(target, "picture") for target in self._pictures(i)]
+            return contact_sheet(self.references[i], [drawing for _, drawing in self.poses], pictures)
 
-        self._write(sheet, self._sheet(name), self._note(name))
+        self._write(sheet, *self._sheet(i))
 
     def _write(self, picture: Image.Image | Callable[[], Image.Image], target: Path, note: dict[str, Any]) -> None:
         # Looked at again: another run may write here too.
@@ -287,19 +279,27 @@ class _Job:
             raise self._others([(target, found, note)])
         _save(picture() if callable(picture) else picture, target, json.dumps(note, sort_keys=True))
 
+    def _pictures(self, i: int) -> dict[Path, dict[str, Any]]:
+        """The files of an image, one for each pose, with their notes."""
+        made_from = {"image": self._keys[i], **self._made_with}
+        folders = ((self.directory / f"pose{m}", key) for m, (key, _) in enumerate(self.poses, 1))
+        return {folder / f"{self.names[i]}.png": {"pose": key, **made_from} for folder, key in folders}
+
+    def _sheet(self, i: int) -> tuple[Path, dict[str, Any]]:
+        note = {"image": self._keys[i], "pose": [key for key, _ in self.poses], **self._made_with}
+        return self.directory / SHEETS / f"{self.names[i]}.png", note
+
     def _there(self, grid: bool) -> set[Path]:
         """Files that are what they should be; raises if others are in their place, or pictures in more poses."""
-        if (self.directory / f"pose{len(self.poses) + 1}").exists():
+        more = self.directory / f"pose{len(self.poses) + 1}"
+        if more.exists():
             raise FileExistsError(
-                f"{self.directory} must not hold pictures in more than {len(self.poses)} poses, and has a "
-                f"pose{len(self.poses) + 1}: the sets would mix. Choose another directory, or remove the folders."
+                f"{self.directory} must not hold pictures in more than {len(self.poses)} poses, got {more.name}. "
+                "Choose another directory, or remove the folders."
             )
         there, others = set(), []
-        for name in self.images:
-            notes = {target: self._note(name, pose) for pose, target in enumerate(self._targets(name))}
-            if grid:
-                notes[self._sheet(name)] = self._note(name)
-            for target, note in notes.items():
+        for i in range(len(self.names)):
+            for target, note in [*self._pictures(i).items(), *([self._sheet(i)] if grid else [])]:
                 found = _look(target)
                 if found == note:
                     there.add(target)
@@ -313,25 +313,15 @@ class _Job:
         target, found, note = others[0]
         differing = [key for key in note if found.get(key) != note[key]] if found else ["no note of pose2id"]
         return FileExistsError(
-            f"{len(others)} files are in the place of pictures to be generated, and were made from other images, "
-            f"settings or weights; {target} is the first, different in: {', '.join(differing)}. Choose another "
-            "directory, or overwrite them (overwrite=True, --overwrite)."
+            f"{len(others)} files are in the place of new pictures, made from other images, settings or weights; "
+            f"{target} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "
+            "(overwrite=True, --overwrite)."
         )
-
-    def _targets(self, name: str) -> list[Path]:
-        return [self.directory / f"pose{pose + 1}" / f"{name}.png" for pose in range(len(self.poses))]
-
-    def _sheet(self, name: str) -> Path:
-        return self.directory / SHEETS / f"{name}.png"
-
-    def _note(self, name: str, pose: int | None = None) -> dict[str, Any]:
-        keys = [key for key, _ in self.poses]
-        return {"image": self._keys[name], "pose": keys if pose is None else keys[pose], **self._made_with}
 
 
 def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]:
     if not given.exists():
-        raise FileNotFoundError(f"images must be files or directories, and there is no {given}.")
+        raise FileNotFoundError(f"images must be files or directories; there is no {given}.")
     if not given.is_dir():
         return [given]
     left_out = None if without is None else Path(without).resolve()
@@ -344,14 +334,14 @@ def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]
     return files
 
 
-def _content_keys(images: Mapping[str, Path]) -> dict[str, str]:
+def _content_keys(images: Mapping[str, Path], references: References) -> list[str]:
     """Of all images, or one error for all that are broken."""
-    keys, broken = {}, []
-    for name, path in images.items():
+    keys, broken = [], []
+    for i, (name, path) in enumerate(images.items()):
         try:
             if read_note(path):
                 raise ValueError(f"image {name} must be a person's, and {path} was generated by pose2id.")
-            keys[name] = content_key(load_reference(path, f"image {name}"))
+            keys.append(content_key(references[i]))
         except ValueError as error:
             broken.append(str(error))
     if broken:

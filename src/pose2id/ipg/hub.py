@@ -36,10 +36,10 @@ class Place:
     Args:
         repo_or_dir: a directory if there is one of this name, else a repository.
         argument: what the caller calls it, for errors.
-        revision: branch, tag or commit of a repository.
+        revision: as the following, see `IdentityGenerator.from_pretrained`.
         cache_dir: of the Hub's client.
         local_files_only: take only what is in the cache.
-        token: for the Hub; None: the client's own; False: none.
+        token: for the Hub.
 
     Attributes:
         commit: what `revision` resolved to, once a file was there; None for a directory.
@@ -72,10 +72,10 @@ class Place:
         if self._directory is None:
             with contextlib.suppress(HFValidationError):
                 validate_repo_id(self.name)
-                if "/" in self.name:  # the Hub's names without a user are none of ours, but mistyped directories are
+                if "/" in self.name:  # without a user, a mistyped directory is likelier
                     return
             raise FileNotFoundError(
-                f"{argument} must be a directory or a repository of the Hub such as 'user/name'; there is no directory "
+                f"{argument} must be a directory or a repository such as 'user/name'; there is no directory "
                 f"{self.name!r}."
             )
 
@@ -83,14 +83,13 @@ class Place:
         return f"directory {self.name}" if self._directory else f"repository {self.name} at {self._revision!r}"
 
     def source(self) -> dict[str, str]:
-        """Repository to commit; nothing for a directory, whose path is nobody's business."""
+        """Repository to commit; empty for a directory: local paths are not recorded."""
         return {} if self.commit is None else {self.name: self.commit}
 
     def settle(self, names: Sequence[str]) -> None:
         """Let the first of these files that is in the cache decide the commit.
 
-        What a commit lacks is known from the cache, and needn't be asked for: without a connection, the client would
-        try for half a minute.
+        The cache also knows what a commit lacks: without a connection, the client would try for half a minute.
         """
         for name in names:
             if self._directory is None and isinstance(self._cached(name, self._revision), str):
@@ -99,12 +98,7 @@ class Place:
                 return
 
     def files(self, names: Sequence[str]) -> list[Path]:
-        """Paths of all these files, all of one commit.
-
-        Raises:
-            MissingFilesError: one or more are not there; each is named.
-            FileNotFoundError: no such repository or revision.
-        """
+        """Paths of all these files, of one commit; or one `MissingFilesError` that names all missing ones."""
         found, missing, reasons = [], [], []
         for name in names:
             try:
@@ -130,6 +124,8 @@ class Place:
         return path
 
     def _download(self, name: str) -> Path:
+        # Not snapshot_download of all files: it asks for a listing first, does not name the file whose download broke
+        # off, and offline, in older clients, returns an incomplete folder of the cache without a word.
         try:
             path = hf_hub_download(
                 self.name,
@@ -153,17 +149,15 @@ class Place:
             ) from error
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
-                f"{self._argument} must be a directory or a repository of the Hub; there is no directory {self.name!r} "
-                "and no repository that you may read. Check the name, log in with `hf auth login`, and accept the "
-                "repository's terms if it has some."
+                f"{self._argument} must be a directory or a repository; there is no directory {self.name!r} and no "
+                "repository that you may read. Check the name, log in with `hf auth login`, accept its terms if any."
             ) from error
         except (OSError, _HTTP_ERROR) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # of the disk, not of the connection
             # Its kind alone: messages of HTTP libraries may quote the token.
             raise ConnectionError(
-                f"{name} of {self} could not be downloaded ({type(error).__name__}). Try again: files that are whole "
-                "are kept."
+                f"{name} of {self} could not be downloaded ({type(error).__name__}). Try again: whole files are kept."
             ) from error
         return Path(path)
 

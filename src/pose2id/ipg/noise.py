@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-
-from pose2id.io.images import content_key
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class ItemNoise:
     """Noise as a function of (seed, image, pose) alone: the same in any batch, order, process and on any device.
 
     Attributes:
-        seed: of the whole.
+        seed: of the run.
         image_key: `content_key` of the reference image.
         pose_key: `Pose.key`, or the `content_key` of a drawing.
     """
@@ -61,21 +58,20 @@ class Noise:
     generator: torch.Generator | None = None
     latents: Tensor | None = None
 
-    def initial(self, i: int, picture: Image.Image, device: torch.device) -> Tensor:
+    def initial(self, i: int, image_key: str, device: torch.device) -> Tensor:
         """(M, *shape) for images[i]. A generator's is drawn on its own device, seeded or not."""
         if self.latents is not None:
             return self.latents[i].to(device)
         if self.generator is None:
-            return torch.stack([item.latents(self.shape) for item in self._items(picture)]).to(device)
+            return torch.stack([item.latents(self.shape) for item in self._items(image_key)]).to(device)
         shape, at = (len(self.pose_keys), *self.shape), self.generator.device
         return torch.randn(shape, generator=self.generator, device=at, dtype=torch.float32).to(device)
 
-    def of_steps(self, pictures: Sequence[Image.Image]) -> torch.Generator | list[list[torch.Generator]]:
+    def of_steps(self, image_keys: Sequence[str]) -> torch.Generator | list[list[torch.Generator]]:
         """For schedulers that add noise in their steps: the run's generator, or fresh ones for each picture's poses."""
         if self.generator is not None:
             return self.generator
-        return [[item.generator() for item in self._items(picture)] for picture in pictures]
+        return [[item.generator() for item in self._items(key)] for key in image_keys]
 
-    def _items(self, picture: Image.Image) -> list[ItemNoise]:
-        image_key = content_key(picture)
+    def _items(self, image_key: str) -> list[ItemNoise]:
         return [ItemNoise(self.seed, image_key, pose_key) for pose_key in self.pose_keys]

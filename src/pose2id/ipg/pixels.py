@@ -1,10 +1,11 @@
-"""Pictures at the doors of the generator: references and drawn poses in, generated pictures out.
+"""Images at the doors of the generator: references and drawn poses in, generated pictures out.
 
 Pixels are made and read as the published code does.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,47 @@ from torch import Tensor
 from pose2id.io.images import checked_images, content_key, load_image
 from pose2id.poses import Pose, draw, standard
 
-LEAST_SIDE = 8  # pixels; on less there is nobody to be seen
+LEAST_SIDE = 8  # pixels; fewer show nobody
+_KEPT_BYTES = 64 << 20
+
+
+class References:
+    """Reference images as RGB pictures, decoded when they are asked for; the latest 64 MiB are kept.
+
+    Args:
+        images: paths, PIL pictures or arrays, as for `IdentityGenerator.generate`.
+        names: of the images, for errors; None: images[0], images[1], ...
+    """
+
+    def __init__(self, images: Any, names: Sequence[str] | None = None) -> None:
+        self._images, self._names = images, names
+        self._places: Sequence[int] = range(len(images))
+        self._kept: dict[int, Image.Image] = {}  # the latest come last
+        self._bytes = [0]  # in a list, to be shared as well
+
+    def some(self, places: Sequence[int]) -> References:
+        """Those at these places; what is kept is shared."""
+        chosen = copy.copy(self)
+        chosen._places = [self._places[place] for place in places]
+        return chosen
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: int) -> Image.Image:
+        i = self._places[place]
+        if i in self._kept:
+            return self._kept[i]
+        picture = load_reference(self._images[i], self._names[i] if self._names else f"images[{i}]")
+        self._kept[i] = picture
+        self._bytes[0] += _nbytes(picture)
+        while self._bytes[0] > _KEPT_BYTES:
+            self._bytes[0] -= _nbytes(self._kept.pop(next(iter(self._kept))))
+        return picture
 
 
 def load_reference(item: Any, name: str) -> Image.Image:
-    """A reference image as an RGB picture (`pose2id.extractor.load_image`), of 8 x 8 pixels at least."""
+    """A reference image as an RGB picture (`pose2id.io.images.load_image`), of 8 x 8 pixels at least."""
     picture = load_image(item, name)
     if min(picture.size) < LEAST_SIDE:
         raise ValueError(
@@ -71,7 +108,7 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "gener
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
         raise ValueError(
-            f"{name} must be finite, got NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}: a half "
+            f"{name} must be finite, got NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}: half "
             "precision overflowed, or a weight is not finite. Try dtype=torch.bfloat16 or torch.float32."
         )
     arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -82,3 +119,7 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "gener
 def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     """(M, 3, H, W) float32 RGB in [0, 1] of pictures of one size: their 8-bit values over 255."""
     return torch.stack([pixels(picture, picture.size[::-1]) for picture in pictures])
+
+
+def _nbytes(picture: Image.Image) -> int:
+    return 3 * picture.width * picture.height

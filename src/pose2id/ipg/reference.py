@@ -6,7 +6,7 @@ Both are stock `diffusers.UNet2DConditionModel`. Their attention processors take
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class Condition:
     bank: dict[str, KeysValues]
     tokens: dict[str, KeysValues]
     poses: int
+
+    def conditional(self, rows: int) -> Condition:
+        """Without unconditional rows: what the last `rows`, R * P, of the UNet's batch see."""
+        return replace(self, tokens={name: (keys[-rows:], vals[-rows:]) for name, (keys, vals) in self.tokens.items()})
 
 
 def install_writer(unet: UNet2DConditionModel) -> None:

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pose2id.ipg.reference import Condition
+
+
+class Sampler(Protocol):
+    """From noise to latents, with the steps of a scheduler: `denoise`, or a function of your own like it."""
+
+    def __call__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        noise: Tensor,
+        pose_features: Tensor,
+        condition: Condition,
+        /,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Tensor:
+        """(R, P, 4, h, w) scaled latents; the arguments are those of `denoise`."""
 
 
 def denoise(

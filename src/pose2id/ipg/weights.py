@@ -1,7 +1,7 @@
-"""Weights are data: found in a directory or on the Hub, checked by key and shape, read one part at a time.
+"""Weights are data: found in a directory or on the Hub, checked by key and shape, read one network at a time.
 
 Two layouts. The published one: five .pth files of tensors, and a VAE from elsewhere. Ours, written by `save`: one
-safetensors file per part and pose2id.json, which holds every configuration. No code in a file is ever run.
+safetensors file per network and pose2id.json, which holds every configuration. No code in a file is ever run.
 """
 
 from __future__ import annotations
@@ -47,14 +47,9 @@ _SHOWN = 10  # keys of one kind that an error lists
 
 @dataclass(frozen=True)
 class Part:
-    """One network of IPG, and how its weights are found.
+    """One network of IPG: class, configuration to module, and in the published layout file and configuration.
 
-    Attributes:
-        kind: its class.
-        build: configuration to module.
-        published_file: its file in the published layout.
-        config: its configuration there; None: beside the file (the VAE).
-        unused: keys that a file may have, and inference does not need.
+    The VAE's configuration stands beside its file. `unused` are keys of a file that inference does not need.
     """
 
     kind: type[nn.Module]
@@ -111,22 +106,11 @@ PARTS: Mapping[str, Part] = {
     ),
     "pose_encoder": Part(PoseEncoder, lambda config: PoseEncoder(**config), "pose_guider.pth", {}),
     "vae": Part(
-        diffusers.AutoencoderKL,
-        diffusers.AutoencoderKL.from_config,
-        "diffusion_pytorch_model.safetensors",
-        None,
+        diffusers.AutoencoderKL, diffusers.AutoencoderKL.from_config, "diffusion_pytorch_model.safetensors", None
     ),
 }
-# What constructors raise for arguments that are none of theirs, or make no sense.
-CONFIG_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# What constructors raise for unknown or senseless arguments.
+CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LFS_POINTER = b"version https://git-lfs"
 # Attention of VAEs that were saved before diffusers 0.15.
@@ -138,12 +122,10 @@ class Weights:
     """Weights that were found and whose keys are right, read when asked for.
 
     Attributes:
-        files: part to file.
-        configs: part to configuration.
+        files: network to file.
+        configs: network to configuration.
         scheduler_config: a diffusers scheduler's, with its class under `_class_name`.
-        settings: further arguments of `IdentityGenerator`.
-        sources: repository to commit.
-        license: of the UNets, as the Hub names it.
+        settings: further arguments of `IdentityGenerator`, as `sources` and `license`.
     """
 
     files: Mapping[str, Path]
@@ -154,36 +136,34 @@ class Weights:
     license: str = OPENRAIL
 
     def check(self) -> None:
-        """Raise one ValueError for all parts whose file lacks keys, or has others, or of other shapes."""
+        """Raise one ValueError for all networks whose file has missing, unexpected or mis-shaped keys."""
         self.scheduler()
         problems = []
         for name, path in self.files.items():
             problem = _mismatch(self.build(name), _read(name, path), PARTS[name].unused)
             problems += [f"  {name} ({path.name}): {problem}"] if problem else []
         if problems:
-            raise ValueError("These weights do not fit their parts:\n" + "\n".join(problems))
+            raise ValueError("These weights do not fit their networks:\n" + "\n".join(problems))
 
     def state(
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """The tensors that inference needs of a part, in new memory; dtype None: as stored."""
+        """The tensors that inference needs of a network, in new memory; dtype None: as stored."""
         return self._filled(self.build(name), name, dtype, device)
 
     def load(self, name: str, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """A part, straight in its dtype and on its device."""
+        """A network, straight in its dtype and on its device."""
         logger.info("loading %s from %s", name, self.files[name])
         module = self.build(name)
         module.load_state_dict(self._filled(module, name, dtype, device), assign=True)
         return module.requires_grad_(False)
 
     def scheduler(self) -> Any:
-        """The scheduler, built."""
+        """A scheduler of this configuration."""
         name = self.scheduler_config.get("_class_name")
         kind = getattr(diffusers, str(name), None)
         if not inspect.isclass(kind) or not issubclass(kind, diffusers.SchedulerMixin):
-            raise ValueError(
-                f"scheduler in {CONFIG_FILE} must name a diffusers scheduler as _class_name, got {name!r}."
-            )
+            raise ValueError(f"_class_name of the scheduler in {CONFIG_FILE} must be one of diffusers, got {name!r}.")
         try:
             with torch.device("cpu"):  # whatever the default is: its tables are looked up there in every step
                 return cast("Any", kind).from_config(dict(self.scheduler_config))
@@ -191,7 +171,7 @@ class Weights:
             raise ValueError(f"the configuration of the scheduler builds no {name}: {error}") from error
 
     def build(self, name: str) -> nn.Module:
-        """A part in shapes only, on the meta device."""
+        """A network in shapes only, on the meta device."""
         try:
             with torch.device("meta"):
                 return PARTS[name].build(self.configs[name])
@@ -220,7 +200,7 @@ def open_weights(
 ) -> Weights:
     """Find weights in either layout and check their keys; arguments and errors: `IdentityGenerator.from_pretrained`.
 
-    The files of the parts that are named in `without` are neither needed nor read.
+    The files of the networks named in `without` are neither needed nor read.
     """
     options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     if repo_or_dir == TINY:
@@ -266,34 +246,26 @@ def published_scheduler() -> Any:
 
 def save(
     directory: str | os.PathLike[str],
-    configs: Mapping[str, Mapping[str, Any]],
+    weights: Weights,
     states: Iterable[tuple[str, Mapping[str, Tensor]]],
     *,
-    scheduler_config: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    sources: Mapping[str, str],
-    license: str,  # noqa: A002 - what the Hub calls it
     notes: str = "",
 ) -> None:
     """Write weights in our layout, whole or not at all, into a directory that is new or empty.
 
     Args:
         directory: where to.
-        configs: part to configuration.
-        states: (part, tensors), taken one after the other.
-        scheduler_config: with its class under `_class_name`.
-        settings: further arguments of `IdentityGenerator`.
-        sources: repository to commit.
-        license: of the UNets, as the Hub names it; the model card has it.
+        weights: what describes them; its files do not matter.
+        states: (network, tensors), taken one after the other.
         notes: Markdown that ends the model card.
     """
-    target, terms = checked_target(directory), checked_license(license)
+    target, terms = checked_target(directory), checked_license(weights.license)
     content = {
         "format": _FORMAT,
-        "parts": {name: dict(config) for name, config in configs.items()},
-        "scheduler": dict(scheduler_config),
-        "settings": dict(settings),
-        "sources": dict(sources),
+        "parts": {name: dict(config) for name, config in weights.configs.items()},
+        "scheduler": dict(weights.scheduler_config),
+        "settings": dict(weights.settings),
+        "sources": dict(weights.sources),
         "license": terms,
     }
     description = json.dumps(content, indent=2) + "\n"
@@ -304,7 +276,7 @@ def save(
     try:
         unfinished.mkdir()
         (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
-        (unfinished / CARD).write_text(model_card(sources, terms, notes), encoding="utf-8")
+        (unfinished / CARD).write_text(model_card(weights.sources, terms, notes), encoding="utf-8")
         for name, state in states:
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
@@ -312,7 +284,7 @@ def save(
                 save_file(tensors, file, metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk is one of these
                 raise OSError(f"{file.name} could not be written: {error}") from error
-            # safetensors makes files that nobody else may read.
+            # safetensors makes files that only their owner may read.
             shutil.copymode(unfinished / CONFIG_FILE, file)
         # The configuration last: without it, nothing takes the directory for weights.
         for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG_FILE):
@@ -323,7 +295,7 @@ def save(
         for file in moved:
             file.unlink()
         if made:
-            with contextlib.suppress(OSError):  # somebody else put something there
+            with contextlib.suppress(OSError):  # another process put something there
                 target.rmdir()
         raise
 
@@ -335,7 +307,7 @@ def convert(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
-    """Rewrite weights of either layout in ours, one part at a time.
+    """Rewrite weights of either layout in ours, one network at a time.
 
     Args:
         source: a directory or repository; see `IdentityGenerator.from_pretrained`.
@@ -347,15 +319,9 @@ def convert(
     if dtype is not None:
         checked_dtype(dtype)
     weights = open_weights(source, **options)
-    save(
-        directory,
-        {name: config_of(name, weights.build(name)) for name in PARTS},
-        ((name, weights.state(name, dtype)) for name in PARTS),
-        scheduler_config=scheduler_config(weights.scheduler()),
-        settings=weights.settings,
-        sources=weights.sources,
-        license=weights.license,
-    )
+    configs = {name: config_of(name, weights.build(name)) for name in PARTS}
+    described = replace(weights, configs=configs, scheduler_config=scheduler_config(weights.scheduler()))
+    save(directory, described, ((name, weights.state(name, dtype)) for name in PARTS))
 
 
 def push(
@@ -374,25 +340,21 @@ def push(
 
 
 def json_object(path: Path, argument: str = "") -> dict[str, Any]:
-    """What a JSON file holds: a configuration, for one. Errors name the argument that the file was given as, if any.
-
-    Raises:
-        OSError, ValueError: no such file; no JSON, or no object; named.
-    """
+    """The object that a JSON file holds; errors name the file, and the argument that it was given as."""
     name = f"{argument} {path}".strip()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} must be a file of JSON, and there is none.") from error
+        raise FileNotFoundError(f"{name} must be a JSON file, and there is none.") from error
     except ValueError as error:
-        raise ValueError(f"{name} is no intact JSON ({error}).") from error
+        raise ValueError(f"{name} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} must hold a JSON object, got {type(content).__name__}.")
     return content
 
 
 def checked_dtype(dtype: Any) -> torch.dtype:
-    """One of the dtypes that parts compute in."""
+    """One of the dtypes that networks compute in."""
     if dtype not in _DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise TypeError(f"dtype must be one of torch's {names}, got {dtype!r}.")
@@ -400,11 +362,7 @@ def checked_dtype(dtype: Any) -> torch.dtype:
 
 
 def checked_license(name: Any) -> str:
-    """A licence's name on the Hub, such as "mit"; it stands in the YAML of model cards.
-
-    Raises:
-        TypeError, ValueError: another text.
-    """
+    """A licence's name on the Hub, such as "mit"; it stands in the YAML of model cards."""
     if not isinstance(name, str):
         raise TypeError(f"license must be a name of the Hub such as 'mit', got {type(name).__name__}.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
@@ -416,12 +374,12 @@ def checked_target(directory: str | os.PathLike[str]) -> Path:
     """A directory that is new or empty."""
     target = Path(directory).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is no empty directory. Choose another, or remove it.")
+        raise FileExistsError(f"{target} exists and is not an empty directory. Choose another, or remove it.")
     return target
 
 
 def config_of(name: str, part: nn.Module) -> dict[str, Any]:
-    """The configuration that a part of the published architecture is built from again, whole."""
+    """The whole configuration of a network of the published architecture."""
     kind = PARTS[name].kind
     if type(part) is not kind:
         raise TypeError(f"{name} must be a {kind.__name__} to be saved, got {type(part).__name__}: save it yourself.")
@@ -434,8 +392,8 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     kind = type(scheduler)
     if getattr(diffusers, kind.__name__, None) is not kind:
         raise TypeError(
-            f"scheduler must be of a class of diffusers to be saved, got {kind.__module__}.{kind.__name__}: assign it "
-            "again after loading."
+            f"scheduler must be one of diffusers to be saved, got {kind.__module__}.{kind.__name__}: assign it again "
+            "after loading."
         )
     return {"_class_name": kind.__name__, **_public(scheduler.config)}
 
@@ -450,9 +408,7 @@ def require_saveable(parts: Mapping[str, nn.Module], scheduler: Any) -> None:
 def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> Weights:
     content = json_object(config_file)
     if content.get("format") != _FORMAT:
-        raise ValueError(
-            f"{config_file} must have format {_FORMAT}, which this version reads, got {content.get('format')!r}."
-        )
+        raise ValueError(f"{config_file} must have format {_FORMAT}, got {content.get('format')!r}.")
     # Objects, not names: diffusers takes a string for a repository to fetch.
     sections = {name: _object(content, name, config_file) for name in ("parts", "scheduler", "settings", "sources")}
     names = [name for name in PARTS if name not in without]
@@ -493,7 +449,7 @@ def _published_layout(place: Place, without: Collection[str]) -> Weights:
         files = place.files([part.published_file for part in published.values()])
     except MissingFilesError as error:
         raise MissingFilesError(
-            f"{error} Weights are these published files, or {CONFIG_FILE} with a safetensors file for each part."
+            f"{error} Weights are these published files, or {CONFIG_FILE} with a safetensors file per network."
         ) from error
     configs = {name: part.config for name, part in published.items() if part.config is not None}
     return Weights(dict(zip(published, files, strict=True)), configs, sources=place.source())
@@ -518,27 +474,23 @@ def _with_vae(weights: Weights, place: Place) -> Weights:
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without diffusers' own notes, one of which is the path that a model came from."""
+    """Without diffusers' private entries, such as the path that a model came from."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _read(name: str, path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, mapped into memory: what isn't looked at is not read."""
+    """All tensors of a file, mapped into memory: only what is used is read."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{path} is a pointer of Git LFS and not the file itself. Run `git lfs pull` beside it.")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` beside it.")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}). Fetch it again.") from error
     tensors = {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
     if len(tensors) < len(content):
-        raise ValueError(f"{path} must hold each key once, got some both with and without the prefix 'module.'.")
+        raise ValueError(f"{path} must hold each key once, got some with and without the prefix 'module.'.")
     return {_present_name(key): t for key, t in tensors.items()} if name == "vae" else tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no intact safetensors file ({error}). Fetch it again.") from error
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
@@ -550,11 +502,11 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     # A damaged pickle can fail in any way. Never torch's own message, which explains how to run the code.
     except Exception as error:
         raise ValueError(
-            f"{path} holds something else than tensors, or is damaged, and was not loaded ({type(error).__name__}): it "
-            "could run code. Fetch it again; if it is meant to be so, ask its authors for a safetensors file."
+            f"{path} is damaged or holds more than tensors, and was not loaded ({type(error).__name__}): it could run "
+            "code. Fetch it again, or ask its authors for a safetensors file."
         ) from None
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path} must map names to tensors. Save the state dict itself, without anything around it.")
+        raise ValueError(f"{path} must map names to tensors. Save the state dict itself.")
     return dict(content)
 
 
@@ -565,7 +517,7 @@ def _present_name(key: str) -> str:
 
 
 def _mismatch(module: nn.Module, tensors: Mapping[str, Tensor], unused: str) -> str:
-    """What keeps tensors from being loaded, in words; empty: nothing."""
+    """What keeps tensors from being loaded, in words, or nothing."""
     wanted = module.state_dict()
     kinds = {
         "missing": [key for key in wanted if key not in tensors],
@@ -602,7 +554,7 @@ tags:
 
 # Weights of identity-guided pedestrian generation (IPG)
 
-For `pose2id.IdentityGenerator.from_pretrained`. One safetensors file for each part; `pose2id.json` holds their
+For `pose2id.IdentityGenerator.from_pretrained`. One safetensors file per network; `pose2id.json` holds their
 configurations. The method is Pose2ID, "From Poses to Identity: Training-Free Person Re-Identification via Feature
 Centralization" (CVPR 2025, arXiv 2503.00938).
 
@@ -617,12 +569,12 @@ which the law of many places restricts: use them only where you have a lawful ba
 _TERMS = {
     OPENRAIL: """\
 The published UNets are derived from Stable Diffusion v1.5, whose licence, CreativeML OpenRAIL-M, covers them and
-whatever was trained from them: its use-based restrictions must be passed on with every copy. The other parts (identity
-encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.""",
+whatever was trained from them: its use-based restrictions must be passed on with every copy. The other networks
+(identity encoder, identity tokens, pose encoder, VAE) are under the terms of their authors.""",
     OTHER: """\
-The UNets are under the terms of whoever trained them, and so is each of the other parts (identity encoder, identity
-tokens, pose encoder, VAE).""",
+The UNets are under the terms of whoever trained them, and so is each of the other networks (identity encoder,
+identity tokens, pose encoder, VAE).""",
 }
 _OTHER_TERMS = """\
-The UNets, or those that they were trained from, are under the licence that is named above, {license}. The other parts
-(identity encoder, identity tokens, pose encoder, VAE) are under the terms of their authors."""
+The UNets, or those that they were trained from, are under the licence that is named above, {license}. The other
+networks (identity encoder, identity tokens, pose encoder, VAE) are under the terms of their authors."""
