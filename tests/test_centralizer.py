@@ -256,7 +256,7 @@ class TestFusedImages:
     def test_what_the_generator_is_asked_for(self, images):
         centralizer = centralizer_of(Model(), num_poses=2, generate_options={"seed": 7, "strength": 0.1})
         found = centralizer(images)
-        asked = centralizer.generator.asked
+        asked = centralizer.pictures.generator.asked
         assert asked == [{"images": images, "poses": tuple(DRAWINGS[:2]), "progress": False, "seed": 7}]
         pictures = [[FakeGenerator.picture(image, pose, 0.1) for pose in DRAWINGS[:2]] for image in images]
         np.testing.assert_allclose(found.numpy(), reference.fuse_images(flat, images, pictures, 2), atol=1e-12)
@@ -264,7 +264,7 @@ class TestFusedImages:
     def test_the_standard_poses(self, images):
         centralizer = Centralizer(Model(), transform=to_tensor, generator=FakeGenerator())
         centralizer(images[:2])
-        assert centralizer.generator.asked[0]["poses"] == poses.standard()
+        assert centralizer.pictures.generator.asked[0]["poses"] == poses.standard()
 
     def test_pictures_are_generated_when_due_and_let_go(self, images):
         generator, seen = FakeGenerator(), []
@@ -426,8 +426,8 @@ class TestSideInputs:
         centralizer = centralizer_of(Model())
         with pytest.raises(ValueError, match="cams must have one entry for each of the 11 images, got 44"):
             centralizer(images, cams=list(range(44)))
-        assert centralizer.extractor.batches == []
-        assert centralizer.generator.asked == []
+        assert centralizer.extractor.model.batches == []
+        assert centralizer.pictures.generator.asked == []
 
     @pytest.mark.parametrize("batch_size", [1, 3, 64])
     @pytest.mark.parametrize("given", ["torch", "numpy", "list", "nothing"])
@@ -632,8 +632,8 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda pictures: pictures[:-1], r"generator must give 4 pictures of images\[0\], one a pose, got 3"),
-            (lambda pictures: None, "generator must give pictures of every image, got those of 0 of 11 images"),
+            (lambda pictures: pictures[:-1], r"pictures must be 4 of every image, got 3 of images\[0\]"),
+            (lambda pictures: None, "pictures must be given of every image, got those of 0 of 11 images"),
             (lambda pictures: ["missing.png"] * 4, r"generated image 1 of images\[0\] cannot be read"),
         ],
     )
@@ -649,10 +649,10 @@ class TestFailures:
     def test_without_anything_to_generate_with(self, images):
         centralizer = Centralizer(Model(), transform=to_tensor)
         for method in (centralizer, centralizer.extract_generated, centralizer.diagnose):
-            with pytest.raises(ValueError, match=r"generator or generated must be given.*IdentityGenerator"):
+            with pytest.raises(ValueError, match=r"pictures must be given.*IdentityGenerator"):
                 method(images)
         with pytest.raises(ValueError, match="extractor must be given"):
-            centralizer_of(None)(images)
+            Centralizer(generator=FakeGenerator())(images)
 
     def test_without_poses(self, images):
         centralizer = centralizer_of(Model(), num_poses=0)
@@ -694,7 +694,7 @@ def test_bad_features(q, g, error, message):
         ({"k2": "2"}, TypeError, "k2 must be an integer"),
         ({"part_distance": "mean"}, ValueError, "part_distance must be one of 'visible', 'flattened'"),
         ({"eta": -1}, ValueError, "eta must be in"),
-        ({"extractor": 3}, TypeError, "extractor must be callable"),
+        ({"extractor": 3}, TypeError, "model must be callable, got int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"backend": "annoy"}, ValueError, "backend must be one of"),
         ({"inputs": "paths"}, ValueError, "inputs must be one of"),
@@ -703,46 +703,50 @@ def test_bad_features(q, g, error, message):
         ({"transform": 3}, TypeError, "transform must be callable"),
         ({"transform": "pmt", "inputs": "images"}, ValueError, "transform must be None"),
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
-        ({"num_poses": -1}, ValueError, "num_poses must be at least 0"),
-        ({"generate_options": {"seed": 3}}, ValueError, "generate_options must not be given without a generator"),
-        ({"num_poses": 2.0}, TypeError, "num_poses must be an integer"),
+        ({"num_poses": -1, **GENERATED}, ValueError, "num_poses must be at least 0"),
+        ({"num_poses": -1, "generated": "."}, ValueError, "num_poses must be at least 0"),
+        ({"generate_options": {"seed": 3}}, ValueError, "generate_options must be given with one of generator"),
+        ({"num_poses": 2.0, **GENERATED}, TypeError, "num_poses must be an integer"),
         ({"num_poses": 9, **GENERATED}, ValueError, "num_poses must be at most 8, the number of poses, got 9"),
         (
             {"poses": DRAWINGS, "num_poses": 8, **GENERATED},
             ValueError,
             "num_poses must be at most 4, the number of poses, got 8",
         ),
-        ({"poses": "mine", **GENERATED}, ValueError, "poses must be 'standard' or a sequence"),
+        ({"poses": "mine", **GENERATED}, ValueError, "poses must be 'standard' or a sequence of poses, got 'mine'"),
         ({"poses": 3, **GENERATED}, TypeError, "poses must be 'standard' or a sequence"),
         ({"flip": 1}, TypeError, "flip must be True or False"),
         ({"generator": nfc}, TypeError, r"generator must have a method generate_iter.*got function"),
-        ({"generated": "."}, ValueError, "transform must be given with generated="),
-        ({"generator": FakeGenerator()}, ValueError, r"transform must be given with generator=.*inputs='images'"),
-        ({"generated": ".", **GENERATED}, ValueError, "must not be given both"),
-        ({"pose_inputs": [1]}, TypeError, "pose_inputs must map"),
-        ({"pose_inputs": {"xy": 3}}, TypeError, r"pose_inputs\['xy'\] must be a function"),
+        ({"generated": "."}, ValueError, r"transform must be given with generated pictures.*inputs='images'"),
+        ({"generator": FakeGenerator()}, ValueError, r"transform must be given with generated.*inputs='images'"),
+        ({"generated": ".", **GENERATED}, ValueError, "must be given with one of generator, generated and pictures"),
+        ({"pose_inputs": [1], **GENERATED}, TypeError, "pose_inputs must map"),
+        ({"pose_inputs": {"xy": 3}, **GENERATED}, TypeError, r"pose_inputs must map .* to functions .*'xy': 3"),
         ({"pose_inputs": {"xy": len}, "flip": True, **GENERATED}, ValueError, "flip must be False with pose_inputs"),
         (
             {"pose_inputs": {"xy": len}, "poses": DRAWINGS, "num_poses": 1, **GENERATED},
             TypeError,
-            r"poses\[0\] must be a pose2id.poses.Pose",
+            r"poses\[0\] must be a Pose with pose_inputs",
         ),
-        ({"generate_options": 3}, TypeError, "generate_options must map"),
+        ({"generate_options": 3, **GENERATED}, TypeError, "must be a mapping, not int"),
+        ({"generate_options": {"seed": 3}, "generated": "."}, TypeError, "unexpected keyword .*'generate_options'"),
+        ({"sampler": 3}, TypeError, "unexpected keyword argument 'sampler'"),
+        ({"pictures": "folder"}, TypeError, "pictures must be callable.*got str"),
     ],
 )
 def test_bad_parameters_are_refused_at_once(arguments, error, message):
     with pytest.raises(error, match=message):
-        Centralizer(**arguments)
+        Centralizer(**{"extractor": nfc, **arguments})
 
 
 def test_repr_names_what_matters():
     assert repr(Centralizer(k1=3)) == "Centralizer(k1=3, k2=2, eta=2, backend='auto')"
-    assert repr(Centralizer(nfc)).startswith("Centralizer(function, ")
-    assert repr(Centralizer(**GENERATED)).endswith(", generator=FakeGenerator, num_poses=8)")
-    assert repr(Centralizer(transform="pmt", generated=".")).endswith(", generated='.', num_poses=8)")
+    assert repr(Centralizer(nfc)).startswith("Centralizer(Extractor(function, ")
+    assert "GeneratedPictures(FakeGenerator, num_poses=8), k1=2" in repr(Centralizer(nfc, **GENERATED))
+    assert "PictureFolder('.', num_poses=8), k1=2" in repr(Centralizer(nfc, transform="pmt", generated="."))
 
 
 def test_all_of_ones_own_poses_are_used():
-    assert Centralizer(poses=DRAWINGS, **GENERATED).num_poses == 4
-    assert Centralizer(poses=DRAWINGS, num_poses=3, **GENERATED).num_poses == 3
-    assert Centralizer(**GENERATED).num_poses == 8
+    assert Centralizer(nfc, poses=DRAWINGS, **GENERATED).pictures.num_poses == 4
+    assert Centralizer(nfc, poses=DRAWINGS, num_poses=3, **GENERATED).pictures.num_poses == 3
+    assert Centralizer(nfc, **GENERATED).pictures.num_poses == 8

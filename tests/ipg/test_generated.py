@@ -109,8 +109,8 @@ def test_too_few_pose_folders(tmp_path):
 @pytest.mark.parametrize(
     ("directory", "images", "count", "error", "message"),
     [
-        (3, ["a.png"], 1, TypeError, "generated must be a directory's path"),
-        ("missing", ["a.png"], 1, ValueError, "generated must be a directory, got missing"),
+        (3, ["a.png"], 1, TypeError, "directory must be a path, got int"),
+        ("missing", ["a.png"], 1, ValueError, "directory must exist, got missing"),
         (".", ["a.png", np.zeros((2, 2, 3))], 1, TypeError, r"images\[1\] must be a path.*got ndarray"),
         (".", ["a.png"], 0, ValueError, "count must be at least 1"),
     ],
@@ -200,14 +200,14 @@ class TestCentralizer:
     @pytest.mark.parametrize(
         ("generated", "count", "error", "message"),
         [
-            ("missing", 1, ValueError, "generated must be a directory"),
-            (3, 1, TypeError, "generated must be a directory"),
+            ("missing", 1, ValueError, "directory must exist"),
+            (3, 1, TypeError, "directory must be a path"),
             (None, 4, ValueError, "num_poses must be at most 3"),
         ],
     )
     def test_bad_directories_are_refused_at_once(self, generated, count, error, message, data):
         with pytest.raises(error, match=message):
-            Centralizer(transform="pmt", generated=data[2] if generated is None else generated, num_poses=count)
+            Centralizer(len, transform="pmt", generated=data[2] if generated is None else generated, num_poses=count)
 
 
 class TestNotes:
