@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -17,8 +16,9 @@ from pose2id.centralization.fusion import fuse
 from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
 from pose2id.io.checks import checked_choice, checked_count, checked_memory, checked_number
+from pose2id.io.decoding import decoding_once
 from pose2id.io.images import checked_images
-from pose2id.io.rows import FeatureArray, Rows, checked_pair
+from pose2id.io.rows import FeatureArray, Rows, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
 from pose2id.neighbors.search import BACKENDS
 
@@ -142,13 +142,13 @@ class Centralizer:
         if getattr(self.pictures, "num_poses", None) == 0:
             return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
         fused = visibility = None
-        with self._reading(images, side_inputs, progress) as reading:
-            for block in reading.blocks():
-                features, visible = reading.originals(block)
-                generated, weights = reading.generated(block)
+        with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
+            for block in blocks(len(images), model.extractor.batch_size):
+                features, visible = model.features(originals, block)
+                generated, weights = model.features(pictures, block)
                 centralized = fuse(features, generated, self.eta, visibility=weights)
-                fused = stored(fused, centralized, block.start, len(images))
-                visibility = stored(visibility, visible, block.start, len(images))
+                fused = stored(fused, centralized, block, len(images))
+                visibility = stored(visibility, visible, block, len(images))
         return (fused, visibility) if return_visibility else fused
 
     def enhance(
@@ -225,52 +225,33 @@ class Centralizer:
     def extract_generated(
         self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
     ) -> Any:
-        """Raw features of the generated images: to try several eta with `fuse`, or to keep them.
+        """Raw features (N, M, D) or (N, M, P, D) of the generated images: to try several eta, or to keep them.
 
-        Args:
-            images: the originals, as in `__call__`.
-            progress: as in `__call__`.
-            return_visibility: also return the visibility (N, M, P) of the generated images' parts, or None.
-            **side_inputs: as in `__call__`.
-
-        Returns:
-            (N, M, D) or (N, M, P, D) features, not normalised, as the model returns them.
-
-        Raises:
-            TypeError, ValueError: as in `__call__`, and if num_poses is 0.
+        Arguments and errors are those of `__call__`; the visibility is that of the generated images' parts, (N, M, P).
         """
-        with self._reading(images, side_inputs, progress, originals=False) as reading:
-            features, visibility = reading.generated(range(len(images)))
+        with self._at_work(images, side_inputs, progress, both=False) as (model, _, pictures):
+            features, visibility = model.features(pictures, slice(0, len(images)))
         return (features, visibility) if return_visibility else features
 
     def diagnose(self, images: Any, *, progress: bool = True, **side_inputs: Any) -> GenerationDiagnostics:
-        """How much of a person the model sees in generated images, without labels.
+        """How much of a person the model sees in generated images, without labels: `pose2id.generation_diagnostics`.
 
-        Holds all features; a few hundred images of different people are enough.
-
-        Args:
-            images: at least 2, as in `__call__`.
-            progress: as in `__call__`.
-            **side_inputs: as in `__call__`.
-
-        Returns:
-            `pose2id.generation_diagnostics` of the images' features.
-
-        Raises:
-            TypeError, ValueError: as in `__call__`, fewer than 2 images, and if num_poses is 0.
+        Arguments and errors are those of `__call__`, for at least 2 images. All features are held; a few hundred images
+        of different people are enough.
         """
         if len(checked_images(images)) < 2:
             raise ValueError("images must be at least 2, to compare with other images' pictures, got 1.")
-        with self._reading(images, side_inputs, progress) as reading:
-            everything = range(len(images))
-            return generation_diagnostics(reading.originals(everything)[0], reading.generated(everything)[0])
+        with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
+            everything = slice(0, len(images))
+            features, generated = (model.features(some, everything)[0] for some in (originals, pictures))
+        return generation_diagnostics(features, generated)
 
     @contextmanager
-    def _reading(
-        self, images: Any, side_inputs: Mapping[str, Any], progress: bool, *, originals: bool = True
-    ) -> Iterator[_Reading]:
-        """The model at work on images and their generated images, after all checks that need no model."""
-        extractor, given = self._given_extractor(), Images(images, side_inputs)
+    def _at_work(
+        self, images: Any, side_inputs: Mapping[str, Any], progress: bool, *, both: bool = True
+    ) -> Iterator[tuple[Extraction, Images, Images]]:
+        """The model at work, the images, and their generated images, after all checks that need no model."""
+        extractor, originals = self._given_extractor(), Images(images, side_inputs)
         if self.pictures is None:
             raise ValueError(
                 "pictures must be given to fuse images with generated ones: Centralizer(my_model, transform=..., "
@@ -278,11 +259,11 @@ class Centralizer:
             )
         of_pose: dict[str, Any] = {}
         if isinstance(self.pictures, PosedPictures):
-            of_pose = self.pictures.side_inputs(given.side_inputs.get)
-        stream, m = in_order(self.pictures, given.items)
-        pictures = _Generated(stream, m, given.side_inputs, SideInputs(of_pose, m))
-        with extractor.at_work(len(given) * (m + originals), progress) as run:
-            yield _Reading(run, given, pictures)
+            of_pose = self.pictures.side_inputs(originals.side_inputs.get)
+        with decoding_once():
+            pictures = _Generated(*in_order(self.pictures, originals.items), originals.side_inputs, of_pose)
+            with extractor.at_work(len(images) * (pictures.m + both), progress) as model:
+                yield model, originals, pictures
 
     def _given_extractor(self) -> Extractor:
         if self.extractor is None:
@@ -329,11 +310,12 @@ def _check_fit(extractor: Extractor | None, pictures: Pictures | None) -> None:
 
 
 class _Generated(Images):
-    """The M generated images of each image, all in one row, with its side inputs and those of their poses."""
+    """The M generated images of each image, with its side inputs and those of their poses."""
 
-    def __init__(self, stream: Iterator[Any], m: int, of_image: SideInputs, of_pose: SideInputs) -> None:
-        self.m, self.of_image, self.of_pose = m, of_image, of_pose
-        self._next = (picture for pictures in stream for picture in pictures)
+    def __init__(self, stream: Iterator[Any], m: int, of_image: SideInputs, of_pose: Mapping[str, Any]) -> None:
+        self.m, self.each = m, (m,)
+        self.of_image, self.of_pose = of_image, SideInputs(of_pose, m)
+        self.stream = (picture for pictures in stream for picture in pictures)
 
     def name(self, row: int) -> str:
         return f"generated image {row % self.m + 1} of images[{row // self.m}]"
@@ -341,28 +323,3 @@ class _Generated(Images):
     def keywords(self, rows: range, device: torch.device) -> dict[str, Any]:
         of_image = self.of_image.take((row // self.m for row in rows), device)
         return {**of_image, **self.of_pose.take((row % self.m for row in rows), device)}
-
-
-@dataclass
-class _Reading:
-    """One way through images and their generated images, in order."""
-
-    run: Extraction
-    images: Images
-    pictures: _Generated
-
-    def blocks(self) -> Iterator[range]:
-        """Ranges of images, as many as go through the model at once."""
-        everything, size = range(len(self.images)), self.run.extractor.batch_size
-        return (everything[low : low + size] for low in everything[::size])
-
-    def originals(self, block: range) -> tuple[Any, Any]:
-        """Raw features (B, ...) and visibility of the next B images."""
-        return self.run.features(self.images, block)
-
-    def generated(self, block: range) -> tuple[Any, Any]:
-        """Raw features (B, M, ...) and visibility of the next B images' generated images."""
-        m = self.pictures.m
-        outputs = self.run.features(self.pictures, range(block.start * m, block.stop * m))
-        features, visibility = (None if x is None else x.reshape(len(block), m, *x.shape[1:]) for x in outputs)
-        return features, visibility

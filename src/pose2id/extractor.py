@@ -7,6 +7,7 @@ read paths. Mean and std are never guessed: you pass a transform, or name a pres
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag
 from pose2id.io.images import checked_images, load_image
-from pose2id.io.rows import FLOAT_DTYPES, Rows
+from pose2id.io.rows import FLOAT_DTYPES, Rows, blocks
 
 INPUTS = ("batch", "images")
 _PARTS_NDIM = 3
@@ -177,8 +178,8 @@ class Extractor:
             TypeError, ValueError: bad or unreadable images (named), outputs that are not finite features.
         """
         given = Images(images, side_inputs)
-        with self.at_work(len(given), progress) as run:
-            features, visibility = run.features(given, range(len(given)))
+        with self.at_work(len(images), progress) as run:
+            features, visibility = run.features(given, slice(0, len(images)))
         if normalize:
             rows = Rows(features, "extractor output", normalize=True, parts=True)
             for block in rows.blocks():  # where they lie: the array is new
@@ -202,27 +203,22 @@ class Images:
     """Images in order, each with its name and its side inputs.
 
     Raises:
-        TypeError, ValueError: no sequence of images, a file that isn't there, side inputs of another length.
+        TypeError, ValueError: not a sequence of images, a missing file, side inputs of another length.
     """
+
+    each: tuple[int, ...] = ()  # (M,) for M pictures of each image
 
     def __init__(self, images: Any, side_inputs: Mapping[str, Any]) -> None:
         self.items = checked_images(images)
         self.side_inputs = SideInputs(side_inputs, len(self.items))
-        self._next = iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def take(self, count: int) -> list[Any]:
-        """The next images."""
-        return [next(self._next) for _ in range(count)]
+        self.stream = iter(self.items)
 
     def name(self, row: int) -> str:
         """What errors call an image."""
         return f"images[{row}]"
 
     def keywords(self, rows: range, device: torch.device) -> dict[str, Any]:
-        """The side inputs of some of the images."""
+        """The side inputs of some images."""
         return self.side_inputs.take(rows, device)
 
 
@@ -257,31 +253,31 @@ class Extraction:
     bar: tqdm
     _form: list[str] = field(default_factory=list)
 
-    def features(self, images: Images, index: range) -> tuple[Any, Any]:
-        """Raw features (n, ...) and visibility, or None, of the next n images, whose numbers are those of the range."""
-        features: Any = None
-        visibility: Any = None
+    def features(self, images: Images, block: slice) -> tuple[Any, Any]:
+        """Raw features (n, ...) and visibility, or None, of the next n images; (n, M, ...) of M pictures of each."""
+        n, each = block.stop - block.start, math.prod(images.each)
+        rows = range(block.start * each, block.stop * each)
+        outputs: list[Any] = [None, None]
         finite: Any = None
-        n, size = len(index), self.extractor.batch_size
-        for low in range(0, n, size):
-            rows = index[low : low + size]
-            part, visible = self._of_batch(images, rows)
-            features, visibility = stored(features, part, low, n), stored(visibility, visible, low, n)
-            finite = stored(finite, _finite_rows(part), low, n)
-            self.bar.update(len(rows))
+        for some in blocks(len(rows), self.extractor.batch_size):
+            of_batch = self._of_batch(images, rows[some])
+            outputs = [stored(*pair, some, len(rows)) for pair in zip(outputs, of_batch, strict=True)]
+            finite = stored(finite, _finite_rows(of_batch[0]), some, len(rows))
+            self.bar.update(len(rows[some]))
         # Looked at last: until then a GPU need not be waited for.
-        bad = [row for row, fine in zip(index, finite.tolist(), strict=True) if not fine]
+        bad = [row for row, fine in zip(rows, finite.tolist(), strict=True) if not fine]
         if bad:
             raise ValueError(
-                f"extractor output must be finite; {len(bad)} of {n} features hold NaN or infinity "
+                f"extractor output must be finite; {len(bad)} of {len(rows)} features hold NaN or infinity "
                 f"({', '.join(map(images.name, bad[:5]))}{', ...' if len(bad) > 5 else ''}). Find out why the model "
                 "produces it, or leave these images out."
             )
+        features, visibility = (x if x is None else x.reshape(n, *images.each, *x.shape[1:]) for x in outputs)
         return features, visibility
 
     def _of_batch(self, images: Images, rows: range) -> tuple[Any, Any]:
         extractor, names = self.extractor, [images.name(row) for row in rows]
-        items = images.take(len(rows))
+        items = [next(images.stream) for _ in rows]
         batch: Any
         if extractor.inputs == "batch":
             batch = _batch(items, names, extractor.transform)
@@ -293,7 +289,7 @@ class Extraction:
             return self._called(batch, images.keywords(rows, self.device), names)
         # First, and copied: a call may write into its batch, and into the features it has returned before.
         mirrored = self._called(_mirrored(batch, names), images.keywords(rows, self.device), names)[0]
-        mirrored = stored(None, mirrored, 0, len(rows))
+        mirrored = stored(None, mirrored, slice(0, len(rows)), len(rows))
         features, visibility = self._called(batch, images.keywords(rows, self.device), names)
         return features + mirrored, visibility
 
@@ -444,14 +440,14 @@ def _unpack(output: Any, count: int) -> tuple[Any, Any]:
     return features, visibility
 
 
-def stored(whole: Any, part: Any, low: int, n: int) -> Any:
-    """Copy rows from `low` on into the array of all n, which the first part makes: a model may reuse its buffer."""
+def stored(whole: Any, part: Any, block: slice, n: int) -> Any:
+    """Copy a block of rows into the array of all n, which the first one makes: a model may reuse its buffer."""
     if part is None:
         return None
     if whole is None:
         shape = (n, *part.shape[1:])
         whole = np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
-    whole[low : low + len(part)] = part
+    whole[block] = part
     return whole
 
 

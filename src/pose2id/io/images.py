@@ -12,6 +12,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from pose2id.io.decoding import decoded
+
 _IMAGE_NDIM = 3
 
 
@@ -51,13 +53,7 @@ def checked_images(images: Any, name: str = "images") -> Any:
 def load_image(item: Any, name: str) -> Image.Image:
     """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture."""
     if isinstance(item, (str, os.PathLike)):
-        try:
-            with Image.open(item) as picture:
-                picture.load()
-                picture.getexif()
-        except Exception as error:  # a damaged file can fail in any way
-            raise ValueError(f"{name} cannot be read: {os.fspath(item)} ({error}).") from error
-        return _as_rgb(picture, f"{name} ({os.fspath(item)})")
+        return decoded(os.fspath(item), lambda: _read(os.fspath(item), name))
     if isinstance(item, Image.Image):
         return _as_rgb(item, name)
     array = item
@@ -85,6 +81,16 @@ def content_key(picture: Image.Image) -> str:
     digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
     digest.update(picture.convert("RGB").tobytes())
     return digest.hexdigest()
+
+
+def _read(path: str, name: str) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            picture.getexif()
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{name} cannot be read: {path} ({error}).") from error
+    return _as_rgb(picture, f"{name} ({path})")
 
 
 def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
