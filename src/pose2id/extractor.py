@@ -26,11 +26,7 @@ from pose2id.io.rows import FLOAT_DTYPES, Rows, blocks
 
 INPUTS = ("batch", "images")
 _PARTS_NDIM = 3
-_RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 
 
 class FeatureModel(Protocol):
@@ -65,17 +61,16 @@ class Preprocess:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(
-                "Preprocess needs size (height, width), and mean and std of 3 values with no std of 0, got "
-                f"size={self.size}, mean={self.mean}, std={self.std}."
+                f"Preprocess needs size (height, width), and mean and std of 3 values with no std of 0, got {self}."
             )
         for side in self.size:
             checked_count(side, "size")
-        checked_choice(self.interpolation, "interpolation", tuple(_RESAMPLING))
+        checked_choice(self.interpolation, "interpolation", _INTERPOLATIONS)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The (3, H, W) float32 tensor of an RGB picture."""
         height, width = self.size
-        resized = image.convert("RGB").resize((width, height), _RESAMPLING[self.interpolation])
+        resized = image.convert("RGB").resize((width, height), Image.Resampling[self.interpolation.upper()])
         pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 255
         # Of the CPU, whatever torch's default device is.
         mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in (self.mean, self.std))
@@ -269,8 +264,7 @@ class Extraction:
         if bad:
             raise ValueError(
                 f"extractor output must be finite; {len(bad)} of {len(rows)} features hold NaN or infinity "
-                f"({', '.join(map(images.name, bad[:5]))}{', ...' if len(bad) > 5 else ''}). Find out why the model "
-                "produces it, or leave these images out."
+                f"({', '.join(map(images.name, bad[:5]))}{', ...' if len(bad) > 5 else ''})."
             )
         features, visibility = (x if x is None else x.reshape(n, *images.each, *x.shape[1:]) for x in outputs)
         return features, visibility
@@ -300,8 +294,7 @@ class Extraction:
         for found, first in zip(forms, self._form, strict=True):
             if found != first:
                 raise ValueError(
-                    f"extractor must return one form of output for all batches, got {found} from {names[0]} "
-                    f"on, after {first}."
+                    f"extractor must return one form of output, got {found} from {names[0]} on, after {first}."
                 )
         return outputs
 
@@ -312,20 +305,17 @@ def _batch(items: list[Any], names: list[str], transform: Callable[[Image.Image]
         if transform is not None:
             tensor = transform(load_image(item, name))
         else:
-            tensor = torch.as_tensor(item) if isinstance(item, (np.ndarray, Tensor)) else item
+            tensor = torch.as_tensor(item) if isinstance(item, np.ndarray) else item
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise TypeError(
-                    f"{name} must be a float tensor (3, H, W) when there is no transform, got "
-                    f"{type(item).__name__}. Pass transform=, for example one of {', '.join(map(repr, PRESETS))}."
-                )
-        if not isinstance(tensor, Tensor) or tensor.ndim != 3:
-            shown = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} must give a (3, H, W) tensor, got {shown}. Check the transform.")
+                given = type(item).__name__
+                raise TypeError(f"{name} must be a float tensor (3, H, W), got {given}. Pass transform= for pictures.")
+        shape = tuple(getattr(tensor, "shape", ()))
+        if not isinstance(tensor, Tensor) or len(shape) != 3:
+            given = f"{type(tensor).__name__} of shape {shape}"
+            raise ValueError(f"{name} must give a (3, H, W) tensor, got {given}. Check the transform.")
         if tensors and tensor.shape != tensors[0].shape:
-            raise ValueError(
-                f"{name} must have the size of the batch's other images, {tuple(tensors[0].shape)}, got "
-                f"{tuple(tensor.shape)}. Resize in the transform."
-            )
+            first = tuple(tensors[0].shape)
+            raise ValueError(f"{name} must have the size of its batch, {first}, got {shape}. Resize in the transform.")
         tensors.append(tensor)
     # Stacked into new memory: some models normalise their input in place.
     return torch.stack(tensors)
@@ -388,10 +378,8 @@ def _is_per_image(value: Any, name: str, n: int) -> bool:
     if not isinstance(value, list) and not (isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0):
         return False
     if len(value) != n:
-        raise ValueError(
-            f"{name} must have one entry for each of the {n} images, got {len(value)}. Bind a constant with "
-            "functools.partial(model, ...)."
-        )
+        remedy = "Bind constants with functools.partial."
+        raise ValueError(f"{name} must have one entry for each of the {n} images, got {len(value)}. {remedy}")
     return True
 
 
@@ -414,29 +402,26 @@ def _unpack(output: Any, count: int) -> tuple[Any, Any]:
         visibility = second if parts and getattr(second, "shape", None) == features.shape[:2] else None
     else:
         features, visibility = output, None
-    if not isinstance(features, (np.ndarray, Tensor)):
-        raise TypeError(
-            "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
-            f"{type(output).__name__}{f' with keys {list(output)}' if isinstance(output, Mapping) else ''}."
-        )
     if isinstance(features, np.ndarray):
         floating = features.dtype.kind == "f"
-    else:
+    elif isinstance(features, Tensor):
         floating = features.is_floating_point() and features.layout == torch.strided
-    if not floating:
+    else:
+        given = f"keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
         raise TypeError(
-            f"extractor output must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}."
+            "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
+            f"{given}."
         )
+    if not floating:
+        raise TypeError(f"extractor output must be dense, of dtype float16 to float64, got {features.dtype}.")
     if features.ndim not in (2, _PARTS_NDIM) or len(features) != count or 0 in features.shape:
         raise ValueError(
-            f"extractor must return features (B, D) or parts (B, P, D) with B = {count}, one for each image, "
-            f"got shape {tuple(features.shape)}. Flatten other shapes in the model."
+            f"extractor must return features (B, D) or parts (B, P, D) with B = {count}, got shape "
+            f"{tuple(features.shape)}."
         )
-    if visibility is not None and tuple(visibility.shape) != tuple(features.shape[:2]):
-        raise ValueError(
-            f"extractor must return visibility of shape (B, P) = {tuple(features.shape[:2])}, "
-            f"got {tuple(visibility.shape)}."
-        )
+    shape = tuple(features.shape[:2])
+    if visibility is not None and tuple(visibility.shape) != shape:
+        raise ValueError(f"extractor must return visibility of shape (B, P) = {shape}, got {tuple(visibility.shape)}.")
     return features, visibility
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pose2id import Centralizer
+from pose2id import Centralizer, Extractor, PictureFolder
 from pose2id.extractor import Preprocess
 from pose2id.io.images import content_key
 from pose2id.ipg.folder import find, read_note
@@ -143,6 +143,8 @@ class TestCentralizer:
         centralizer = Centralizer(read, inputs="images", generated=directory, num_poses=3, batch_size=2)
         raw = arrays.mean((2, 3), dtype=np.float64)
         np.testing.assert_allclose(centralizer(images), centralizer.fuse(raw[:, 0], raw[:, 1:]), atol=1e-12)
+        by_parts = Centralizer(Extractor(read, inputs="images"), PictureFolder(directory, num_poses=3))
+        np.testing.assert_array_equal(by_parts(images), centralizer(images))
         order = [3, 0, 6]
         found = centralizer.extract_generated([images[i] for i in order])
         np.testing.assert_allclose(found, raw[order, 1:])
@@ -208,6 +210,8 @@ class TestCentralizer:
     def test_bad_directories_are_refused_at_once(self, generated, count, error, message, data):
         with pytest.raises(error, match=message):
             Centralizer(len, transform="pmt", generated=data[2] if generated is None else generated, num_poses=count)
+        with pytest.raises(error, match=message):
+            PictureFolder(data[2] if generated is None else generated, num_poses=count)
 
 
 class TestNotes:
@@ -251,6 +255,8 @@ class TestNotes:
     def test_in_another_pose(self, directory, original):
         with pytest.raises(ValueError, match=r"pose1.*a\.png is in another pose than poses\[0\]"):
             self.call(directory, [original], poses=standard()[2:4])
+        with pytest.raises(ValueError, match=r"pose1.*a\.png is in another pose than poses\[0\]"):
+            PictureFolder(directory, standard()[2:4])([original])
         with Image.open(original) as picture:
             key = content_key(picture)
         other = original.with_name("b.png")

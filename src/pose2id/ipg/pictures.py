@@ -31,12 +31,10 @@ class Generator(Protocol):
 
 
 class PosedPictures:
-    """A source whose pictures are in known poses.
+    """A source whose pictures of an image are in given poses.
 
-    Args:
-        poses: "standard", the paper's eight, or a sequence of `pose2id.poses.Pose` or drawings; None: not known.
-        num_poses: M of eq. 9: the first so many of the poses. None: all; 8 where they are not known. 0: no pictures,
-            `Centralizer` leaves eq. 9 out.
+    Attributes:
+        poses: M `pose2id.poses.Pose` or drawings, or None for poses that are not known.
         pose_inputs: keywords of the model that depend on the pose: functions of a `Pose` which give a generated image's
             value in place of its original's, as for a model that takes keypoints
             `{"keypoints_xyc": lambda pose: pose.to_coco(size=(384, 128))}`.
@@ -44,6 +42,8 @@ class PosedPictures:
     Raises:
         TypeError, ValueError: a parameter is out of range, named.
     """
+
+    _origin: str
 
     def __init__(
         self, poses: Any, num_poses: int | None, pose_inputs: Mapping[str, Callable[[Pose], Any]] | None
@@ -71,16 +71,14 @@ class PosedPictures:
         """M of eq. 9."""
         return len(self.poses)
 
-    def side_inputs(self, like: Callable[[str], Any]) -> dict[str, Any]:
-        """The values of `pose_inputs`, one per pose, in the container and dtype of `like(keyword)`: the images' own.
+    def __repr__(self) -> str:
+        """Where pictures come from, and M."""
+        return f"{type(self).__name__}({self._origin}, num_poses={self.num_poses})"
 
-        Raises:
-            ValueError: values of different shapes, or not of the shape of the images' own.
-        """
-        return {
-            name: _stacked([function(pose) for pose in self.poses], like(name), name)
-            for name, function in self.pose_inputs.items()
-        }
+    def side_inputs(self, like: Callable[[str], Any]) -> dict[str, Any]:
+        """The values of `pose_inputs`, one per pose, in the container and dtype of `like(keyword)`: the images' own."""
+        values = {name: [function(pose) for pose in self.poses] for name, function in self.pose_inputs.items()}
+        return {name: _stacked(of_poses, like(name), name) for name, of_poses in values.items()}
 
 
 class GeneratedPictures(PosedPictures):
@@ -89,13 +87,11 @@ class GeneratedPictures(PosedPictures):
     Args:
         generator: a `pose2id.IdentityGenerator`, or any object with its `generate_iter` (`Generator`).
         poses: "standard", the paper's eight, or a sequence of `pose2id.poses.Pose` or drawings.
-        num_poses: M of eq. 9: the first so many of the poses; None: all. 0: nothing is generated.
-        pose_inputs: as in `PosedPictures`.
+        num_poses: M of eq. 9: the first so many of the poses; None: all. 0: nothing is generated, and `Centralizer`
+            leaves eq. 9 out.
+        pose_inputs: see `PosedPictures`.
         sampling: a `pose2id.Sampling`, or a mapping of the generator's keywords; None: the generator's defaults.
         **options: further keywords of the generator, such as batch_size.
-
-    Raises:
-        TypeError, ValueError: a parameter is out of range, named.
     """
 
     def __init__(
@@ -109,20 +105,14 @@ class GeneratedPictures(PosedPictures):
         **options: Any,
     ) -> None:
         if not callable(getattr(generator, "generate_iter", None)):
-            raise TypeError(
-                f"generator must have a method generate_iter(images, poses, ...), got {type(generator).__name__}."
-            )
+            raise TypeError(f"generator must have a method generate_iter, got {type(generator).__name__}.")
         super().__init__(poses, num_poses, pose_inputs)
-        self.generator = generator
+        self.generator, self._origin = generator, type(generator).__name__
         self.options = dict(**_keywords(sampling), **options)  # a setting given twice is Python's own error
 
     def __call__(self, images: Any) -> Iterator[Sequence[Any]]:
         """Pictures of each image, made when they are asked for; the generator gets all images at once."""
         return iter(self.generator.generate_iter(images, self.poses, **{"progress": False, **self.options}))
-
-    def __repr__(self) -> str:
-        """The generator's class, and M."""
-        return f"GeneratedPictures({type(self.generator).__name__}, num_poses={self.num_poses})"
 
 
 class PictureFolder(PosedPictures):
@@ -135,10 +125,7 @@ class PictureFolder(PosedPictures):
         directory: where the pictures are.
         poses: that the pictures are in, to be compared with their notes; None: in the same for all images.
         num_poses: M of eq. 9, the first so many of an image's pictures. None: as many as `poses`, else 8.
-        pose_inputs: as in `PosedPictures`; of the standard poses, if `poses` is None.
-
-    Raises:
-        TypeError, ValueError: a parameter is out of range, named; too few pose folders.
+        pose_inputs: see `PosedPictures`; of the standard poses, if `poses` is None.
     """
 
     def __init__(
@@ -150,16 +137,13 @@ class PictureFolder(PosedPictures):
     ) -> None:
         super().__init__(poses, num_poses, pose_inputs)
         self.directory = checked_directory(directory, self.num_poses)
+        self._origin = repr(str(directory))
 
     def __call__(self, images: Sequence[Any]) -> Iterator[Sequence[Any]]:
         """Paths of each image's pictures, after a look at all their names and notes."""
         found = find(self.directory, images, self.num_poses)
         check_notes(found, images, self.poses)
         return iter(found)
-
-    def __repr__(self) -> str:
-        """The directory, and M."""
-        return f"PictureFolder({os.fspath(self.directory)!r}, num_poses={self.num_poses})"
 
 
 def in_order(pictures: Pictures, images: Any) -> tuple[Iterator[Sequence[Any]], int]:
@@ -192,12 +176,8 @@ def _keywords(sampling: Any) -> dict[str, Any]:
     """What `generate_iter` calls the settings."""
     if sampling is None or isinstance(sampling, Mapping):
         return dict(sampling or {})
-    return {
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
-        "seed": sampling.seed,
-        "size": sampling.size,
-    }
+    steps = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance}
+    return {**steps, "seed": sampling.seed, "size": sampling.size}
 
 
 def _stacked(values: list[Any], like: Any, name: str) -> Any:
