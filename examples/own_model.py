@@ -44,14 +44,10 @@ def main() -> None:
     query_feats, gallery_feats = Centralizer().enhance(query_feats, gallery_feats)
     print("enhanced:", tuple(query_feats.shape), tuple(gallery_feats.shape))
 
-    # Eq. 9, with pictures of your own in place of generated ones: here each person drawn from 8 sides.
-    firsts = [1, 2, 3]
-
-    def drawn(images: list[object]) -> list[list[object]]:
-        return [[people.render(pid, 1, 0, yaw=45.0 * turn).image for turn in range(8)] for pid in firsts]
-
-    images = [people.render(pid, 1, 0).image for pid in firsts]
-    fused = Centralizer(extractor, pictures=drawn, eta=2.0)(images, cam_label=cameras[:3])
+    # Eq. 9 with a source of your own: pictures of the person on each image, here drawn from 8 sides.
+    images = [people.render(pid, 1, 0).image for pid in (1, 2, 3)]
+    sides = [[people.render(pid, 1, 0, yaw=45.0 * turn).image for turn in range(8)] for pid in (1, 2, 3)]
+    fused = Centralizer(extractor, lambda images: sides, eta=2.0)(images, cam_label=cameras[:3])
     print("fused:", tuple(fused.shape))
 
 

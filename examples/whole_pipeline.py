@@ -2,8 +2,9 @@
 
 python examples/whole_pipeline.py --people 10
 
-The published weights need a GPU: a CPU takes minutes for each of the 8 pictures of an image. This shows how the parts go
-together, not how good the method is: published weights were trained on photographs, and the model here is mean colours.
+The published weights need a GPU: a CPU takes minutes for each of the 8 pictures of an image. This shows how the parts
+fit together, not how good the method is: published weights were trained on photographs, and the model here only knows
+mean colours.
 """
 
 from __future__ import annotations
