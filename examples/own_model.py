@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pose2id import Centralizer
+from pose2id import Centralizer, Extractor
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
 
@@ -35,20 +35,20 @@ def main() -> None:
     cameras = torch.tensor(people.camids) - 1
     # transform= takes any callable from a PIL picture to a tensor, such as your torchvision transform.
     transform = Preprocess(size=(128, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    centralizer = Centralizer(CameraAwareModel(), transform=transform, eta=2.0)
+    extractor = Extractor(CameraAwareModel(), transform=transform)
 
     # A keyword with one entry per image goes to the model with its image.
     query_feats, gallery_feats = (
-        centralizer.extract([people[int(i)].image for i in index], cam_label=cameras[index]) for index in (q, g)
+        extractor([people[int(i)].image for i in index], cam_label=cameras[index]) for index in (q, g)
     )
-    query_feats, gallery_feats = centralizer.enhance(query_feats, gallery_feats)
+    query_feats, gallery_feats = Centralizer().enhance(query_feats, gallery_feats)
     print("enhanced:", tuple(query_feats.shape), tuple(gallery_feats.shape))
 
-    # Eq. 9 on raw features, with 8 other pictures of the first person in place of generated ones.
-    first = centralizer.extract([people.render(1, 1, 0).image], normalize=False, cam_label=cameras[:1])
-    poses = [people.render(1, 1, 0, yaw=45.0 * turn).image for turn in range(8)]
-    generated = centralizer.extract(poses, normalize=False, cam_label=cameras[:1].repeat(8))
-    print("fused:", tuple(centralizer.fuse(first, generated[None]).shape))
+    # Eq. 9 with a source of your own: pictures of the person on each image, here drawn from 8 sides.
+    images = [people.render(pid, 1, 0).image for pid in (1, 2, 3)]
+    sides = [[people.render(pid, 1, 0, yaw=45.0 * turn).image for turn in range(8)] for pid in (1, 2, 3)]
+    fused = Centralizer(extractor, lambda images: sides, eta=2.0)(images, cam_label=cameras[:3])
+    print("fused:", tuple(fused.shape))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 python examples/whole_pipeline.py --people 10
 
-With the published weights it wants a GPU: a CPU takes minutes for each of the 8 pictures of an image. It shows how the
-pieces go together, not how good the method is: published weights were trained on photographs, and the model here only
-knows mean colours.
+The published weights need a GPU: a CPU takes minutes for each of the 8 pictures of an image. This shows how the parts
+fit together, not how good the method is: published weights were trained on photographs, and the model here only knows
+mean colours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import argparse
 import torch
 from torch import Tensor
 
-from pose2id import Centralizer, IdentityGenerator, evaluate, evaluate_rank, k_reciprocal
+from pose2id import (
+    Centralizer,
+    Extractor,
+    GeneratedPictures,
+    IdentityGenerator,
+    evaluate,
+    evaluate_rank,
+    k_reciprocal,
+)
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
 
@@ -26,7 +34,7 @@ def model(images: Tensor, cam_label: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Compare the model's own features with what each half of the method makes of them."""
+    """Measure the model's own features, with generated images, with NFC, and re-ranked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="yuanc3/Pose2ID", help="directory or repository (%(default)s)")
     parser.add_argument("--people", type=int, default=10, help="identities (%(default)s)")
@@ -39,16 +47,13 @@ def main() -> None:
     q, g = people.query_gallery()
     labels = [people.pids[q], people.pids[g], people.camids[q], people.camids[g]]
 
-    centralizer = Centralizer(
-        model,
-        generator=IdentityGenerator.from_pretrained(args.weights),
-        transform=Preprocess(size=(128, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        num_poses=args.poses,
-        generate_options={"num_inference_steps": args.steps},
-    )
+    transform = Preprocess(size=(128, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    generator = IdentityGenerator.from_pretrained(args.weights)
+    pictures = GeneratedPictures(generator, num_poses=args.poses, num_inference_steps=args.steps)
+    centralizer = Centralizer(Extractor(model, transform=transform), pictures, eta=2.0)
 
     def features(call: object, index: object) -> object:
-        """Of the images with these indices, their camera labels with them."""
+        """Of the images with these indices, with their camera labels."""
         return call([people[int(i)].image for i in index], cam_label=cameras[index])
 
     plain = [features(centralizer.extract, index) for index in (q, g)]

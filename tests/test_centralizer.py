@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import weakref
+from collections import Counter
+from dataclasses import dataclass
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 from torch import nn
 from tqdm import tqdm
 
-from pose2id import Centralizer, extractor, fuse, generation_diagnostics, nfc, poses
+from pose2id import Centralizer, Extractor, GeneratedPictures, extractor, fuse, generation_diagnostics, nfc, poses
 from pose2id.centralization import nfc as centralization
+from pose2id.io import decoding
+from pose2id.io.decoding import decoding_once
 from pose2id.io.images import load_image
 from pose2id.neighbors import search as neighbors
 
@@ -256,7 +261,7 @@ class TestFusedImages:
     def test_what_the_generator_is_asked_for(self, images):
         centralizer = centralizer_of(Model(), num_poses=2, generate_options={"seed": 7, "strength": 0.1})
         found = centralizer(images)
-        asked = centralizer.generator.asked
+        asked = centralizer.pictures.generator.asked
         assert asked == [{"images": images, "poses": tuple(DRAWINGS[:2]), "progress": False, "seed": 7}]
         pictures = [[FakeGenerator.picture(image, pose, 0.1) for pose in DRAWINGS[:2]] for image in images]
         np.testing.assert_allclose(found.numpy(), reference.fuse_images(flat, images, pictures, 2), atol=1e-12)
@@ -264,7 +269,7 @@ class TestFusedImages:
     def test_the_standard_poses(self, images):
         centralizer = Centralizer(Model(), transform=to_tensor, generator=FakeGenerator())
         centralizer(images[:2])
-        assert centralizer.generator.asked[0]["poses"] == poses.standard()
+        assert centralizer.pictures.generator.asked[0]["poses"] == poses.standard()
 
     def test_pictures_are_generated_when_due_and_let_go(self, images):
         generator, seen = FakeGenerator(), []
@@ -426,8 +431,8 @@ class TestSideInputs:
         centralizer = centralizer_of(Model())
         with pytest.raises(ValueError, match="cams must have one entry for each of the 11 images, got 44"):
             centralizer(images, cams=list(range(44)))
-        assert centralizer.extractor.batches == []
-        assert centralizer.generator.asked == []
+        assert centralizer.extractor.model.batches == []
+        assert centralizer.pictures.generator.asked == []
 
     @pytest.mark.parametrize("batch_size", [1, 3, 64])
     @pytest.mark.parametrize("given", ["torch", "numpy", "list", "nothing"])
@@ -559,6 +564,161 @@ class TestFlip:
         np.testing.assert_allclose(centralizer(paths), expected, atol=1e-12)
 
 
+class TestParts:
+    """An extractor and a source of pictures, each made by itself."""
+
+    def test_give_what_their_shortcuts_give(self, images):
+        options = {"batch_size": 3, "device": "cpu", "flip": True}
+        source = GeneratedPictures(FakeGenerator(), DRAWINGS, 3, sampling={"strength": 0.1}, seed=7)
+        centralizer = Centralizer(Extractor(Model(), transform=to_tensor, **options), source, eta=0.5)
+        shortcut = Centralizer(
+            Model(),
+            transform=to_tensor,
+            generator=FakeGenerator(),
+            poses=DRAWINGS,
+            num_poses=3,
+            generate_options={"strength": 0.1, "seed": 7},
+            eta=0.5,
+            **options,
+        )
+        cams = np.arange(11)
+        for found, expected in (
+            (centralizer(images, cams=cams), shortcut(images, cams=cams)),
+            (centralizer.extract(images), shortcut.extract(images)),
+            (centralizer.extract_generated(images, cams=cams), shortcut.extract_generated(images, cams=cams)),
+        ):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert centralizer.diagnose(images) == shortcut.diagnose(images)
+        assert source.generator.asked[0] == {
+            "images": images,
+            "poses": tuple(DRAWINGS[:3]),
+            "progress": False,
+            "seed": 7,
+        }
+
+    def test_settings_of_sampling_by_name(self):
+        @dataclass(frozen=True)
+        class Settings:
+            steps: int = 5
+            guidance: float = 2.0
+            seed: int = 3
+            size: tuple[int, int] = (64, 32)
+
+        source = GeneratedPictures(FakeGenerator(), sampling=Settings(), batch_size=4)
+        list(source([]))
+        wanted = {"num_inference_steps": 5, "guidance_scale": 2.0, "seed": 3, "size": (64, 32), "batch_size": 4}
+        assert source.generator.asked[0].items() >= wanted.items()
+        with pytest.raises(TypeError, match="'seed'"):
+            GeneratedPictures(FakeGenerator(), sampling=Settings(), seed=4)
+
+    def test_options_may_be_called_generator(self):
+        source = GeneratedPictures(FakeGenerator(), generator=torch.Generator())
+        list(source([]))
+        assert isinstance(source.generator.asked[0]["generator"], torch.Generator)
+
+    @pytest.mark.parametrize("batch_size", [1, 4, 64])
+    def test_a_callable_of_ones_own(self, batch_size, images, pictures):
+        centralizer = Centralizer(
+            Extractor(Model(), transform=to_tensor, batch_size=batch_size), lambda given: pictures
+        )
+        expected = reference.fuse_images(flat, images, pictures, 2)
+        np.testing.assert_allclose(centralizer(images).numpy(), expected, atol=1e-12)
+        assert centralizer.extract_generated(images).shape == (11, 4, 15)
+        assert repr(centralizer).startswith("Centralizer(Extractor(Model, inputs='batch', ")
+
+    def test_tensors_as_pictures_need_no_transform(self, images, pictures):
+        originals = torch.stack([to_tensor(image) for image in images])
+        generated = torch.stack([torch.stack([to_tensor(picture) for picture in of_one]) for of_one in pictures])
+        found = Centralizer(Model(), lambda given: generated)(originals)
+        np.testing.assert_allclose(found.numpy(), reference.fuse_images(flat, images, pictures, 2), atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda pictures: pictures[:-1], "pictures must be given of every image, got those of 10 of 11 images"),
+            (
+                lambda pictures: [*pictures[:2], pictures[2][:3], *pictures[3:]],
+                r"4 of every image, got 3 of images\[2\]",
+            ),
+            (lambda pictures: [], "num_poses must be at least 1"),
+            (lambda pictures: [[]], "num_poses must be at least 1"),
+        ],
+    )
+    def test_a_callable_that_does_not_deliver(self, change, message, images, pictures):
+        with pytest.raises(ValueError, match=message):
+            Centralizer(Model(), lambda given: change(pictures), transform=to_tensor)(images)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"transform": "pmt"}, ValueError, "transform must be given with a model, or to the Extractor itself"),
+            ({"extractor": None, "flip": True}, ValueError, "flip must be given with a model"),
+            ({"generator": FakeGenerator()}, ValueError, "generator must be given with one of .* and pictures"),
+            (
+                {"pictures": None, "num_poses": 3},
+                ValueError,
+                "num_poses must be given with one of generator, generated",
+            ),
+            ({"extractor": Extractor(len)}, ValueError, "transform must be given with generated pictures"),
+            (
+                {
+                    "extractor": Extractor(len, flip=True, inputs="images"),
+                    "pictures": GeneratedPictures(FakeGenerator(), pose_inputs={"xy": len}),
+                },
+                ValueError,
+                "flip must be False with pose_inputs",
+            ),
+        ],
+    )
+    def test_what_does_not_go_together(self, arguments, error, message):
+        parts = {"extractor": Extractor(len, transform=to_tensor), "pictures": GeneratedPictures(FakeGenerator())}
+        with pytest.raises(error, match=message):
+            Centralizer(**{**parts, **arguments})
+
+    def test_none_is_as_if_not_given(self, images):
+        none = dict.fromkeys(["transform", "device", "generator", "generated", "num_poses", "generate_options"])
+        parts = Extractor(Model(), transform=to_tensor), GeneratedPictures(FakeGenerator(), DRAWINGS)
+        torch.testing.assert_close(Centralizer(*parts, **none)(images), centralizer_of(Model())(images))
+
+
+class TestDecoding:
+    @pytest.fixture
+    def paths(self, images, tmp_path):
+        for i, image in enumerate(images):
+            image.resize((32, 64)).save(tmp_path / f"{i}.png")
+        return [tmp_path / f"{i}.png" for i in range(len(images))]
+
+    @pytest.fixture
+    def opened(self, monkeypatch):
+        counts, original = Counter(), Image.open
+        monkeypatch.setattr(Image, "open", lambda path: counts.update([str(path)]) or original(path))
+        return counts
+
+    @pytest.mark.parametrize("make", [FakeGenerator, tiny.generator])
+    @pytest.mark.parametrize("batch_size", [3, 64])
+    def test_of_each_file_once(self, batch_size, make, paths, opened):
+        options = {"generate_options": {"num_inference_steps": 1}, "num_poses": 2, "batch_size": batch_size}
+        centralizer = Centralizer(Model(), transform="transreid", generator=make(), **options)
+        found = centralizer(paths)
+        assert opened == {str(path): 1 for path in paths}
+        torch.testing.assert_close(found, centralizer([Image.open(path) for path in paths]))
+        load_image(paths[0], "afterwards")
+        assert opened[str(paths[0])] == 3
+
+    def test_gives_every_reader_a_picture_of_its_own(self, paths):
+        with decoding_once():
+            load_image(paths[0], "first").paste("red", (0, 0, 9, 9))
+            second = load_image(paths[0], "second")
+        assert second.tobytes() == load_image(paths[0], "third").tobytes()
+
+    def test_keeps_no_more_than_its_share(self, paths, opened, monkeypatch):
+        monkeypatch.setattr(decoding._Kept, "__init__", partialmethod(decoding._Kept.__init__, free=2 * 3 * 32 * 64))
+        with decoding_once():
+            for i in (0, 1, 0, 1, 2, 1, 0):
+                load_image(paths[i], "x")
+        assert opened == {str(paths[0]): 2, str(paths[1]): 1, str(paths[2]): 1}
+
+
 def test_with_the_generator_itself(images):
     generator, images = tiny.generator(), [image.resize((32, 64)) for image in images[:4]]
     options = {"num_inference_steps": 1, "seed": 3}
@@ -632,8 +792,8 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda pictures: pictures[:-1], r"generator must give 4 pictures of images\[0\], one a pose, got 3"),
-            (lambda pictures: None, "generator must give pictures of every image, got those of 0 of 11 images"),
+            (lambda pictures: pictures[:-1], r"pictures must be 4 of every image, got 3 of images\[0\]"),
+            (lambda pictures: None, "pictures must be given of every image, got those of 0 of 11 images"),
             (lambda pictures: ["missing.png"] * 4, r"generated image 1 of images\[0\] cannot be read"),
         ],
     )
@@ -649,10 +809,10 @@ class TestFailures:
     def test_without_anything_to_generate_with(self, images):
         centralizer = Centralizer(Model(), transform=to_tensor)
         for method in (centralizer, centralizer.extract_generated, centralizer.diagnose):
-            with pytest.raises(ValueError, match=r"generator or generated must be given.*IdentityGenerator"):
+            with pytest.raises(ValueError, match=r"pictures must be given.*IdentityGenerator"):
                 method(images)
         with pytest.raises(ValueError, match="extractor must be given"):
-            centralizer_of(None)(images)
+            Centralizer(generator=FakeGenerator())(images)
 
     def test_without_poses(self, images):
         centralizer = centralizer_of(Model(), num_poses=0)
@@ -694,7 +854,7 @@ def test_bad_features(q, g, error, message):
         ({"k2": "2"}, TypeError, "k2 must be an integer"),
         ({"part_distance": "mean"}, ValueError, "part_distance must be one of 'visible', 'flattened'"),
         ({"eta": -1}, ValueError, "eta must be in"),
-        ({"extractor": 3}, TypeError, "extractor must be callable"),
+        ({"extractor": 3}, TypeError, "model must be callable, got int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"backend": "annoy"}, ValueError, "backend must be one of"),
         ({"inputs": "paths"}, ValueError, "inputs must be one of"),
@@ -703,46 +863,50 @@ def test_bad_features(q, g, error, message):
         ({"transform": 3}, TypeError, "transform must be callable"),
         ({"transform": "pmt", "inputs": "images"}, ValueError, "transform must be None"),
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
-        ({"num_poses": -1}, ValueError, "num_poses must be at least 0"),
-        ({"generate_options": {"seed": 3}}, ValueError, "generate_options must not be given without a generator"),
-        ({"num_poses": 2.0}, TypeError, "num_poses must be an integer"),
+        ({"num_poses": -1, **GENERATED}, ValueError, "num_poses must be at least 0"),
+        ({"num_poses": -1, "generated": "."}, ValueError, "num_poses must be at least 0"),
+        ({"generate_options": {"seed": 3}}, ValueError, "generate_options must be given with one of generator"),
+        ({"num_poses": 2.0, **GENERATED}, TypeError, "num_poses must be an integer"),
         ({"num_poses": 9, **GENERATED}, ValueError, "num_poses must be at most 8, the number of poses, got 9"),
         (
             {"poses": DRAWINGS, "num_poses": 8, **GENERATED},
             ValueError,
             "num_poses must be at most 4, the number of poses, got 8",
         ),
-        ({"poses": "mine", **GENERATED}, ValueError, "poses must be 'standard' or a sequence"),
+        ({"poses": "mine", **GENERATED}, ValueError, "poses must be 'standard' or a sequence of poses, got 'mine'"),
         ({"poses": 3, **GENERATED}, TypeError, "poses must be 'standard' or a sequence"),
         ({"flip": 1}, TypeError, "flip must be True or False"),
         ({"generator": nfc}, TypeError, r"generator must have a method generate_iter.*got function"),
-        ({"generated": "."}, ValueError, "transform must be given with generated="),
-        ({"generator": FakeGenerator()}, ValueError, r"transform must be given with generator=.*inputs='images'"),
-        ({"generated": ".", **GENERATED}, ValueError, "must not be given both"),
-        ({"pose_inputs": [1]}, TypeError, "pose_inputs must map"),
-        ({"pose_inputs": {"xy": 3}}, TypeError, r"pose_inputs\['xy'\] must be a function"),
+        ({"generated": "."}, ValueError, r"transform must be given with generated pictures.*inputs='images'"),
+        ({"generator": FakeGenerator()}, ValueError, r"transform must be given with generated.*inputs='images'"),
+        ({"generated": ".", **GENERATED}, ValueError, "must be given with one of generator, generated and pictures"),
+        ({"pose_inputs": [1], **GENERATED}, TypeError, "pose_inputs must map"),
+        ({"pose_inputs": {"xy": 3}, **GENERATED}, TypeError, r"pose_inputs must map .* to functions .*'xy': 3"),
         ({"pose_inputs": {"xy": len}, "flip": True, **GENERATED}, ValueError, "flip must be False with pose_inputs"),
         (
             {"pose_inputs": {"xy": len}, "poses": DRAWINGS, "num_poses": 1, **GENERATED},
             TypeError,
-            r"poses\[0\] must be a pose2id.poses.Pose",
+            r"poses\[0\] must be a Pose with pose_inputs",
         ),
-        ({"generate_options": 3}, TypeError, "generate_options must map"),
+        ({"generate_options": 3, **GENERATED}, TypeError, "must be a mapping, not int"),
+        ({"generate_options": {"seed": 3}, "generated": "."}, TypeError, "unexpected keyword .*'generate_options'"),
+        ({"sampler": 3}, TypeError, "unexpected keyword argument 'sampler'"),
+        ({"pictures": "folder"}, TypeError, "pictures must be callable.*got str"),
     ],
 )
 def test_bad_parameters_are_refused_at_once(arguments, error, message):
     with pytest.raises(error, match=message):
-        Centralizer(**arguments)
+        Centralizer(**{"extractor": nfc, **arguments})
 
 
 def test_repr_names_what_matters():
     assert repr(Centralizer(k1=3)) == "Centralizer(k1=3, k2=2, eta=2, backend='auto')"
-    assert repr(Centralizer(nfc)).startswith("Centralizer(function, ")
-    assert repr(Centralizer(**GENERATED)).endswith(", generator=FakeGenerator, num_poses=8)")
-    assert repr(Centralizer(transform="pmt", generated=".")).endswith(", generated='.', num_poses=8)")
+    assert repr(Centralizer(nfc)).startswith("Centralizer(Extractor(function, ")
+    assert ", GeneratedPictures(FakeGenerator, num_poses=8), k1=2" in repr(Centralizer(nfc, **GENERATED))
+    assert ", PictureFolder('.', num_poses=8), k1=2" in repr(Centralizer(nfc, transform="pmt", generated="."))
 
 
 def test_all_of_ones_own_poses_are_used():
-    assert Centralizer(poses=DRAWINGS, **GENERATED).num_poses == 4
-    assert Centralizer(poses=DRAWINGS, num_poses=3, **GENERATED).num_poses == 3
-    assert Centralizer(**GENERATED).num_poses == 8
+    assert Centralizer(nfc, poses=DRAWINGS, **GENERATED).pictures.num_poses == 4
+    assert Centralizer(nfc, poses=DRAWINGS, num_poses=3, **GENERATED).pictures.num_poses == 3
+    assert Centralizer(nfc, **GENERATED).pictures.num_poses == 8

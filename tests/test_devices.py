@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pose2id
-from pose2id import Centralizer
+from pose2id import Centralizer, Extractor, GeneratedPictures
 from pose2id.cli import main
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
@@ -300,7 +300,8 @@ def test_a_model_on_the_gpu_in_every_precision(dtype, default, pictures):
     options = {"transform": "transreid", "generator": Mirrors(), "poses": standard()[:2], "batch_size": 2, "flip": True}
     expected = Centralizer(model.float(), **options)(pictures, scale=scale)
     model.to(dtype).train().cuda()
-    centralizer = Centralizer(model, **options)
+    source = GeneratedPictures(options.pop("generator"), options.pop("poses"))
+    centralizer = Centralizer(Extractor(model, **options), source)
     try:
         torch.set_default_device(default)
         found = centralizer(pictures, scale=scale)
@@ -323,7 +324,7 @@ def test_tensors_as_images(place, pictures):
     batch = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in pictures])
     model = Normed()
     expected = Centralizer(model).extract(batch)
-    found = Centralizer(model.cuda()).extract(batch.to(place))
+    found = Extractor(model.cuda())(batch.to(place))
     assert found.is_cuda
     torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=0)
     resized = Centralizer(model, transform="transreid").extract(batch.to(place))

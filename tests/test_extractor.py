@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from pose2id import Centralizer
+from pose2id import Centralizer, Extractor
 from pose2id.extractor import PRESETS, Preprocess
 from pose2id.io.images import load_image
 
@@ -249,6 +249,22 @@ def test_extractors_that_read_images_themselves(pictures, tmp_path):
     assert found.dtype == np.float64
 
 
+def test_an_extractor_by_itself(pictures):
+    model, cams = TinyModel().train(), torch.arange(7.0)
+    extractor = Extractor(model, transform="transreid", batch_size=3)
+    found = extractor(pictures, cam_label=cams, progress=False)
+    torch.testing.assert_close(found, Centralizer(model, transform="transreid").extract(pictures, cam_label=cams))
+    torch.testing.assert_close(extractor(pictures), by_hand(model, pictures))
+    raw, visibility = extractor(pictures, normalize=False, return_visibility=True)
+    torch.testing.assert_close(nn.functional.normalize(raw), extractor(pictures))
+    assert visibility is None
+    assert repr(extractor) == "Extractor(TinyModel, inputs='batch', batch_size=3)"
+    assert (
+        repr(Extractor(len, inputs="images", flip=True))
+        == "Extractor(builtin_function_or_method, inputs='images', batch_size=64, flip=True)"
+    )
+
+
 def test_preprocess_by_hand():
     picture = Image.new("RGB", (4, 8), (255, 0, 51))
     tensor = Preprocess((6, 3), (0.5, 0.5, 0.5), (0.5, 0.25, 0.1))(picture)
@@ -398,6 +414,8 @@ def test_bad_outputs(output, error, message):
 def test_bad_settings(arguments, images, error, message):
     with pytest.raises(error, match=message):
         Centralizer(TinyModel(), **arguments).extract(images)
+    with pytest.raises(error, match=message):
+        Extractor(TinyModel(), **arguments)(images)
 
 
 @pytest.mark.parametrize("cams", [[1, 2], np.arange(8), torch.arange(1)])

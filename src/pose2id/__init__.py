@@ -1,8 +1,9 @@
 """Training-free person re-identification: centralize the features of any ReID model towards their identity's centre.
 
-The public surface is small: `Centralizer` inside a pipeline, `IdentityGenerator` for pictures of a person in other
-poses, `nfc` and `fuse` on features, `evaluate` and `id2_score` to measure them. Helpers live in the submodules. Names
-load on first use, so that importing the package costs nothing.
+The public surface is small: `Centralizer` inside a pipeline, made of an `Extractor` (your model) and a source of
+pictures of the same people in other poses (`GeneratedPictures` of an `IdentityGenerator`, or a `PictureFolder`);
+`nfc` and `fuse` on features, `evaluate` and `id2_score` to measure them. Helpers live in the submodules. Names load on
+first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from pose2id.centralization.id2 import IdentityDensity, id2_score, identity_density
     from pose2id.centralization.nfc import nfc
     from pose2id.centralizer import Centralizer
+    from pose2id.extractor import Extractor
     from pose2id.ipg.generator import IdentityGenerator
+    from pose2id.ipg.pictures import GeneratedPictures, PictureFolder
     from pose2id.ipg.sampling import Sampling
     from pose2id.neighbors.parts import part_distances
     from pose2id.neighbors.search import nearest_neighbors
@@ -34,10 +37,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Centralizer",
     "EvaluationResult",
+    "Extractor",
+    "GeneratedPictures",
     "GenerationDiagnostics",
     "IdentityDensity",
     "IdentityGenerator",
     "NFCDiagnostics",
+    "PictureFolder",
     "Sampling",
     "aqe",
     "database_augmentation",
@@ -59,11 +65,14 @@ __all__ = [
 _HOME = {
     "Centralizer": "centralizer",
     "EvaluationResult": "retrieval.evaluation",
+    "Extractor": "extractor",
+    "GeneratedPictures": "ipg.pictures",
     "GenerationDiagnostics": "centralization.diagnostics",
     "IdentityDensity": "centralization.id2",
     "IdentityGenerator": "ipg.generator",
     "NFCDiagnostics": "centralization.diagnostics",
     "Sampling": "ipg.sampling",
+    "PictureFolder": "ipg.pictures",
     "aqe": "retrieval.expansion",
     "database_augmentation": "retrieval.expansion",
     "evaluate": "retrieval.evaluation",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image
@@ -15,35 +14,40 @@ from torch import Tensor
 from pose2id.centralization.diagnostics import GenerationDiagnostics, generation_diagnostics
 from pose2id.centralization.fusion import fuse
 from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc
-from pose2id.extractor import INPUTS, Extraction, Extractor, SideInputs, checked_transform, extract, extracting, stored
-from pose2id.io.checks import (
-    checked_choice,
-    checked_count,
-    checked_device,
-    checked_flag,
-    checked_memory,
-    checked_number,
-)
+from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
+from pose2id.io.checks import checked_choice, checked_count, checked_memory, checked_number
+from pose2id.io.decoding import decoding_once
 from pose2id.io.images import checked_images
-from pose2id.io.rows import FeatureArray, Rows, checked_pair
-from pose2id.ipg.folder import (
-    Generator,
-    check_notes,
-    checked_directory,
-    checked_generator,
-    checked_options,
-    checked_pose_inputs,
-    checked_poses,
-    find,
-    generate,
-    stack_values,
-)
+from pose2id.io.rows import FeatureArray, Rows, blocks, checked_pair
+from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
 from pose2id.neighbors.search import BACKENDS
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from pose2id.poses import Pose
 
-_STANDARD_POSES = 8
+
+_OF_NFC = ("k1", "k2", "part_distance", "backend", "max_memory")
+
+
+class _OfExtractor(TypedDict, total=False):
+    transform: Callable[[Image.Image], Tensor] | str | None
+    inputs: str
+    batch_size: int
+    device: torch.device | str | None
+    flip: bool
+
+
+class Shortcuts(_OfExtractor, total=False):
+    """Parameters of the parts, from which `Centralizer` builds them."""
+
+    generator: Generator | None
+    generated: str | os.PathLike[str] | None
+    poses: Any
+    num_poses: int | None
+    pose_inputs: Mapping[str, Callable[[Pose], Any]] | None
+    generate_options: Mapping[str, Any] | None
 
 
 class Centralizer:
@@ -55,38 +59,27 @@ class Centralizer:
 
     With images, it fuses their features with those of generated images of the same people (eq. 9):
 
-        centralizer = Centralizer(my_model, generator=generator, transform=my_transform, eta=2.0)
+        centralizer = Centralizer(Extractor(my_model, transform=my_transform), GeneratedPictures(generator), eta=2.0)
         gallery_feats = centralizer(gallery_images, cam_label=cams)
 
+    For short, the parts' parameters may be given instead of the parts:
+
+        centralizer = Centralizer(my_model, transform=my_transform, generator=generator, eta=2.0)
+
     Args:
-        extractor: the user's model (`pose2id.extractor.Extractor`): any callable from images to features. `enhance` and
-            `fuse` don't need it.
+        extractor: an `Extractor`, or your model, of which one is made. `enhance` and `fuse` don't need it.
+        pictures: where generated images come from: `GeneratedPictures`, a `PictureFolder`, or any callable
+            `pictures(images)` that gives, for each image in order, a sequence of M pictures, M always the same. Only
+            `__call__`, `extract_generated` and `diagnose` need it.
         k1: how many neighbours a feature proposes (see `nfc`).
         k2: how many neighbours the other side looks at.
-        part_distance: how features in parts find neighbours: "visible" or "flattened" (see `nfc`).
         eta: weight of generated images in eq. 9: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
-        transform: picture to (3, H, W) float tensor; or a preset's name (`pose2id.extractor.PRESETS`), or a
-            `pose2id.extractor.Preprocess(size, mean, std)`. None: images are tensors that the model takes as they are.
-        inputs: "batch", or "images" for an extractor that reads paths or (H, W, 3) uint8 RGB arrays itself.
-        batch_size: images per call of the extractor.
-        device: where batches go; None: where the model is. The model is never moved. A module's batches come in the
-            dtype of its parameters, half precision too.
+        part_distance: how features in parts find neighbours: "visible" or "flattened" (see `nfc`).
         backend: "auto", "faiss" or "torch": who searches neighbours.
         max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
-        generator: makes pictures of the person on an image in other poses: a `pose2id.IdentityGenerator`, or any
-            object with its `generate_iter` (`pose2id.ipg.folder.Generator`).
-        generated: a directory of already generated images in place of a generator, `DIR/pose{m}/name` or a folder for
-            each image (`pose2id.ipg.folder.find`); images must then be paths. Pictures that tell what they were made
-            from, as those of `pose2id generate` do, must have been made from these images, in these poses; others are
-            taken as they are.
-        poses: "standard", the paper's eight, or a sequence of `pose2id.poses.Pose` or drawn poses.
-        num_poses: M of eq. 9: the first so many of the poses. None: 8, or all of your own poses. 0: nothing is
-            generated.
-        flip: use f(x) + f(mirror(x)) as the feature of every image, original or generated.
-        pose_inputs: keywords of the extractor that depend on the pose drawn: functions of a `Pose` which give a
-            generated image's value in place of its original's, as for a model that takes keypoints
-            `{"keypoints_xyc": lambda pose: pose.to_coco(size=(384, 128))}`.
-        generate_options: keywords for the generator, such as seed or num_inference_steps.
+        **shortcuts: transform, inputs, batch_size, device and flip, for an `Extractor` of the model; generator with
+            generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a `PictureFolder`;
+            poses, num_poses and pose_inputs for either. None: as by default.
 
     Raises:
         TypeError, ValueError: a parameter is out of range, or does not go with another; named.
@@ -94,52 +87,31 @@ class Centralizer:
 
     def __init__(
         self,
-        extractor: Extractor | None = None,
+        extractor: Extractor | FeatureModel | None = None,
+        pictures: Pictures | None = None,
         *,
         k1: int = 2,
         k2: int = 2,
-        part_distance: str = "visible",
         eta: float = 2.0,
-        transform: Callable[[Image.Image], Tensor] | str | None = None,
-        inputs: str = "batch",
-        batch_size: int = 64,
-        device: torch.device | str | None = None,
+        part_distance: str = "visible",
         backend: str = "auto",
         max_memory: int | None = None,
-        generator: Generator | None = None,
-        generated: str | os.PathLike[str] | None = None,
-        poses: Any = "standard",
-        num_poses: int | None = None,
-        flip: bool = False,
-        pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
-        generate_options: Mapping[str, Any] | None = None,
+        **shortcuts: Unpack[Shortcuts],
     ) -> None:
-        if extractor is not None and not callable(extractor):
-            raise TypeError(f"extractor must be callable, got {type(extractor).__name__}.")
-        self.extractor = extractor
         self.k1 = checked_count(k1, "k1")
         self.k2 = checked_count(k2, "k2")
-        self.part_distance = checked_choice(part_distance, "part_distance", PART_DISTANCES)
         self.eta = checked_number(eta, "eta", 0, 1e6)
-        self.inputs = checked_choice(inputs, "inputs", INPUTS)
-        self.transform = checked_transform(transform, self.inputs)
-        self.batch_size = checked_count(batch_size, "batch_size")
-        self.device = None if device is None else checked_device(device)
+        self.part_distance = checked_choice(part_distance, "part_distance", PART_DISTANCES)
         self.backend = checked_choice(backend, "backend", BACKENDS)
         checked_memory(max_memory)
         self.max_memory = max_memory
-        if num_poses is None:
-            num_poses = _STANDARD_POSES if isinstance(poses, str) or not hasattr(poses, "__len__") else len(poses)
-        self.num_poses = checked_count(num_poses, "num_poses", least=0)
-        self.flip = checked_flag(flip, "flip")
-        self.generator = None if generator is None else checked_generator(generator)
-        self.generated = None if generated is None else checked_directory(generated, self.num_poses)
-        self.pose_inputs = checked_pose_inputs({} if pose_inputs is None else pose_inputs)
-        self.generate_options = checked_options({} if generate_options is None else generate_options)
-        self._check_generation()
-        self.poses: tuple[Any, ...] = ()
-        if generator is not None or self.pose_inputs or not isinstance(poses, str):
-            self.poses = checked_poses(poses, self.num_poses, drawings=not self.pose_inputs)
+        given = {name: value for name, value in shortcuts.items() if value is not None}
+        for name in given.keys() - Shortcuts.__annotations__.keys():
+            raise TypeError(f"Centralizer got an unexpected keyword argument {name!r}.")
+        of_extractor = {name: given.pop(name) for name in _OfExtractor.__annotations__ if name in given}
+        self.extractor = _extractor(extractor, of_extractor)
+        self.pictures = _pictures(pictures, given)
+        _check_fit(self.extractor, self.pictures)
 
     def __call__(
         self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
@@ -149,35 +121,34 @@ class Centralizer:
             f~ = normalize(f + eta / M * sum of f_m over m = 1..M)
 
         The same as `fuse(extract(images, normalize=False), extract_generated(images))`, but the images go through in
-        blocks of `batch_size`: beside the result, memory does not grow with their number. Pictures are generated when
-        their batch is due. Add neighbours with `enhance`.
+        blocks of the extractor's batch size: beside the result, memory does not grow with their number. Pictures are
+        generated when their batch is due. Add neighbours with `enhance`.
 
         Args:
-            images: as in `extract`; with a generator or a directory, pictures or paths.
+            images: as in `Extractor.__call__`; with a transform, pictures or paths.
             progress: show one bar for original and generated images on a terminal.
             return_visibility: also return the visibility (N, P) of the originals' parts, or None.
-            **side_inputs: keywords for the extractor, as in `extract`. Entries of an image go to its generated images
-                too (the original's camera, modality), except for those in `pose_inputs`.
+            **side_inputs: keywords for the model, as in `Extractor.__call__`. Entries of an image go to its generated
+                images too (the original's camera, modality), except for those in `pose_inputs`.
 
         Returns:
             (N, D) L2-normalised features, or (N, P, D) parts, each L2-normalised, in the container, dtype and device
-            that the extractor returns. A part's generated mean is taken over the images that show it, where the
-            extractor returns visibility. With num_poses=0: the normalised features of the originals.
+            that the model returns. A part's generated mean is taken over the images that show it, where the model
+            returns visibility. With num_poses=0: the normalised features of the originals.
 
         Raises:
-            TypeError, ValueError: nothing to take generated images from, or as in `extract`.
+            TypeError, ValueError: no extractor or no pictures, or as in `Extractor.__call__`.
         """
-        if self.num_poses == 0:
+        if getattr(self.pictures, "num_poses", None) == 0:
             return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
         fused = visibility = None
-        with self._reading(images, side_inputs, progress, pictures_per_image=1 + self.num_poses) as reading:
-            n = len(images)
-            for low in range(0, n, self.batch_size):
-                index = range(low, min(low + self.batch_size, n))
-                features, visible = reading.originals(index)
-                generated, weights = reading.generated(index)
-                fused = stored(fused, fuse(features, generated, self.eta, visibility=weights), index, n)
-                visibility = stored(visibility, visible, index, n)
+        with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
+            for block in blocks(len(images), model.extractor.batch_size):
+                features, visible = model.features(originals, block)
+                generated, weights = model.features(pictures, block)
+                centralized = fuse(features, generated, self.eta, visibility=weights)
+                fused = stored(fused, centralized, block, len(images))
+                visibility = stored(visibility, visible, block, len(images))
         return (fused, visibility) if return_visibility else fused
 
     def enhance(
@@ -216,13 +187,7 @@ class Centralizer:
         checked_pair(query, gallery, "query_feats", "gallery_feats")
         checked_weights(query, query_visibility, "query_visibility", self.part_distance)
         checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance)
-        settings: dict[str, Any] = {
-            "k1": self.k1,
-            "k2": self.k2,
-            "part_distance": self.part_distance,
-            "backend": self.backend,
-            "max_memory": self.max_memory,
-        }
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _OF_NFC}
         if not joint:
             return (
                 nfc(query_feats, visibility=query_visibility, **settings),
@@ -253,196 +218,108 @@ class Centralizer:
         """Eq. 9 on raw features (N, D) and (N, M, D) of generated images: `pose2id.fuse`; default: the own eta."""
         return fuse(features, generated, self.eta if eta is None else eta, visibility=visibility)
 
-    def extract(
-        self,
-        images: Any,
-        *,
-        normalize: bool = True,
-        progress: bool = True,
-        return_visibility: bool = False,
-        **side_inputs: Any,
-    ) -> Any:
-        """Features of images from the user's extractor, L2-normalised unless told otherwise.
-
-        Args:
-            images: sequence of paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) float tensors in [0, 1], or
-                one array of them; without a transform, tensors that the model takes as they are.
-            normalize: L2-normalise each feature, or each part's. False gives the raw outputs, which `fuse` wants.
-            progress: show a bar on a terminal.
-            return_visibility: also return the visibility (N, P) that came with part features, or None.
-            **side_inputs: keywords for the extractor (`cam_label=cams`). Tensors, arrays and lists have one entry per
-                image and are sliced with the batch, and so are tuples of that length; anything else is passed on.
-
-        Returns:
-            (N, D) features, or (N, P, D) parts, in the container, dtype and device that the extractor returns.
-
-        Raises:
-            TypeError, ValueError: no extractor, bad or unreadable images (named), outputs that are no finite features.
-        """
-        features, visibility = extract(
-            self._given_extractor(),
-            images,
-            transform=self.transform,
-            inputs=self.inputs,
-            batch_size=self.batch_size,
-            device=self.device,
-            flip=self.flip,
-            progress=progress,
-            side_inputs=side_inputs,
-        )
-        rows = Rows(features, "extractor output", normalize=normalize, parts=True)
-        if normalize:
-            # The array is new: normalised where it lies.
-            for block in rows.blocks():
-                rows.write(features, block, rows.read(block))
-        return (features, visibility) if return_visibility else features
+    def extract(self, images: Any, **options: Any) -> Any:
+        """Features of images alone, L2-normalised unless `normalize=False`: see `Extractor.__call__`."""
+        return self._given_extractor()(images, **options)
 
     def extract_generated(
         self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
     ) -> Any:
-        """Raw features of the generated images: to try several eta with `fuse`, or to keep them.
+        """Raw features (N, M, D) or (N, M, P, D) of the generated images: to try several eta, or to keep them.
 
-        Args:
-            images: the originals, as in `__call__`.
-            progress: as in `__call__`.
-            return_visibility: also return the visibility (N, M, P) of the generated images' parts, or None.
-            **side_inputs: as in `__call__`.
-
-        Returns:
-            (N, M, D) or (N, M, P, D) features, not normalised, as the extractor returns them.
-
-        Raises:
-            TypeError, ValueError: as in `__call__`, and if num_poses is 0.
+        Arguments and errors are those of `__call__`; the visibility is that of the generated images' parts, (N, M, P).
         """
-        with self._reading(images, side_inputs, progress, pictures_per_image=self.num_poses) as reading:
-            features, visibility = reading.generated(range(len(images)))
+        with self._at_work(images, side_inputs, progress, both=False) as (model, _, pictures):
+            features, visibility = model.features(pictures, slice(0, len(images)))
         return (features, visibility) if return_visibility else features
 
     def diagnose(self, images: Any, *, progress: bool = True, **side_inputs: Any) -> GenerationDiagnostics:
-        """How much of a person the model sees in generated images, without labels, and what that suggests for eta.
+        """How much of a person the model sees in generated images, without labels: `pose2id.generation_diagnostics`.
 
-        Holds all features; a few hundred images of different people are enough.
-
-        Args:
-            images: at least 2, as in `__call__`.
-            progress: as in `__call__`.
-            **side_inputs: as in `__call__`.
-
-        Returns:
-            `pose2id.generation_diagnostics` of the images' features.
-
-        Raises:
-            TypeError, ValueError: as in `__call__`, fewer than 2 images, and if num_poses is 0.
+        Arguments and errors are those of `__call__`, for at least 2 images. All features are held; a few hundred images
+        of different people are enough.
         """
         if len(checked_images(images)) < 2:
             raise ValueError("images must be at least 2, to compare with other images' pictures, got 1.")
-        with self._reading(images, side_inputs, progress, pictures_per_image=1 + self.num_poses) as reading:
-            everything = range(len(images))
-            return generation_diagnostics(reading.originals(everything)[0], reading.generated(everything)[0])
+        with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
+            everything = slice(0, len(images))
+            features, generated = (model.features(some, everything)[0] for some in (originals, pictures))
+        return generation_diagnostics(features, generated)
 
     @contextmanager
-    def _reading(
-        self, images: Any, side_inputs: Mapping[str, Any], progress: bool, *, pictures_per_image: int
-    ) -> Iterator[_Reading]:
-        """The extractor at work on images and their generated images, after all checks that need no model."""
-        extractor, items = self._given_extractor(), checked_images(images)
-        if self.num_poses == 0:
-            raise ValueError("num_poses must be at least 1 for features of generated images, got 0.")
-        side = SideInputs(side_inputs, len(items))
-        values = {name: [function(pose) for pose in self.poses] for name, function in self.pose_inputs.items()}
-        stacked = {name: stack_values(of_poses, side.get(name), name) for name, of_poses in values.items()}
-        pictures = self._pictures(items)
-        with extracting(
-            extractor,
-            transform=self.transform,
-            inputs=self.inputs,
-            batch_size=self.batch_size,
-            device=self.device,
-            flip=self.flip,
-            total=len(items) * pictures_per_image,
-            progress=progress,
-        ) as run:
-            yield _Reading(run, iter(items), side, pictures, self.num_poses, SideInputs(stacked, self.num_poses))
-
-    def _pictures(self, images: Any) -> Iterator[Any]:
-        if self.generated is not None:
-            found = find(self.generated, images, self.num_poses)
-            check_notes(found, images, self.poses)
-            return iter(found)
-        if self.generator is not None:
-            return generate(self.generator, images, self.poses, self.generate_options)
-        raise ValueError(
-            "generator or generated must be given to fuse images with generated ones: Centralizer(my_model, "
-            "transform=..., generator=IdentityGenerator.from_pretrained(...)), or generated=DIR. Without generated "
-            "images use extract, then enhance."
-        )
+    def _at_work(
+        self, images: Any, side_inputs: Mapping[str, Any], progress: bool, *, both: bool = True
+    ) -> Iterator[tuple[Extraction, Images, Images]]:
+        """The model at work, the images, and their generated images, after all checks that need no model."""
+        extractor, originals = self._given_extractor(), Images(images, side_inputs)
+        if self.pictures is None:
+            raise ValueError(
+                "pictures must be given to fuse images with generated ones: Centralizer(my_model, transform=..., "
+                "generator=IdentityGenerator.from_pretrained(...)), or generated=DIR. Else use extract, then enhance."
+            )
+        of_pose: dict[str, Any] = {}
+        if isinstance(self.pictures, PosedPictures):
+            of_pose = self.pictures.side_inputs(originals.side_inputs.get)
+        with decoding_once():
+            pictures = _Generated(*in_order(self.pictures, originals.items), originals.side_inputs, of_pose)
+            with extractor.at_work(len(images) * (pictures.m + both), progress) as model:
+                yield model, originals, pictures
 
     def _given_extractor(self) -> Extractor:
         if self.extractor is None:
             raise ValueError("extractor must be given to extract features: Centralizer(my_model, transform=...).")
         return self.extractor
 
-    def _check_generation(self) -> None:
-        if self.generator is not None and self.generated is not None:
-            raise ValueError("generator and generated must not be given both: one of them is where pictures come from.")
-        if self.generator is None and self.generate_options:
-            raise ValueError("generate_options must not be given without a generator: there is nothing to generate.")
-        given = "generator" if self.generator is not None else "generated" if self.generated is not None else None
-        if given and self.transform is None and self.inputs == "batch":
-            raise ValueError(
-                f"transform must be given with {given}=, got None: images must be pictures, and generated ones become "
-                "the model's tensors by it. For an extractor that reads images itself pass inputs='images'."
-            )
-        if self.flip and self.pose_inputs:
-            raise ValueError(
-                "flip must be False with pose_inputs: what they say of a pose would not be mirrored with the picture."
-            )
-
     def __repr__(self) -> str:
         """The parameters."""
-        model = "" if self.extractor is None else f"{type(self.extractor).__name__}, "
-        source = "" if self.generator is None else f", generator={type(self.generator).__name__}"
-        source = source if self.generated is None else f", generated={os.fspath(self.generated)!r}"
-        poses = f", num_poses={self.num_poses}" if source else ""
+        parts = "".join(f"{part!r}, " for part in (self.extractor, self.pictures) if part is not None)
         flattened = f", part_distance={self.part_distance!r}" if self.part_distance != "visible" else ""
-        return (
-            f"Centralizer({model}k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}"
-            f"{flattened}{source}{poses})"
+        return f"Centralizer({parts}k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}{flattened})"
+
+
+def _extractor(given: Extractor | FeatureModel | None, parameters: dict[str, Any]) -> Extractor | None:
+    """The extractor, built where a model and parameters were given instead."""
+    if parameters and (given is None or isinstance(given, Extractor)):
+        raise ValueError(f"{', '.join(parameters)} must be given with a model, or to the Extractor itself.")
+    return given if given is None or isinstance(given, Extractor) else Extractor(given, **parameters)
+
+
+def _pictures(given: Pictures | None, parameters: dict[str, Any]) -> Pictures | None:
+    """The source of pictures, built where its parameters were given instead."""
+    if parameters and (given is not None or ("generator" in parameters) == ("generated" in parameters)):
+        raise ValueError(f"{', '.join(parameters)} must be given with one of generator, generated and pictures.")
+    if "generator" in parameters:
+        return GeneratedPictures(parameters.pop("generator"), **parameters.pop("generate_options", {}), **parameters)
+    if "generated" in parameters:
+        return PictureFolder(parameters.pop("generated"), **parameters)
+    if given is not None and not callable(given):
+        raise TypeError(f"pictures must be callable, such as GeneratedPictures, got {type(given).__name__}.")
+    return given
+
+
+def _check_fit(extractor: Extractor | None, pictures: Pictures | None) -> None:
+    if extractor is None or not isinstance(pictures, PosedPictures):
+        return
+    if extractor.transform is None and extractor.inputs == "batch":
+        raise ValueError(
+            "transform must be given with generated pictures, which become the model's tensors by it. For a model that "
+            "reads images itself pass inputs='images'."
         )
+    if extractor.flip and pictures.pose_inputs:
+        raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 
 
-@dataclass
-class _Reading:
-    """One pass over images and their generated images, block by block and in order."""
+class _Generated(Images):
+    """The M generated images of each image, with its side inputs and those of their poses."""
 
-    run: Extraction
-    images: Iterator[Any]
-    side: SideInputs
-    pictures: Iterator[Any]  # one sequence of generated images for each image
-    num_poses: int
-    pose_side: SideInputs
+    def __init__(self, stream: Iterator[Any], m: int, of_image: SideInputs, of_pose: Mapping[str, Any]) -> None:
+        self.m, self.each = m, (m,)
+        self.of_image, self.of_pose = of_image, SideInputs(of_pose, m)
+        self.stream = (picture for pictures in stream for picture in pictures)
 
-    def originals(self, index: range) -> tuple[Any, Any]:
-        """Raw features (B, ...) and visibility of the next B images."""
+    def name(self, row: int) -> str:
+        return f"generated image {row % self.m + 1} of images[{row // self.m}]"
 
-        def keywords(rows: range, device: torch.device) -> dict[str, Any]:
-            return self.side.take([index[row] for row in rows], device)
-
-        return self.run.features(self.images, len(index), keywords, lambda row: f"images[{index[row]}]")
-
-    def generated(self, index: range) -> tuple[Any, Any]:
-        """Raw features (B, M, ...) and visibility of the next B images' generated images."""
-        m = self.num_poses
-
-        def keywords(rows: range, device: torch.device) -> dict[str, Any]:
-            of_image = self.side.take([index[row // m] for row in rows], device)
-            return {**of_image, **self.pose_side.take([row % m for row in rows], device)}
-
-        items = (picture for _ in index for picture in next(self.pictures))
-        outputs = self.run.features(
-            items, len(index) * m, keywords, lambda row: f"generated image {row % m + 1} of images[{index[row // m]}]"
-        )
-        features, visibility = (
-            None if output is None else output.reshape(len(index), m, *output.shape[1:]) for output in outputs
-        )
-        return features, visibility
+    def keywords(self, rows: range, device: torch.device) -> dict[str, Any]:
+        of_image = self.of_image.take((row // self.m for row in rows), device)
+        return {**of_image, **self.of_pose.take((row % self.m for row in rows), device)}

@@ -1,17 +1,18 @@
-"""From images to features through the user's own model, which is called as it is and left as it was.
+"""From images to features through your own ReID model, which is called as it is and left as it was.
 
-What reaches the model is a fresh float batch (B, 3, H, W) on its own device, or the images themselves for extractors
-that read paths. Mean and std are never guessed: the user passes a transform, or names a preset.
+What reaches the model is a fresh float batch (B, 3, H, W) on its own device, or the images themselves for models that
+read paths. Mean and std are never guessed: you pass a transform, or name a preset.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,20 +22,15 @@ from tqdm.auto import tqdm
 
 from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag
 from pose2id.io.images import checked_images, load_image
-from pose2id.io.rows import FLOAT_DTYPES
+from pose2id.io.rows import FLOAT_DTYPES, Rows, blocks
 
-PARTS_NDIM = 3
-_IMAGE_NDIM = 3
 INPUTS = ("batch", "images")
-_RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_PARTS_NDIM = 3
+_INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 
 
-class Extractor(Protocol):
-    """Any callable that maps images to features; a torch module is one.
+class FeatureModel(Protocol):
+    """A ReID model: any callable that maps images to features, a torch module for one.
 
     It gets a float tensor (B, 3, H, W), or with `inputs="images"` a list of paths or (H, W, 3) uint8 RGB arrays, and
     the batch's share of the side inputs. It returns features (B, D) or parts (B, P, D), as a tensor or numpy array, as
@@ -65,17 +61,16 @@ class Preprocess:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(
-                "Preprocess needs size (height, width), and mean and std of 3 values with no std of 0, got "
-                f"size={self.size}, mean={self.mean}, std={self.std}."
+                f"Preprocess needs size (height, width), and mean and std of 3 values with no std of 0, got {self}."
             )
         for side in self.size:
             checked_count(side, "size")
-        checked_choice(self.interpolation, "interpolation", tuple(_RESAMPLING))
+        checked_choice(self.interpolation, "interpolation", _INTERPOLATIONS)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The (3, H, W) float32 tensor of an RGB picture."""
         height, width = self.size
-        resized = image.convert("RGB").resize((width, height), _RESAMPLING[self.interpolation])
+        resized = image.convert("RGB").resize((width, height), Image.Resampling[self.interpolation.upper()])
         pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1) / 255
         # Of the CPU, whatever torch's default device is.
         mean, std = (torch.tensor(values, device="cpu")[:, None, None] for values in (self.mean, self.std))
@@ -100,64 +95,130 @@ PRESETS: Mapping[str, Preprocess] = {
 }
 
 
-def extract(
-    extractor: Extractor,
-    images: Any,
-    *,
-    transform: Callable[[Image.Image], Tensor] | str | None = None,
-    inputs: str = "batch",
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    flip: bool = False,
-    progress: bool = True,
-    side_inputs: Mapping[str, Any] | None = None,
-) -> tuple[Any, Any]:
-    """Raw features of images, not normalised, in order.
+class Extractor:
+    """Your ReID model, and how images reach it.
+
+        extractor = Extractor(my_model, transform="transreid")
+        query_feats = extractor(query_images, cam_label=cams)
 
     Args:
-        extractor: see `Extractor`. A torch module, or a bound method of one, runs in eval mode, which is restored
-            afterwards, without gradients, on the device it is on. Of a model inside a lambda nothing is known: call
-            its eval() yourself.
-        images: sequence of paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) float tensors in [0, 1]; or one
-            array of them. Pictures in any 8-bit mode become RGB, EXIF rotation is applied.
-        transform: picture to (3, H, W) float tensor, or the name of a preset (`PRESETS`). None: `images` are float
-            tensors that the extractor takes as they are.
-        inputs: "batch", or "images" for an extractor that takes a list of paths or (H, W, 3) uint8 RGB arrays.
-        batch_size: images per call.
+        model: see `FeatureModel`. A torch module, or a bound method of one, runs without gradients in eval mode, which
+            is restored afterwards, on the device it is on. Of a model inside a lambda nothing is known: call its eval()
+            yourself, and pass `device`.
+        transform: RGB picture to (3, H, W) float tensor: a callable, a `Preprocess`, or a preset's name (`PRESETS`).
+            None: images are float tensors that the model takes as they are.
+        inputs: "batch", or "images" for a model that takes a list of paths or (H, W, 3) uint8 RGB arrays.
+        batch_size: images per call of the model.
         device: where batches go; None: where the module's parameters are, else the CPU. The model is never moved.
-            Batches of another dtype than all of a module's parameters are cast to that of the first; any other callable
-            gets what the transform returns.
-        flip: add the feature of the image mirrored left to right: f(x) + f(mirror(x)), from a second call with the same
+            A batch whose dtype none of a module's parameters has is cast to that of the first; any other callable gets
+            what the transform returns.
+        flip: the feature is f(x) + f(mirror(x)), with the image mirrored left to right: a second call with the same
             side inputs. Tensors are mirrored after the transform; for `inputs="images"` files are read for it.
-        progress: show a bar on a terminal.
-        side_inputs: keywords for the extractor. Tensors, arrays and lists have one entry per image and are sliced with
-            the batch, in the container they come in (tensors also go to its device); so are tuples of that length.
-            Anything else is passed on as it is; bind constants that look otherwise with functools.partial.
-
-    Returns:
-        (features, visibility): (N, D) or (N, P, D), and (N, P) or None, in the container, dtype and on the device that
-        the extractor returns.
 
     Raises:
-        TypeError, ValueError: bad input, an unreadable image (named by index and path), an output that is no feature.
+        TypeError, ValueError: a parameter is out of range, named.
     """
-    items = checked_images(images)
-    side = SideInputs(side_inputs or {}, len(items))
-    with extracting(
-        extractor,
-        transform=transform,
-        inputs=inputs,
-        batch_size=batch_size,
-        device=device,
-        flip=flip,
-        total=len(items),
-        progress=progress,
-    ) as run:
-        return run.features(iter(items), len(items), side.take, "images[{}]".format)
+
+    def __init__(
+        self,
+        model: FeatureModel,
+        *,
+        transform: Callable[[Image.Image], Tensor] | str | None = None,
+        inputs: str = "batch",
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        flip: bool = False,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {type(model).__name__}.")
+        self.model = model
+        self.inputs = checked_choice(inputs, "inputs", INPUTS)
+        if isinstance(transform, str):
+            transform = PRESETS[checked_choice(transform, "transform", tuple(PRESETS))]
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform must be callable, a preset's name or None, got {type(transform).__name__}.")
+        if inputs == "images" and transform is not None:
+            raise ValueError("transform must be None with inputs='images': such a model does its own preprocessing.")
+        self.transform = transform
+        self.batch_size = checked_count(batch_size, "batch_size")
+        self.device = None if device is None else checked_device(device)
+        self.flip = checked_flag(flip, "flip")
+
+    def __call__(
+        self,
+        images: Any,
+        *,
+        normalize: bool = True,
+        progress: bool = True,
+        return_visibility: bool = False,
+        **side_inputs: Any,
+    ) -> Any:
+        """Features of images, in order.
+
+        Args:
+            images: sequence of paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) float tensors in [0, 1], or
+                one array of them; without a transform, tensors that the model takes as they are. Pictures in any 8-bit
+                mode become RGB, EXIF rotation is applied.
+            normalize: L2-normalise each feature, or each part's. False gives the raw outputs, which `fuse` wants.
+            progress: show a bar on a terminal.
+            return_visibility: also return the visibility (N, P) that came with part features, or None.
+            **side_inputs: keywords for the model (`cam_label=cams`). Tensors, arrays and lists have one entry per image
+                and are sliced with the batch, in their container (tensors also go to its device); so are tuples of that
+                length. Anything else is passed on as it is; bind other constants with functools.partial.
+
+        Returns:
+            (N, D) features, or (N, P, D) parts, in the container, dtype and on the device that the model returns.
+
+        Raises:
+            TypeError, ValueError: bad or unreadable images (named), outputs that are not finite features.
+        """
+        given = Images(images, side_inputs)
+        with self.at_work(len(images), progress) as run:
+            features, visibility = run.features(given, slice(0, len(images)))
+        if normalize:
+            rows = Rows(features, "extractor output", normalize=True, parts=True)
+            for block in rows.blocks():  # where they lie: the array is new
+                rows.write(features, block, rows.read(block))
+        return (features, visibility) if return_visibility else features
+
+    @contextmanager
+    def at_work(self, total: int, progress: bool) -> Iterator[Extraction]:
+        """The model in eval mode and without gradients, and one bar for so many images."""
+        home, dtypes = _computes_in(self.model)
+        with _evaluating(self.model), tqdm(total=total, unit="img", disable=None if progress else True) as bar:
+            yield Extraction(self, home if self.device is None else self.device, dtypes, bar)
+
+    def __repr__(self) -> str:
+        """The model's class, and what is not as by default."""
+        flip = ", flip=True" if self.flip else ""
+        return f"Extractor({type(self.model).__name__}, inputs={self.inputs!r}, batch_size={self.batch_size}{flip})"
+
+
+class Images:
+    """Images in order, each with its name and its side inputs.
+
+    Raises:
+        TypeError, ValueError: not a sequence of images, a missing file, side inputs of another length.
+    """
+
+    each: tuple[int, ...] = ()  # (M,) for M pictures of each image
+
+    def __init__(self, images: Any, side_inputs: Mapping[str, Any]) -> None:
+        self.items = checked_images(images)
+        self.side_inputs = SideInputs(side_inputs, len(self.items))
+        self.stream = iter(self.items)
+
+    def name(self, row: int) -> str:
+        """What errors call an image."""
+        return f"images[{row}]"
+
+    def keywords(self, rows: range, device: torch.device) -> dict[str, Any]:
+        """The side inputs of some images."""
+        return self.side_inputs.take(rows, device)
 
 
 class SideInputs:
-    """Keywords for an extractor: those with one entry for each of n rows follow the rows, the others stay as they are.
+    """Keywords for a model: those with one entry for each of n rows follow the rows, the others stay as they are.
 
     Raises:
         ValueError: a tensor, array or list of another length, named.
@@ -167,9 +228,10 @@ class SideInputs:
         self._values = dict(values)
         self._per_row = {name for name, value in values.items() if _is_per_image(value, name, n)}
 
-    def take(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+    def take(self, rows: Iterable[int], device: torch.device) -> dict[str, Any]:
         """The keywords of some rows, in that order, repeats too: always fresh, since models may write into them."""
-        return {name: _taken(v, rows, device) if name in self._per_row else v for name, v in self._values.items()}
+        index = list(rows)
+        return {name: _taken(v, index, device) if name in self._per_row else v for name, v in self._values.items()}
 
     def get(self, name: str) -> Any:
         """The value with one entry per row, or None if there is none of that name."""
@@ -181,114 +243,60 @@ class Extraction:
     """An extractor at work: its batches, on one device, and the one form that all its outputs must have."""
 
     extractor: Extractor
-    transform: Callable[[Image.Image], Tensor] | None
-    inputs: str
-    batch_size: int
     device: torch.device
     dtypes: list[torch.dtype]
-    flip: bool
     bar: tqdm
     _form: list[str] = field(default_factory=list)
 
-    def features(
-        self,
-        items: Iterator[Any],
-        n: int,
-        keywords: Callable[[range, torch.device], dict[str, Any]],
-        name: Callable[[int], str],
-    ) -> tuple[Any, Any]:
-        """Features and visibility of the next n items, which are drawn from the iterator batch by batch.
-
-        Args:
-            items: images of every kind that `extract` takes.
-            n: how many.
-            keywords: the side inputs of a range of them.
-            name: what errors call one of them.
-
-        Returns:
-            (n, ...) features and visibility or None, new memory.
-        """
-        features = visibility = finite = None
-        for low in range(0, n, self.batch_size):
-            index = range(low, min(low + self.batch_size, n))
-            part, visible = self._batch([next(items) for _ in index], index, keywords, name)
-            features, visibility = stored(features, part, index, n), stored(visibility, visible, index, n)
-            finite = stored(finite, _finite_rows(part), index, n)
-            self.bar.update(len(index))
+    def features(self, images: Images, block: slice) -> tuple[Any, Any]:
+        """Raw features (n, ...) and visibility, or None, of the next n images; (n, M, ...) of M pictures of each."""
+        n, each = block.stop - block.start, math.prod(images.each)
+        rows = range(block.start * each, block.stop * each)
+        outputs: list[Any] = [None, None]
+        finite: Any = None
+        for some in blocks(len(rows), self.extractor.batch_size):
+            of_batch = self._of_batch(images, rows[some])
+            outputs = [stored(*pair, some, len(rows)) for pair in zip(outputs, of_batch, strict=True)]
+            finite = stored(finite, _finite_rows(of_batch[0]), some, len(rows))
+            self.bar.update(len(rows[some]))
         # Looked at last: until then a GPU need not be waited for.
-        _check_finite(finite, name)
+        bad = [row for row, fine in zip(rows, finite.tolist(), strict=True) if not fine]
+        if bad:
+            raise ValueError(
+                f"extractor output must be finite; {len(bad)} of {len(rows)} features hold NaN or infinity "
+                f"({', '.join(map(images.name, bad[:5]))}{', ...' if len(bad) > 5 else ''})."
+            )
+        features, visibility = (x if x is None else x.reshape(n, *images.each, *x.shape[1:]) for x in outputs)
         return features, visibility
 
-    def _batch(
-        self,
-        items: list[Any],
-        index: range,
-        keywords: Callable[[range, torch.device], dict[str, Any]],
-        name: Callable[[int], str],
-    ) -> tuple[Any, Any]:
-        names = [name(i) for i in index]
+    def _of_batch(self, images: Images, rows: range) -> tuple[Any, Any]:
+        extractor, names = self.extractor, [images.name(row) for row in rows]
+        items = [next(images.stream) for _ in rows]
         batch: Any
-        if self.inputs == "batch":
-            batch = _batch(items, names, self.transform)
+        if extractor.inputs == "batch":
+            batch = _batch(items, names, extractor.transform)
             fits = not self.dtypes or batch.dtype in self.dtypes
             batch = batch.to(self.device, None if fits else self.dtypes[0])
         else:
             batch = [_native(item, called) for item, called in zip(items, names, strict=True)]
-        # Made before the first call: that may write into its batch, and into the features it has returned.
-        mirrored = _mirrored(batch, names) if self.flip else None
-        features, visibility = self._called(batch, index, keywords, names)
-        if mirrored is not None:
-            features, visibility = _copied(features), _copied(visibility)
-            features = features + self._called(mirrored, index, keywords, names)[0]
-        return features, visibility
+        if not extractor.flip:
+            return self._called(batch, images.keywords(rows, self.device), names)
+        # First, and copied: a call may write into its batch, and into the features it has returned before.
+        mirrored = self._called(_mirrored(batch, names), images.keywords(rows, self.device), names)[0]
+        mirrored = stored(None, mirrored, slice(0, len(rows)), len(rows))
+        features, visibility = self._called(batch, images.keywords(rows, self.device), names)
+        return features + mirrored, visibility
 
-    def _called(
-        self, batch: Any, index: range, keywords: Callable[[range, torch.device], dict[str, Any]], names: list[str]
-    ) -> tuple[Any, Any]:
-        outputs = _unpack(self.extractor(batch, **keywords(index, self.device)), len(index))
+    def _called(self, batch: Any, keywords: dict[str, Any], names: list[str]) -> tuple[Any, Any]:
+        outputs = _unpack(self.extractor.model(batch, **keywords), len(names))
         forms = [_form(output) for output in outputs]
-        if not self._form:
-            self._form = forms
+        self._form = self._form or forms
         for found, first in zip(forms, self._form, strict=True):
             if found != first:
                 raise ValueError(
-                    f"extractor must return one form of output for all batches, got {found} from {names[0]} "
-                    f"on, after {first}."
+                    f"extractor must return one form of output, got {found} from {names[0]} on, after {first}."
                 )
         return outputs
-
-
-@contextmanager
-def extracting(
-    extractor: Extractor,
-    *,
-    transform: Callable[[Image.Image], Tensor] | str | None,
-    inputs: str,
-    batch_size: int,
-    device: torch.device | str | None,
-    flip: bool,
-    total: int,
-    progress: bool,
-) -> Iterator[Extraction]:
-    """An extractor at work, with one bar for all its images; parameters as in `extract`, total: images of the bar."""
-    inputs = checked_choice(inputs, "inputs", INPUTS)
-    batch_size = checked_count(batch_size, "batch_size")
-    checked = checked_transform(transform, inputs)
-    home, dtypes = _computes_in(extractor)
-    target = home if device is None else checked_device(device)
-    with _evaluating(extractor), tqdm(total=total, unit="img", disable=None if progress else True) as bar:
-        yield Extraction(extractor, checked, inputs, batch_size, target, dtypes, checked_flag(flip, "flip"), bar)
-
-
-def checked_transform(transform: Any, inputs: str) -> Callable[[Image.Image], Tensor] | None:
-    """A transform that fits `inputs`; a preset's name becomes the preset."""
-    if isinstance(transform, str):
-        transform = PRESETS[checked_choice(transform, "transform", tuple(PRESETS))]
-    if transform is not None and not callable(transform):
-        raise TypeError(f"transform must be callable, a preset's name or None, got {type(transform).__name__}.")
-    if inputs == "images" and transform is not None:
-        raise ValueError("transform must be None with inputs='images': such an extractor does its own preprocessing.")
-    return cast("Callable[[Image.Image], Tensor] | None", transform)
 
 
 def _batch(items: list[Any], names: list[str], transform: Callable[[Image.Image], Tensor] | None) -> Tensor:
@@ -297,20 +305,17 @@ def _batch(items: list[Any], names: list[str], transform: Callable[[Image.Image]
         if transform is not None:
             tensor = transform(load_image(item, name))
         else:
-            tensor = torch.as_tensor(item) if isinstance(item, (np.ndarray, Tensor)) else item
+            tensor = torch.as_tensor(item) if isinstance(item, np.ndarray) else item
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise TypeError(
-                    f"{name} must be a float tensor (3, H, W) when there is no transform, got "
-                    f"{type(item).__name__}. Pass transform=, for example one of {', '.join(map(repr, PRESETS))}."
-                )
-        if not isinstance(tensor, Tensor) or tensor.ndim != _IMAGE_NDIM:
-            shown = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} must give a (3, H, W) tensor, got {shown}. Check the transform.")
+                given = type(item).__name__
+                raise TypeError(f"{name} must be a float tensor (3, H, W), got {given}. Pass transform= for pictures.")
+        shape = tuple(getattr(tensor, "shape", ()))
+        if not isinstance(tensor, Tensor) or len(shape) != 3:
+            given = f"{type(tensor).__name__} of shape {shape}"
+            raise ValueError(f"{name} must give a (3, H, W) tensor, got {given}. Check the transform.")
         if tensors and tensor.shape != tensors[0].shape:
-            raise ValueError(
-                f"{name} must have the size of the batch's other images, {tuple(tensors[0].shape)}, got "
-                f"{tuple(tensor.shape)}. Resize them in the transform."
-            )
+            first = tuple(tensors[0].shape)
+            raise ValueError(f"{name} must have the size of its batch, {first}, got {shape}. Resize in the transform.")
         tensors.append(tensor)
     # Stacked into new memory: some models normalise their input in place.
     return torch.stack(tensors)
@@ -327,12 +332,6 @@ def _mirrored(batch: Any, names: list[str]) -> Any:
     return [np.array(load_image(item, name))[:, ::-1].copy() for item, name in zip(batch, names, strict=True)]
 
 
-def _copied(output: Any) -> Any:
-    if output is None:
-        return None
-    return output.clone() if isinstance(output, Tensor) else output.copy()
-
-
 def _finite_rows(features: Any) -> Any:
     """(B,) booleans, in the features' container."""
     if isinstance(features, np.ndarray):
@@ -340,19 +339,9 @@ def _finite_rows(features: Any) -> Any:
     return torch.isfinite(features).flatten(1).all(1)
 
 
-def _check_finite(finite: Any, name: Callable[[int], str]) -> None:
-    bad = [i for i, fine in enumerate(finite.tolist()) if not fine]
-    if bad:
-        shown = ", ".join(map(name, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(
-            f"extractor output must be finite; {len(bad)} of {len(finite)} features hold NaN or infinity ({shown}). "
-            "Find out why the model produces it, or leave these images out."
-        )
-
-
-def _computes_in(extractor: Any) -> tuple[torch.device, list[torch.dtype]]:
-    """Where the module behind an extractor is, and the dtypes of its parameters, that of the first one first."""
-    module = _module_of(extractor)
+def _computes_in(model: Any) -> tuple[torch.device, list[torch.dtype]]:
+    """Where the module behind a model is, and the dtypes of its parameters, that of the first one first."""
+    module = _module_of(model)
     parameters = [] if module is None else list(module.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     # Parameters may be quantised to dtypes that no batch comes in: integers, 8-bit floats.
@@ -360,17 +349,17 @@ def _computes_in(extractor: Any) -> tuple[torch.device, list[torch.dtype]]:
     return device, [dtype for dtype in dtypes if dtype in FLOAT_DTYPES]
 
 
-def _module_of(extractor: Any) -> nn.Module | None:
-    """The torch module behind an extractor: itself, or the one whose bound method it is; constants may be bound."""
-    while isinstance(extractor, functools.partial):
-        extractor = extractor.func
-    owner = getattr(extractor, "__self__", extractor)
+def _module_of(model: Any) -> nn.Module | None:
+    """The torch module behind a model: itself, or the one whose bound method it is; constants may be bound."""
+    while isinstance(model, functools.partial):
+        model = model.func
+    owner = getattr(model, "__self__", model)
     return owner if isinstance(owner, nn.Module) else None
 
 
 @contextmanager
-def _evaluating(extractor: Any) -> Iterator[None]:
-    module = _module_of(extractor)
+def _evaluating(model: Any) -> Iterator[None]:
+    module = _module_of(model)
     training = [] if module is None else [part for part in module.modules() if part.training]
     if module is not None:
         module.eval()
@@ -389,10 +378,8 @@ def _is_per_image(value: Any, name: str, n: int) -> bool:
     if not isinstance(value, list) and not (isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0):
         return False
     if len(value) != n:
-        raise ValueError(
-            f"{name} must have one entry for each of the {n} images, got {len(value)}. Bind a constant with "
-            "functools.partial(extractor, ...)."
-        )
+        remedy = "Bind constants with functools.partial."
+        raise ValueError(f"{name} must have one entry for each of the {n} images, got {len(value)}. {remedy}")
     return True
 
 
@@ -406,48 +393,46 @@ def _taken(value: Any, rows: Sequence[int], device: torch.device) -> Any:
 
 
 def _unpack(output: Any, count: int) -> tuple[Any, Any]:
+    """Features and visibility, or None, of what a model returned."""
     if isinstance(output, Mapping):
         features, visibility = output.get("features"), output.get("visibility")
     elif isinstance(output, Sequence) and len(output) > 0:
         features, second = output[0], output[1] if len(output) > 1 else None
-        parts = getattr(features, "ndim", 0) == PARTS_NDIM
+        parts = getattr(features, "ndim", 0) == _PARTS_NDIM
         visibility = second if parts and getattr(second, "shape", None) == features.shape[:2] else None
     else:
         features, visibility = output, None
-    if not isinstance(features, (np.ndarray, Tensor)):
-        raise TypeError(
-            "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
-            f"{type(output).__name__}{f' with keys {list(output)}' if isinstance(output, Mapping) else ''}."
-        )
     if isinstance(features, np.ndarray):
         floating = features.dtype.kind == "f"
-    else:
+    elif isinstance(features, Tensor):
         floating = features.is_floating_point() and features.layout == torch.strided
-    if not floating:
+    else:
+        given = f"keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
         raise TypeError(
-            f"extractor output must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}."
+            "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
+            f"{given}."
         )
-    if features.ndim not in (2, PARTS_NDIM) or len(features) != count or 0 in features.shape:
+    if not floating:
+        raise TypeError(f"extractor output must be dense, of dtype float16 to float64, got {features.dtype}.")
+    if features.ndim not in (2, _PARTS_NDIM) or len(features) != count or 0 in features.shape:
         raise ValueError(
-            f"extractor must return features (B, D) or parts (B, P, D) with B = {count}, one for each image, "
-            f"got shape {tuple(features.shape)}. Flatten other shapes in the extractor."
+            f"extractor must return features (B, D) or parts (B, P, D) with B = {count}, got shape "
+            f"{tuple(features.shape)}."
         )
-    if visibility is not None and tuple(visibility.shape) != tuple(features.shape[:2]):
-        raise ValueError(
-            f"extractor must return visibility of shape (B, P) = {tuple(features.shape[:2])}, "
-            f"got {tuple(visibility.shape)}."
-        )
+    shape = tuple(features.shape[:2])
+    if visibility is not None and tuple(visibility.shape) != shape:
+        raise ValueError(f"extractor must return visibility of shape (B, P) = {shape}, got {tuple(visibility.shape)}.")
     return features, visibility
 
 
-def stored(whole: Any, part: Any, index: range, n: int) -> Any:
-    """Copy rows into the array of all n, which the first part makes: a model may reuse its output buffer."""
+def stored(whole: Any, part: Any, block: slice, n: int) -> Any:
+    """Copy a block of rows into the array of all n, which the first one makes: a model may reuse its buffer."""
     if part is None:
         return None
     if whole is None:
         shape = (n, *part.shape[1:])
         whole = np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
-    whole[index.start : index.stop] = part
+    whole[block] = part
     return whole
 
 

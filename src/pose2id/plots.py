@@ -1,4 +1,4 @@
-"""Pictures of what centralization does. Needs the extra: pip install "pose2id[plots]"."""
+"""Plots of what centralization does. Needs the extra: pip install "pose2id[plots]"."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def require_plots() -> None:
         import matplotlib  # noqa: F401, PLC0415
         import sklearn  # noqa: F401, PLC0415
     except ImportError as error:
-        raise ImportError(f'Pictures need the extra "plots": pip install "pose2id[plots]" ({error}).') from error
+        raise ImportError(f'Plots need the extra "plots": pip install "pose2id[plots]" ({error}).') from error
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -47,7 +47,7 @@ def ranked_list(
     *,
     title: str = "",
 ) -> None:
-    """Draw a query and its ranked list in one row, right answers framed green and wrong ones red.
+    """Draw a query and its ranked list in one row, right matches framed green and wrong ones red.
 
     Args:
         axes: where to draw.
@@ -66,9 +66,7 @@ def ranked_list(
         colour = tuple(int((RIGHT if is_right else WRONG)[i : i + 2], 16) for i in (1, 3, 5))
         canvas[:, left : left + width + 2 * border] = colour
         canvas[border:-border, left + border : left + border + width] = picture
-    axes.imshow(canvas, interpolation="nearest")
-    axes.set_axis_off()
-    axes.set_title(title, fontsize=9, loc="left")
+    _show(axes, canvas, title)
 
 
 def pose_sheet(
@@ -79,7 +77,7 @@ def pose_sheet(
     *,
     title: str = "",
 ) -> None:
-    """Draw one row a person, the reference and the pictures generated from it, under the poses that these are in.
+    """Draw one row per person, the reference and the pictures generated from it, under their poses.
 
     Args:
         axes: where to draw.
@@ -99,34 +97,31 @@ def pose_sheet(
         for left, content in zip(lefts, contents, strict=True):
             if content is not None:
                 canvas.paste(content.resize((width, height), Image.Resampling.BICUBIC), (left, row * (height + gap)))
+    _show(axes, canvas, title)
+
+
+def _show(axes: Axes, canvas: Any, title: str) -> None:
     axes.imshow(canvas, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize=9, loc="left")
 
 
 def number_curves(axes: Axes, curves: Mapping[str, Sequence[float]], *, title: str = "") -> None:
-    """Draw mAP against the number of generated images, one line a name, its first and last value written at it.
+    """Draw mAP against the number of generated images, one line per name, with its first and last value.
 
     Args:
         axes: where to draw.
-        curves: name to fractions in [0, 1], for 0, 1, 2, ... generated images: what `by_number`
-            of `pose2id.report` gives.
+        curves: name to fractions in [0, 1], for 0, 1, 2, ... generated images, as of `pose2id.report.by_number`.
         title: text above.
     """
     for name, values in curves.items():
         percent = [100 * value for value in values]
         (line,) = axes.plot(range(len(percent)), percent, marker="o", markersize=4, label=name)
         for number in (0, len(percent) - 1):
-            axes.annotate(
-                f"{percent[number]:.1f}",
-                (number, percent[number]),
-                (0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=line.get_color(),
-            )
-    axes.set_xlabel("generated images of each query and gallery image", fontsize=8)
+            at: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            text = f"{percent[number]:.1f}"
+            axes.annotate(text, (number, percent[number]), fontsize=8, color=line.get_color(), **at)
+    axes.set_xlabel("generated images per query and gallery image", fontsize=8)
     axes.set_ylabel("mAP in %", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.margins(x=0.08, y=0.15)
@@ -138,13 +133,13 @@ def number_curves(axes: Axes, curves: Mapping[str, Sequence[float]], *, title: s
 def feature_maps(
     axes: Sequence[Axes], features: Mapping[str, Any], pids: Any, *, num_identities: int = 10, seed: int = 0
 ) -> None:
-    """Draw feature sets of the same images as t-SNE maps, one colour an identity.
+    """Draw feature sets of the same images as t-SNE maps, one colour per identity.
 
     Args:
         axes: one for each set.
         features: title to (N, D) features; L2-normalised here.
-        pids: (N,) integer identities of the rows; the largest `num_identities` of them (-1 and 0 left out) are drawn.
-        num_identities: how many identities to draw, at least 1.
+        pids: (N,) integer identities of the rows.
+        num_identities: draw the identities with the most images, at least 1; never -1 and 0.
         seed: of the t-SNE.
 
     Raises:
@@ -162,13 +157,10 @@ def feature_maps(
         chosen = identities[np.argsort(-counts, kind="stable")[:num_identities]]
         shown = np.isin(labels, chosen)
         if shown.sum() < 3:
-            raise ValueError(
-                f"pids must have at least 3 images of identities above 0 to draw a map, got {shown.sum()}."
-            )
+            raise ValueError(f"pids must have at least 3 images of identities above 0, got {shown.sum()}.")
         unit = rows.read(slice(None)).cpu().numpy()[shown]
         perplexity = min(15.0, (len(unit) - 1) / 3)
         at = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
         ax.scatter(at[:, 0], at[:, 1], c=np.searchsorted(np.sort(chosen), labels[shown]), cmap="tab10", s=14)
         ax.set_title(title, fontsize=9)
-        ax.set_xticks([])
-        ax.set_yticks([])
+        ax.set(xticks=[], yticks=[])

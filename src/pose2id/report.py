@@ -53,8 +53,8 @@ def compare(
         centralizer: whose `enhance` and `fuse` are measured; default `Centralizer()`.
         generated: features (Q, M, D) and (G, M, D) of generated images of the same images: measure the rows with IPG.
             Both they and `features` must then be the model's raw outputs.
-        control: also measure IPG with everybody's mean generated feature of each pose in place of a person's own. That
-            tells nobody apart, and yet moves the figures, ID² above all; what generated images know is the rest.
+        control: also measure IPG with the mean generated feature of all people in each pose. It carries no identity,
+            yet changes the scores, ID² above all; only what IPG gains beyond it comes from the generated images.
 
     Returns:
         One to twelve rows, the baseline first.
@@ -69,13 +69,14 @@ def compare(
         sets.append(("NFC", "NFC + re-ranking", *centralizer.enhance(query, gallery)))
     sources = {} if generated is None else {"IPG": generated}
     if generated is not None and control:
-        sources["control"] = _of_nobody(generated)
+        sources["control"] = _means(generated)
     for name, source in sources.items():
         fused = _fused((query, gallery), source, centralizer, _number(source))
         sets.append((name, f"{name} + re-ranking", *fused))
         if nfc:
             sets.append((f"{name} + NFC", f"{name} + NFC + re-ranking", *centralizer.enhance(*fused)))
-    rows = [Row(name, evaluate(q, g, *labels), _id2(q, g, *labels[:2])) for name, _, q, g in sets]
+    pids = np.concatenate(labels[:2])
+    rows = [Row(name, evaluate(q, g, *labels), id2_score(np.concatenate([q, g]), pids)) for name, _, q, g in sets]
     if rerank:
         rows += [Row(name, evaluate_rank(k_reciprocal(q, g), *labels), None) for _, name, q, g in sets]
     return rows
@@ -109,15 +110,12 @@ def by_number(
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, in percent; ID² as it is."""
     head = ["", "mAP", *(f"Rank-{r}" for r in _RANKS), "mINP", "ID²"]
-    cells = [head]
-    for row in rows:
-        percent = [f"{100 * value:.2f}" for value in (row.result.mAP, *_cmc(row.result), row.result.mINP)]
-        cells.append([row.name, *percent, "-" if row.id2 is None else f"{row.id2:.4f}"])
-    return _aligned(cells)
+    id2s = ["-" if row.id2 is None else f"{row.id2:.4f}" for row in rows]
+    return _aligned([head, *([row.name, *_percent(row.result), id2] for row, id2 in zip(rows, id2s, strict=True))])
 
 
 def number_table(curves: Mapping[str, Sequence[float]]) -> str:
-    """What `by_number` gives as aligned text, in percent, one column a number of generated images."""
+    """What `by_number` gives as aligned text, in percent, one column per number of generated images."""
     numbers = range(max(map(len, curves.values())))
     return _aligned(
         [["mAP", *map(str, numbers)], *([name, *(f"{100 * v:.2f}" for v in mAPs)] for name, mAPs in curves.items())]
@@ -130,7 +128,7 @@ def records(rows: Sequence[Row]) -> list[dict[str, str | float | int | None]]:
         {
             "name": row.name,
             "mAP": row.result.mAP,
-            **{f"rank{r}": value for r, value in zip(_RANKS, _cmc(row.result), strict=True)},
+            **{f"rank{r}": row.result.rank(r) for r in _RANKS},
             "mINP": row.result.mINP,
             "id2": row.id2,
             "num_valid_queries": row.result.num_valid_queries,
@@ -156,23 +154,26 @@ def _labels(features: FeatureFile) -> tuple[Any, ...]:
 
 def _pair(features: FeatureFile) -> Pair:
     # Half precision would round what NFC gives back.
-    return _at_least_float32(features.query_feats), _at_least_float32(features.gallery_feats)
+    query, gallery = (
+        x.astype(np.float32) if x.dtype == np.float16 else x for x in (features.query_feats, features.gallery_feats)
+    )
+    return query, gallery
 
 
 def _number(generated: Pair) -> int:
-    of_query, of_gallery = (x.shape[1] for x in generated)
+    of_query, of_gallery = (int(x.shape[1]) for x in generated)
     if of_query != of_gallery:
         raise ValueError(
-            f"generated must have features of as many images for queries as for the gallery, got {of_query} and "
-            f"{of_gallery}. Pass the first {min(of_query, of_gallery)} of each."
+            f"generated must have as many images of a query as of a gallery image, got {of_query} and {of_gallery}. "
+            f"Pass the first {min(of_query, of_gallery)} of each."
         )
-    return int(of_query)
+    return of_query
 
 
-def _of_nobody(generated: Pair) -> Pair:
-    """Everybody's mean in each pose, for every image."""
+def _means(generated: Pair) -> Pair:
+    """The mean of all people in each pose, for every image."""
     mean = np.concatenate(generated).mean(axis=0)
-    query, gallery = (np.broadcast_to(mean, of_x.shape) for of_x in generated)
+    query, gallery = (np.broadcast_to(mean, x.shape) for x in generated)
     return query, gallery
 
 
@@ -184,13 +185,6 @@ def _fused(pair: Pair, generated: Pair, centralizer: Centralizer, number: int) -
     return query, gallery
 
 
-def _at_least_float32(features: NDArray[Any]) -> NDArray[Any]:
-    return features.astype(np.float32) if features.dtype == np.float16 else features
-
-
-def _cmc(result: EvaluationResult) -> list[float]:
-    return [result.rank(r) for r in _RANKS]
-
-
-def _id2(q: NDArray[Any], g: NDArray[Any], q_pids: NDArray[np.int64], g_pids: NDArray[np.int64]) -> float:
-    return id2_score(np.concatenate([q, g]), np.concatenate([q_pids, g_pids]))
+def _percent(result: EvaluationResult) -> list[str]:
+    values = (result.mAP, *map(result.rank, _RANKS), result.mINP)
+    return [f"{100 * value:.2f}" for value in values]

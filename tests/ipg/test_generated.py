@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pose2id import Centralizer
+from pose2id import Centralizer, Extractor, PictureFolder
 from pose2id.extractor import Preprocess
 from pose2id.io.images import content_key
 from pose2id.ipg.folder import find, read_note
@@ -109,8 +109,8 @@ def test_too_few_pose_folders(tmp_path):
 @pytest.mark.parametrize(
     ("directory", "images", "count", "error", "message"),
     [
-        (3, ["a.png"], 1, TypeError, "generated must be a directory's path"),
-        ("missing", ["a.png"], 1, ValueError, "generated must be a directory, got missing"),
+        (3, ["a.png"], 1, TypeError, "directory must be a path, got int"),
+        ("missing", ["a.png"], 1, ValueError, "directory must exist, got missing"),
         (".", ["a.png", np.zeros((2, 2, 3))], 1, TypeError, r"images\[1\] must be a path.*got ndarray"),
         (".", ["a.png"], 0, ValueError, "count must be at least 1"),
     ],
@@ -143,6 +143,8 @@ class TestCentralizer:
         centralizer = Centralizer(read, inputs="images", generated=directory, num_poses=3, batch_size=2)
         raw = arrays.mean((2, 3), dtype=np.float64)
         np.testing.assert_allclose(centralizer(images), centralizer.fuse(raw[:, 0], raw[:, 1:]), atol=1e-12)
+        by_parts = Centralizer(Extractor(read, inputs="images"), PictureFolder(directory, num_poses=3))
+        np.testing.assert_array_equal(by_parts(images), centralizer(images))
         order = [3, 0, 6]
         found = centralizer.extract_generated([images[i] for i in order])
         np.testing.assert_allclose(found, raw[order, 1:])
@@ -200,14 +202,16 @@ class TestCentralizer:
     @pytest.mark.parametrize(
         ("generated", "count", "error", "message"),
         [
-            ("missing", 1, ValueError, "generated must be a directory"),
-            (3, 1, TypeError, "generated must be a directory"),
+            ("missing", 1, ValueError, "directory must exist"),
+            (3, 1, TypeError, "directory must be a path"),
             (None, 4, ValueError, "num_poses must be at most 3"),
         ],
     )
     def test_bad_directories_are_refused_at_once(self, generated, count, error, message, data):
         with pytest.raises(error, match=message):
-            Centralizer(transform="pmt", generated=data[2] if generated is None else generated, num_poses=count)
+            Centralizer(len, transform="pmt", generated=data[2] if generated is None else generated, num_poses=count)
+        with pytest.raises(error, match=message):
+            PictureFolder(data[2] if generated is None else generated, num_poses=count)
 
 
 class TestNotes:
@@ -251,6 +255,8 @@ class TestNotes:
     def test_in_another_pose(self, directory, original):
         with pytest.raises(ValueError, match=r"pose1.*a\.png is in another pose than poses\[0\]"):
             self.call(directory, [original], poses=standard()[2:4])
+        with pytest.raises(ValueError, match=r"pose1.*a\.png is in another pose than poses\[0\]"):
+            PictureFolder(directory, standard()[2:4])([original])
         with Image.open(original) as picture:
             key = content_key(picture)
         other = original.with_name("b.png")

@@ -1,0 +1,202 @@
+"""Where pictures of a person in other poses come from: a generator, a directory, or any callable of your own.
+
+A source is called with the images and gives, for each of them in order, a sequence of M pictures: `pictures(images)`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pose2id.io.checks import checked_count
+from pose2id.ipg.folder import check_notes, checked_directory, find
+from pose2id.poses import Pose, standard
+
+Pictures = Callable[[Any], Iterable[Sequence[Any]]]
+
+_STANDARD_POSES = 8
+
+
+class Generator(Protocol):
+    """What makes pictures of a person in other poses; `pose2id.IdentityGenerator` is one."""
+
+    def generate_iter(self, *args: Any, **kwargs: Any) -> Iterator[Sequence[Any]]:
+        """`(images, poses, *, progress, **options)`: for each image, when asked for it, one picture per pose."""
+
+
+class PosedPictures:
+    """A source whose pictures of an image are in given poses.
+
+    Attributes:
+        poses: M `pose2id.poses.Pose` or drawings, or None for poses that are not known.
+        pose_inputs: keywords of the model that depend on the pose: functions of a `Pose` which give a generated image's
+            value in place of its original's, as for a model that takes keypoints
+            `{"keypoints_xyc": lambda pose: pose.to_coco(size=(384, 128))}`.
+
+    Raises:
+        TypeError, ValueError: a parameter is out of range, named.
+    """
+
+    _origin: str
+
+    def __init__(
+        self, poses: Any, num_poses: int | None, pose_inputs: Mapping[str, Callable[[Pose], Any]] | None
+    ) -> None:
+        self.pose_inputs = {} if pose_inputs is None else pose_inputs
+        if not isinstance(self.pose_inputs, Mapping) or not all(map(callable, self.pose_inputs.values())):
+            raise TypeError(f"pose_inputs must map keywords of the model to functions of a Pose, got {pose_inputs!r}.")
+        count = None if num_poses is None else checked_count(num_poses, "num_poses", least=0)
+        if poses is None:
+            poses = "standard" if self.pose_inputs else [None] * (_STANDARD_POSES if count is None else count)
+        if isinstance(poses, str) and poses == "standard":
+            poses = standard()
+        if isinstance(poses, (str, Mapping)) or not hasattr(poses, "__len__"):
+            error = ValueError if isinstance(poses, str) else TypeError
+            raise error(f"poses must be 'standard' or a sequence of poses, got {poses!r}.")
+        if count is not None and count > len(poses):
+            raise ValueError(f"num_poses must be at most {len(poses)}, the number of poses, got {count}.")
+        self.poses = tuple(poses[m] for m in range(len(poses) if count is None else count))
+        for m, pose in enumerate(self.poses):
+            if self.pose_inputs and not isinstance(pose, Pose):
+                raise TypeError(f"poses[{m}] must be a Pose with pose_inputs, got {type(pose).__name__}.")
+
+    @property
+    def num_poses(self) -> int:
+        """M of eq. 9."""
+        return len(self.poses)
+
+    def __repr__(self) -> str:
+        """Where pictures come from, and M."""
+        return f"{type(self).__name__}({self._origin}, num_poses={self.num_poses})"
+
+    def side_inputs(self, like: Callable[[str], Any]) -> dict[str, Any]:
+        """The values of `pose_inputs`, one per pose, in the container and dtype of `like(keyword)`: the images' own."""
+        values = {name: [function(pose) for pose in self.poses] for name, function in self.pose_inputs.items()}
+        return {name: _stacked(of_poses, like(name), name) for name, of_poses in values.items()}
+
+
+class GeneratedPictures(PosedPictures):
+    """Pictures that a generator makes while they are needed.
+
+    Args:
+        generator: a `pose2id.IdentityGenerator`, or any object with its `generate_iter` (`Generator`).
+        poses: "standard", the paper's eight, or a sequence of `pose2id.poses.Pose` or drawings.
+        num_poses: M of eq. 9: the first so many of the poses; None: all. 0: nothing is generated, and `Centralizer`
+            leaves eq. 9 out.
+        pose_inputs: see `PosedPictures`.
+        sampling: a `pose2id.Sampling`, or a mapping of the generator's keywords; None: the generator's defaults.
+        **options: further keywords of the generator, such as batch_size.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        /,
+        poses: Any = "standard",
+        num_poses: int | None = None,
+        pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
+        sampling: Any = None,
+        **options: Any,
+    ) -> None:
+        if not callable(getattr(generator, "generate_iter", None)):
+            raise TypeError(f"generator must have a method generate_iter, got {type(generator).__name__}.")
+        super().__init__(poses, num_poses, pose_inputs)
+        self.generator, self._origin = generator, type(generator).__name__
+        self.options = dict(**_keywords(sampling), **options)  # a setting given twice is Python's own error
+
+    def __call__(self, images: Any) -> Iterator[Sequence[Any]]:
+        """Pictures of each image, made when they are asked for; the generator gets all images at once."""
+        return iter(self.generator.generate_iter(images, self.poses, **{"progress": False, **self.options}))
+
+
+class PictureFolder(PosedPictures):
+    """Pictures that were generated before: `DIR/pose{m}/name`, or a folder for each image (`pose2id.ipg.folder.find`).
+
+    Images must be paths. Pictures with a note of what they were made from, as `pose2id generate` writes, must have been
+    made from these images, in these poses; others are taken as they are.
+
+    Args:
+        directory: where the pictures are.
+        poses: that the pictures are in, to be compared with their notes; None: in the same for all images.
+        num_poses: M of eq. 9, the first so many of an image's pictures. None: as many as `poses`, else 8.
+        pose_inputs: see `PosedPictures`; of the standard poses, if `poses` is None.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        poses: Any = None,
+        num_poses: int | None = None,
+        pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
+    ) -> None:
+        super().__init__(poses, num_poses, pose_inputs)
+        self.directory = checked_directory(directory, self.num_poses)
+        self._origin = repr(str(directory))
+
+    def __call__(self, images: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """Paths of each image's pictures, after a look at all their names and notes."""
+        found = find(self.directory, images, self.num_poses)
+        check_notes(found, images, self.poses)
+        return iter(found)
+
+
+def in_order(pictures: Pictures, images: Any) -> tuple[Iterator[Sequence[Any]], int]:
+    """Each image's pictures, and M: that of the first image, where the source has no `num_poses`.
+
+    Raises:
+        ValueError: M is 0; (while iterating) another number of pictures, or pictures of fewer images.
+    """
+    count = getattr(pictures, "num_poses", None)
+    stream = iter(()) if count == 0 else iter(pictures(images))
+    if count is None:
+        first = next(stream, ())
+        count, stream = len(first), chain([first], stream)
+    if count == 0:
+        raise ValueError("num_poses must be at least 1 for features of generated images, got 0.")
+    return _checked(stream, len(images), count), count
+
+
+def _checked(stream: Iterator[Sequence[Any]], n: int, count: int) -> Iterator[Sequence[Any]]:
+    for i in range(n):
+        pictures = next(stream, None)
+        if pictures is None:
+            raise ValueError(f"pictures must be given of every image, got those of {i} of {n} images.")
+        if len(pictures) != count:
+            raise ValueError(f"pictures must be {count} of every image, got {len(pictures)} of images[{i}].")
+        yield pictures
+
+
+def _keywords(sampling: Any) -> dict[str, Any]:
+    """What `generate_iter` calls the settings."""
+    if sampling is None or isinstance(sampling, Mapping):
+        return dict(sampling or {})
+    steps = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance}
+    return {**steps, "seed": sampling.seed, "size": sampling.size}
+
+
+def _stacked(values: list[Any], like: Any, name: str) -> Any:
+    """Values of the poses as one tensor, array or list: in the container and dtype of `like`, if that is one.
+
+    `like` has one entry per image, or is None. Then arrays and tensors are stacked, and other values stay in a list.
+    """
+    kinds = (np.ndarray, Tensor)
+    if isinstance(like, (list, tuple)) or (like is None and not all(isinstance(value, kinds) for value in values)):
+        return values
+    arrays = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in values]
+    wanted = arrays[0].shape if like is None else tuple(like.shape[1:])
+    for m, array in enumerate(arrays):
+        if array.shape != wanted:
+            raise ValueError(
+                f"pose_inputs[{name!r}] must give values of shape {wanted}, as for the "
+                f"{'other poses' if like is None else 'original images'}, got {array.shape} for pose {m + 1}."
+            )
+    if like is None:
+        return torch.stack(values) if isinstance(values[0], Tensor) else np.stack(arrays)
+    stacked = np.stack(arrays)
+    return torch.from_numpy(stacked).to(like) if isinstance(like, Tensor) else stacked.astype(like.dtype)
