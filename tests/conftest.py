@@ -38,6 +38,16 @@ def _isolate_hub_client():
 _isolate_hub_client()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--stress", action="store_true", help="all kills, and all variants of tests that take long")
+
+
+@pytest.fixture(scope="session")
+def stress(request):
+    """Whether everything is to be tried, however long it takes."""
+    return request.config.getoption("--stress")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     # Before any fixture: models made in tests have the same weights in each run, so that a failure comes back.
@@ -48,8 +58,8 @@ def pytest_runtest_setup():
 def _one_thread_for_miniatures(request):
     # Small networks gain nothing from threads, and lose minutes to them where other processes want the cores.
     tests = request.path.stem
-    miniature = request.path.parent.name == "ipg" and tests != "test_full_size"
-    miniature |= tests in ("test_demo", "test_real_pedestrians")
+    miniature = request.path.parent.name in ("ipg", "training", "demo") and tests != "test_full_size"
+    miniature |= tests == "test_real_pedestrians"
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if miniature else threads)
     yield

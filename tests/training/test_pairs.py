@@ -359,7 +359,7 @@ def test_a_report_is_not_endless(images, tmp_path):
     assert "unreadable: 100 (" in report
     assert "missing4.png" in report
     assert "missing5.png" not in report
-    assert "; ...)" in report
+    assert "; ... and " in report
 
 
 def test_no_image_can_be_read(images, tmp_path):
