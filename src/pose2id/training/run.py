@@ -112,10 +112,9 @@ def train(
     require_ready(given, images, directory, device)
     place = RunDirectory(Path(directory).expanduser())
     accelerator = new_accelerator(given, place.path, device)
+    longer = given.schedule == "constant" and "steps" in settings  # with a cosine, all rates would differ
     try:
-        run = _Run(accelerator, generator, place, given, progress=progress)
-        run.set_up(images, validation, origin=origin, longer="steps" in settings)
-        return run.train()
+        return _Run(accelerator, generator, images, place, given, validation, origin, longer, progress).train()
     except KeyboardInterrupt:
         if accelerator.is_main_process:
             logger.warning("interrupted; started again, the run goes on from %s", place.newest())
@@ -147,15 +146,18 @@ def require_ready(
 
 
 class _Run:
-    """One start of a run: `set_up`, then `train`."""
+    """One start of a run: everything is set up, then `train` steps; `longer`: whether `steps` may be new."""
 
     def __init__(
         self,
         accelerator: Any,
         generator: IdentityGenerator,
+        images: Sequence[PersonImage],
         directory: RunDirectory,
         settings: TrainingSettings,
-        *,
+        validation: Sequence[Any] | None,
+        origin: str,
+        longer: bool,
         progress: bool,
     ) -> None:
         self.accelerator, self.directory, self.settings = accelerator, directory, settings
@@ -168,35 +170,29 @@ class _Run:
                 f"{accelerator.num_processes} x {settings.gradient_accumulation}."
             )
         self.share = settings.batch_size // parts
-        self.generator = generator.to(accelerator.device, torch.float32)
-        self.skipped = self.step = 0
-        self.diagnostics: GenerationDiagnostics | None = None
-
-    def set_up(
-        self, images: Sequence[PersonImage], validation: Sequence[Any] | None, *, origin: str, longer: bool
-    ) -> None:
-        """Everything before the first step; `longer`: whether `steps` may differ from before."""
-        accelerator, given, generator, directory = self.accelerator, self.settings, self.generator, self.directory
         selection = select(images)
+        self.generator = generator.to(accelerator.device, torch.float32)
         if self.main:
             level = logging.WARNING if selection.unreadable or selection.alone else logging.INFO
             logger.log(level, "%s", selection)
-            directory.claim(given, selection, generator, origin=origin, longer=longer)
+            directory.claim(settings, selection, generator, origin=origin, longer=longer)
         accelerator.wait_for_everyone()
-        self.pairs = Pairs(selection, PairSettings.of(given, generator))
-        if given.cache:
+        self.pairs = Pairs(selection, PairSettings.of(settings, generator))
+        if settings.cache:
             if self.main:
-                cache.build(directory.path, self.pairs, generator, workers=given.workers, progress=self.progress)
+                cache.build(directory.path, self.pairs, generator, workers=settings.workers, progress=self.progress)
             accelerator.wait_for_everyone()
             self.pairs.latents = cache.Latents(directory.path, self.pairs)
-        self.people = people_shown(selection.images if validation is None else validation, given.validation_images)
-        self.objective = Objective(generator.scheduler, given.snr_gamma)
+        self.people = people_shown(selection.images if validation is None else validation, settings.validation_images)
+        self.objective = Objective(generator.scheduler, settings.snr_gamma)
         networks = TrainedParts(generator).train()
-        checkpoint_gradients(networks, given.gradient_checkpointing)
-        # diffusers' default decay: the average forgets its first steps, and is exact after one.
-        self.average = None if given.ema is None else diffusers.EMAModel(networks.parameters(), decay=given.ema)
-        optimizer = new_optimizer(given, [p for p in networks.parameters() if p.requires_grad])
+        checkpoint_gradients(networks, settings.gradient_checkpointing)
+        # diffusers' default decay: the average forgets its first steps.
+        self.average = None if settings.ema is None else diffusers.EMAModel(networks.parameters(), decay=settings.ema)
+        optimizer = new_optimizer(settings, [p for p in networks.parameters() if p.requires_grad])
         self.networks, self.optimizer = accelerator.prepare(networks, optimizer)
+        self.step = self.skipped = 0
+        self.diagnostics: GenerationDiagnostics | None = None
         self._resume()
         self.metrics = Metrics(directory.path, self.step, accelerator if self.main else None)
         if self.main:

@@ -78,7 +78,7 @@ class RunDirectory:
             selection: what is trained on.
             generator: where training starts.
             origin: of the generator, in words.
-            longer: whether a run of a constant rate may have another number of steps than before.
+            longer: whether the number of steps may be another than before.
 
         Raises:
             FileExistsError: the directory holds something else, or weights of a run whose checkpoints are gone, or
@@ -109,8 +109,7 @@ class RunDirectory:
         began = _read(self.path / RUN_FILE)
         known = checkpoints.found(self.path)
         if known:
-            # With a cosine, another number of steps would have had other rates.
-            self._check_same(began, ("steps",) if longer and settings.schedule == "constant" else (), known[-1])
+            self._check_same(began, ("steps",) if longer else (), known[-1])
             self._take_over(began)
         elif (self.path / checkpoints.WEIGHTS).exists():
             raise FileExistsError(
@@ -207,19 +206,18 @@ class RunDirectory:
             raise ValueError(f"settings must be those that {where}: {shown}. {self._instead(differing, newest)}")
         if began["images"] != self.content["images"]:
             raise ValueError(
-                f"images must be those that {where}, got others, or another order, or other poses, or some cannot be "
-                "read any more. Train in another directory."
+                f"images must be those that {where}, in the same order and poses. Train in another directory."
             )
         if began["generator"] != self.content["generator"]:
             raise ValueError(
-                f"generator must be the one that {where}, got another identity encoder, VAE, scheduler, image_size or "
+                f"generator must be the one that {where}, in its identity encoder, VAE, scheduler, image_size and "
                 "architecture. Train in another directory."
             )
         done = checkpoints.step_of(newest)
         if fixed["steps"] < done:
             raise ValueError(
-                f"steps must be at least the {done} that the run in {self.path} has done, got {fixed['steps']}. "
-                "Older checkpoints that were kept have weights of earlier steps."
+                f"steps must be at least the {done} that the run in {self.path} has done, got {fixed['steps']}. Older "
+                "checkpoints have weights of earlier steps."
             )
 
     def _instead(self, differing: Sequence[str], newest: Path) -> str:
