@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 
 import diffusers
+import pytest
 import recipe
 import tiny
 import torch
@@ -12,7 +15,11 @@ from safetensors.torch import load_file
 
 from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg import IdentityGenerator, IdentityTokens, PoseEncoder, TransReID
+from pose2id.training.objective import TrainedParts
 from pose2id.training.table import read_table
+
+# One of several cases of a kind, the others of which always run.
+STRESS = pytest.mark.skipif("not config.getoption('--stress')", reason="only with --stress")
 
 UNET = {
     "sample_size": 8,
@@ -21,7 +28,7 @@ UNET = {
     "norm_num_groups": 4,
     "cross_attention_dim": 8,
     "attention_head_dim": 2,
-    "down_block_types": ["CrossAttnDownBlock2D"],
+    "down_block_types": ["DownBlock2D"],
     "mid_block_type": None,
     "up_block_types": ["CrossAttnUpBlock2D"],
 }
@@ -37,17 +44,22 @@ VAE = {
 
 def miniature(unet=UNET, *, salt="", image_size=(16, 8)):
     """A generator that steps in milliseconds, for pictures of 16x8 pixels; its weights are the recipe's."""
+    networks = copy.deepcopy(_networks(json.dumps(unet), salt))
+    return IdentityGenerator(**networks, scheduler=diffusers.DDIMScheduler(**tiny.SCHEDULER), image_size=image_size)
+
+
+@cache
+def _networks(unet, salt):
+    unet = json.loads(unet)
     encoder = TransReID((16, 8), patch_size=4, stride=4, dim=8, depth=2, heads=2)
-    return IdentityGenerator(
-        identity_encoder=recipe.filled(encoder, salt),
-        identity_tokens=recipe.filled(IdentityTokens(encoder.feature_dim, 2, unet["cross_attention_dim"])),
-        reference_unet=recipe.filled(diffusers.UNet2DConditionModel(**unet), "reference_unet/"),
-        denoising_unet=recipe.filled(diffusers.UNet2DConditionModel(**unet)),
-        pose_encoder=recipe.filled(PoseEncoder(unet["block_out_channels"][0], (16, 32))),
-        vae=recipe.filled(diffusers.AutoencoderKL(**VAE), salt),
-        scheduler=diffusers.DDIMScheduler(**tiny.SCHEDULER),
-        image_size=image_size,
-    )
+    return {
+        "identity_encoder": recipe.filled(encoder, salt),
+        "identity_tokens": recipe.filled(IdentityTokens(encoder.feature_dim, 2, unet["cross_attention_dim"])),
+        "reference_unet": recipe.filled(diffusers.UNet2DConditionModel(**unet), "reference_unet/"),
+        "denoising_unet": recipe.filled(diffusers.UNet2DConditionModel(**unet)),
+        "pose_encoder": recipe.filled(PoseEncoder(unet["block_out_channels"][0], (16, 32))),
+        "vae": recipe.filled(diffusers.AutoencoderKL(**VAE), salt),
+    }
 
 
 def people(folder, count=3):
@@ -58,6 +70,12 @@ def people(folder, count=3):
 
 def state(directory, step):
     return torch.load(directory / f"step-{step:08d}" / "training.pt", weights_only=True)
+
+
+def average(directory, step):
+    """The tensors of a checkpoint's EMA, by name."""
+    names = [name for name, _ in TrainedParts(miniature()).named_parameters()]
+    return dict(zip(names, state(directory, step)["average"]["shadow_params"], strict=True))
 
 
 def lines(directory):

@@ -16,7 +16,8 @@ WORDS = "--people 2 --encoder-steps 1 --vae-steps 1 --steps 1 --batch-size 2"
 def run(out, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["script", "--out", str(out), *WORDS.split(), *words])
-        patch.setitem(script.TRAINING, "validation_steps", 1)
+        for name, value in {"validation_steps": 1, "validate_every": 0, "reference_variants": 1}.items():
+            patch.setitem(script.TRAINING, name, value)
         script.main()
 
 

@@ -154,7 +154,7 @@ def test_parts_stay_the_generators_own(sampled, parts):
 def test_nobody_is_the_grey_image(sampled, parts):
     grey = torch.full((1, 3, *sampled.generator.identity_encoder.image_size), 0.5, dtype=torch.float64)
     tokens = sampled.generator.encode_identity(grey)
-    torch.testing.assert_close(parts.identity_tokens(parts.nobody), tokens, atol=1e-12, rtol=0)
+    torch.testing.assert_close(parts.identity_tokens(parts.unconditional_feature), tokens, atol=1e-12, rtol=0)
     torch.testing.assert_close(sampled.generator.unconditional_tokens(), tokens, atol=1e-12, rtol=0)
 
 

@@ -14,9 +14,9 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from accelerate.state import AcceleratorState
+from miniature import miniature
 from safetensors.torch import load_file
 
 from pose2id import IdentityGenerator
@@ -29,8 +29,6 @@ from pose2id.training import run as training
 from pose2id.training import start as starting
 from pose2id.training.objective import Objective
 from pose2id.training.settings import TrainingSettings
-
-# As little as can be trained.
 from pose2id.training.table import read_table
 
 # As little as can be trained.
@@ -68,9 +66,9 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Directory of weights for 128x64 pixels."""
+    """Directory of weights for 16x8 pixels."""
     directory = tmp_path_factory.mktemp("command") / "weights"
-    tiny.generator().save_pretrained(directory)
+    miniature().save_pretrained(directory)
     return directory
 
 
@@ -329,12 +327,12 @@ def test_a_longer_run_is_told(command, capsys, caplog):
 
 def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):
     (tmp_path / "unet.json").write_text(json.dumps(UNET))
-    options = {"unet": tmp_path / "unet.json", "num_tokens": 3, "image_size": "64x32", "learning_rate": 1e-3}
+    options = {"unet": tmp_path / "unet.json", "num_tokens": 3, "image_size": "32x16", "learning_rate": 1e-3}
     assert command(**{**SHORT, **options, "validation_images": 2, "validation_steps": 1}) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^generated images: cosine to their own .*retention", shown, re.MULTILINE)
     generator = IdentityGenerator.from_pretrained(tmp_path / "run" / "weights", device="cpu")
-    assert generator.image_size == (64, 32)
+    assert generator.image_size == (32, 16)
     assert generator.identity_tokens.num_tokens == 3
     samples = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
     assert samples == ["step-00000000.png", "step-00000002.png"]
@@ -390,7 +388,7 @@ def test_errors(command, weights, table, tmp_path, capsys, monkeypatch):
     assert "optimizer must be one of 'adam', 'adamw'" in said(optimizer="sgd")
     assert "learning_rate must be in [1e-12, 1], got nan" in said(learning_rate="nan")
     assert "--image-size must be HEIGHTxWIDTH in pixels, such as 256x128, got '16*8'" in said(image_size="16*8")
-    assert "image_size must be in multiples of 8, got (60, 30)" in said(image_size="60x30")
+    assert "image_size must be in multiples of 2, got (61, 30)" in said(image_size="61x30")
     assert str(tmp_path / "broken.json") in said(unet=tmp_path / "broken.json")
     assert str(tmp_path / "list.json") in said(unet=tmp_path / "list.json")
     assert "missing.json" in said(unet=tmp_path / "missing.json")

@@ -21,7 +21,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
-from miniature import UNET, assert_equal, lines, losses, miniature, people, state, weights
+from miniature import STRESS, UNET, assert_equal, average, lines, losses, miniature, people, state, weights
 from PIL import Image
 
 from pose2id.ipg import IdentityGenerator, TransReID
@@ -34,6 +34,7 @@ from pose2id.training.objective import TRAINED, Objective, TrainedParts
 from pose2id.training.pairs import Pairs, PairSettings, select
 from pose2id.training.run import train
 from pose2id.training.settings import TrainingSettings
+from pose2id.training.validation import people_shown, validate
 
 # Everything at once, and a checkpoint of every step.
 WHOLE = {
@@ -145,7 +146,7 @@ def stepped(images, kind, settings):
         now = {name: tensor.detach().clone() for name, tensor in parts.state_dict().items()}
         decay = min(given.ema or 0, (1 + step) / (10 + step))
         average = now if average is None else {k: average[k] * decay + now[k] * (1 - decay) for k in now}
-        yield {"loss": loss.item(), "rate": rate, "parts": now, "average": average}
+        yield {"loss": loss.item(), "rate": rate, "networks": now, "average": average}
 
 
 def test_training_is_a_plain_loop(whole, images):
@@ -154,9 +155,8 @@ def test_training_is_a_plain_loop(whole, images):
         found = state(directory, step)
         assert losses(directory)[step - 1] == pytest.approx(expected["loss"], rel=1e-5)
         assert found["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected["rate"])
-        assert_equal(expected["parts"], found["parts"], atol=1e-5, rtol=1e-4)
-        average = {name.removeprefix("module."): t for name, t in found["average"].items() if name != "n_averaged"}
-        assert_equal(expected["average"], average, atol=1e-5, rtol=1e-4)
+        assert_equal(expected["networks"], found["networks"], atol=1e-5, rtol=1e-4)
+        assert_equal(expected["average"], average(directory, step), atol=1e-5, rtol=1e-4)
     assert len(checkpoints.found(directory)) == result.step == step == 4
 
 
@@ -166,7 +166,7 @@ def test_the_papers_optimizer_and_a_constant_rate(run, images, tmp_path):
     for step, expected in enumerate(stepped(images, torch.optim.Adam, settings), 1):
         found = state(tmp_path / "run", step)
         assert found["optimizer"]["param_groups"][0]["lr"] == 1e-3
-        assert_equal(expected["parts"], found["parts"], atol=1e-5, rtol=1e-4)
+        assert_equal(expected["networks"], found["networks"], atol=1e-5, rtol=1e-4)
 
 
 def test_the_defaults_are_the_papers():
@@ -218,9 +218,11 @@ def test_weights_are_the_average(whole):
     directory, result = whole
     last = state(directory, 4)
     trained = {name: t for name, t in weights(result.weights).items() if name.partition(".")[0] in TRAINED}
-    assert_equal({name: last["average"][f"module.{name}"] for name in trained}, trained)
+    assert_equal(average(directory, 4), trained)
     assert_equal(weights(directory / "step-00000004" / "weights"), weights(result.weights))
-    assert not torch.equal(last["parts"]["denoising_unet.conv_out.weight"], trained["denoising_unet.conv_out.weight"])
+    assert not torch.equal(
+        last["networks"]["denoising_unet.conv_out.weight"], trained["denoising_unet.conv_out.weight"]
+    )
 
 
 def test_steps_that_rates_do_not_depend_on_are_no_setting_of_weights(short):
@@ -231,8 +233,8 @@ def test_steps_that_rates_do_not_depend_on_are_no_setting_of_weights(short):
 def test_weights_without_an_average(short):
     trained = {name: t for name, t in weights(short / "weights").items() if name.partition(".")[0] in TRAINED}
     last = state(short, 2)
-    assert_equal({name: last["parts"][name] for name in trained}, trained)
-    assert last["average"] is None
+    assert_equal({name: last["networks"][name] for name in trained}, trained)
+    assert "average" not in last
 
 
 def test_weights_generate_as_the_trained_generator_does(run, tmp_path):
@@ -261,7 +263,7 @@ def test_sources_and_settings_are_kept(run, tmp_path):
     assert "user/weights at commit 0123456789" in (result.weights / "README.md").read_text()
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(None, marks=STRESS), 0.9])
 def test_the_first_validation_is_of_what_training_starts_from(run, tmp_path, ema):
     settings = {"steps": 1, "validate_every": 1, "validation_images": 2, "validation_steps": 1, "ema": ema}
     run(tmp_path / "run", **settings)
@@ -324,7 +326,7 @@ def test_accelerates_environment_changes_nothing(short, run, tmp_path, monkeypat
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     AcceleratorState._reset_state(reset_partial_state=True)  # or what the other run found there would still hold
     assert_equal(weights(short / "weights"), weights(run(tmp_path / "run").weights))
-    assert state(tmp_path / "run", 2)["parts"].keys() == state(short, 2)["parts"].keys()
+    assert state(tmp_path / "run", 2)["networks"].keys() == state(short, 2)["networks"].keys()
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
@@ -348,7 +350,7 @@ def test_a_gpu_on_request(run, tmp_path, monkeypatch):
 
 
 def test_the_loss_of_a_process_that_writes_nothing(short):
-    silent = Metrics(short, 2, write=False)
+    silent = Metrics(short, 2)
     assert silent.recent_loss() == pytest.approx(np.mean(losses(short)))
     before = (short / "metrics.jsonl").read_bytes()
     silent.add(3, loss=1.0)
@@ -357,7 +359,7 @@ def test_the_loss_of_a_process_that_writes_nothing(short):
 
 
 def test_a_run_that_begins_anew_records_its_start_once(whole, run, tmp_path):
-    run(tmp_path / "run", **WHOLE)
+    shutil.copytree(whole[0], tmp_path / "run")
     for checkpoint in checkpoints.found(tmp_path / "run"):
         shutil.rmtree(checkpoint)
     shutil.rmtree(tmp_path / "run" / "weights")
@@ -412,7 +414,11 @@ def test_samples_show_who_in_which_pose_and_what_came_out(whole):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"validate_every": 1}, {"validate_every": 0, "checkpoint_every": 3}, {"validation_images": 0, "workers": 2}],
+    [
+        pytest.param({"validate_every": 1}, marks=STRESS),
+        pytest.param({"validate_every": 0, "checkpoint_every": 3}, marks=STRESS),
+        {"validation_images": 0, "workers": 2},
+    ],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
@@ -450,7 +456,7 @@ def test_half_precision(short, run, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(short), rtol=0.05)
     assert losses(tmp_path / "run") != losses(short)
     assert {tensor.dtype for tensor in weights(result.weights).values()} == {torch.float32}
-    assert {tensor.dtype for tensor in state(tmp_path / "run", 2)["parts"].values()} == {torch.float32}
+    assert {tensor.dtype for tensor in state(tmp_path / "run", 2)["networks"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("ends", ["well", "in an error", "before it began"])
@@ -484,7 +490,7 @@ def test_a_generator_in_half_precision_is_trained_in_single(run, tmp_path):
     assert generator.dtype == torch.float32
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=STRESS), 3])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(whole, run, tmp_path, step):
     directory = until(whole[0], step, tmp_path / "run")
     with (directory / "metrics.jsonl").open("a") as file:
@@ -498,7 +504,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(whole, run, tmp_path, step)
     assert (directory / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
     assert result.diagnostics == whole[1].diagnostics
     last, expected = state(directory, 4), state(whole[0], 4)
-    assert_equal(expected["average"], last["average"])
+    assert_equal(average(whole[0], 4), average(directory, 4))
     assert expected["optimizer"]["param_groups"] == last["optimizer"]["param_groups"]
     for i, moments in expected["optimizer"]["state"].items():
         assert_equal(moments, last["optimizer"]["state"][i])
@@ -611,7 +617,9 @@ def half_saved(content, file):
     no_space()
 
 
-@pytest.mark.parametrize("what", ["weights", "state", "saving", "moving"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("weights", marks=STRESS), "state", pytest.param("saving", marks=STRESS), "moving"]
+)
 def test_a_full_disk(short, run, tmp_path, monkeypatch, what):
     largest = max(path.stat().st_size for path in (short / "weights").iterdir())
     assert largest < (short / "step-00000002" / "training.pt").stat().st_size // 2
@@ -752,7 +760,7 @@ def test_killed_after_new_weights(short, run, tmp_path, monkeypatch):
 
 
 def test_killed_while_a_model_card_is_written(run, tmp_path, monkeypatch):
-    settings = {"validation_images": 2, "validation_steps": 1}
+    settings = {"validation_images": 2, "validation_steps": 1, "validate_every": 0, "checkpoint_every": 2}
     run(tmp_path / "run", **settings)
     (tmp_path / "run" / "step-00000002" / "weights" / ".README.md.0123456789abcdef").write_text("half")
     run(tmp_path / "run", **settings, steps=3)
@@ -809,7 +817,7 @@ def test_a_damaged_checkpoint(short, run, tmp_path, capsys, damage):
     directory = until(short, 2, tmp_path / "run")
     path = directory / "step-00000002" / "training.pt"
     if damage == "code":
-        torch.save({"parts": Code()}, path)
+        torch.save({"networks": Code()}, path)
     elif damage == "missing":
         path.unlink()
     else:
@@ -957,7 +965,7 @@ def test_8_bit_states_are_kept_as_well(run, tmp_path):
     assert_equal(weights(plain.weights), weights(expected.weights), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(None, marks=STRESS), 0.9])
 def test_a_finished_run_goes_on_to_more_steps(run, tmp_path, ema):
     run(tmp_path / "run", ema=ema)
     shutil.copytree(tmp_path / "run", tmp_path / "stopped")
@@ -1101,8 +1109,15 @@ def test_a_loss_that_is_no_number(short, run, tmp_path, monkeypatch):
     assert_equal(weights(short / "weights"), weights(run(directory).weights))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("max_grad_norm", "value"),
+    [
+        (1.0, math.nan),
+        (0.0, math.inf),
+        pytest.param(1.0, math.inf, marks=STRESS),
+        pytest.param(0.0, math.nan, marks=STRESS),
+    ],
+)
 def test_a_gradient_that_is_no_number(run, tmp_path, value, max_grad_norm):
     """In the last step, whose weights nobody would see through the loss."""
     generator, seen = miniature(), []
@@ -1119,10 +1134,10 @@ def test_a_gradient_that_is_no_number(run, tmp_path, value, max_grad_norm):
     assert not (tmp_path / "run" / "weights").exists()
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+@pytest.fixture(params=[pytest.param(False, marks=STRESS), True], ids=["plain", "fused"])
 def scaled(request, monkeypatch):
     """Losses are scaled as with fp16 on a GPU, for the optimizer's form that is taken there and for the other one."""
-    original = training._accelerator
+    original = training.new_accelerator
 
     def accelerator(*given):
         made = original(*given)
@@ -1130,7 +1145,7 @@ def scaled(request, monkeypatch):
         made.unscale_gradients = lambda: [made.scaler.unscale_(some.optimizer) for some in made._optimizers]
         return made
 
-    monkeypatch.setattr(training, "_accelerator", accelerator)
+    monkeypatch.setattr(training, "new_accelerator", accelerator)
     monkeypatch.setattr(
         training,
         "new_optimizer",
@@ -1155,7 +1170,7 @@ def with_infinite_gradients(steps):
 def test_with_a_scaler_a_step_may_be_left_out(run, tmp_path):
     result = run(tmp_path / "run", with_infinite_gradients({2, 3, 5}), steps=6, checkpoint_every=1, keep_checkpoints=6)
     assert result.step == 6
-    after = [state(tmp_path / "run", step)["parts"] for step in range(1, 7)]
+    after = [state(tmp_path / "run", step)["networks"] for step in range(1, 7)]
     name = "pose_encoder.conv_out.weight"
     moved = [not torch.equal(one[name], other[name]) for one, other in itertools.pairwise(after)]
     assert moved == [False, False, True, False, True]
@@ -1205,12 +1220,19 @@ def test_progress_is_logged_where_no_bar_is_shown(run, tmp_path, caplog, monkeyp
     assert re.search(r"^step 1 of 2, loss \d\.\d{4}$", "\n".join(caplog.messages), re.MULTILINE)
 
 
-@pytest.mark.parametrize("where", ["before the first checkpoint", "in a validation", "in a step"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("before the first checkpoint", marks=STRESS),
+        "in a validation",
+        pytest.param("in a step", marks=STRESS),
+    ],
+)
 def test_interrupted(whole, run, tmp_path, caplog, where):
     """What was done stays, and the end is the same: record, samples, model card and all."""
     calls = {"before the first checkpoint": 1, "in a validation": 2, "in a step": 3}[where]
-    name = "_optimize" if where == "in a step" else "_generated"
-    function, seen = getattr(training._Run, name), []
+    place, name = (training._Run, "_optimize") if where == "in a step" else (training, "validate")
+    function, seen = getattr(place, name), []
 
     def interrupted(*args):
         seen.append(args)
@@ -1219,7 +1241,7 @@ def test_interrupted(whole, run, tmp_path, caplog, where):
         return function(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Run, name, interrupted)
+        patch.setattr(place, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", **WHOLE)
     known = "its beginning" if "before" in where else "step 2, its newest checkpoint"
@@ -1237,25 +1259,23 @@ def test_interrupted(whole, run, tmp_path, caplog, where):
     assert result.diagnostics == whole[1].diagnostics
 
 
-def test_the_samplers_settings_in_validations(run, tmp_path):
-    settings = {"steps": 1, "validation_images": 2}
-    retentions = set()
-    for name, given in (("one", {}), ("two", {"validation_steps": 2}), ("three", {"validation_guidance": 1.0})):
-        run(tmp_path / name, **settings, **{"validation_steps": 1, **given})
-        retentions.add(lines(tmp_path / name)[-1]["retention"])
+def test_the_samplers_settings_in_validations(images):
+    people = [images[0].path, images[3].path]
+    retentions = {
+        validate(miniature(), people, TrainingSettings(**{"validation_steps": 1, **given}))[1].retention
+        for given in ({}, {"validation_steps": 2}, {"validation_guidance": 1.0})
+    }
     assert len(retentions) == 3
 
 
 def test_people_to_validate_with(run, images, tmp_path):
     chosen = [images[3].path, np.asarray(Image.open(images[6].path)), images[0].path]
-    result = run(tmp_path / "run", steps=1, validation=chosen, validation_images=2, validation_steps=1)
-    other = run(tmp_path / "other", steps=1, validation=chosen[1:], validation_images=2, validation_steps=1)
-    same = run(tmp_path / "same", steps=1, validation=chosen[:2], validation_images=4, validation_steps=1)
+    settings = {"steps": 1, "validate_every": 0, "validation_steps": 1}
+    result = run(tmp_path / "run", validation=chosen, validation_images=2, **settings)
+    other = run(tmp_path / "other", validation=chosen[1:], validation_images=2, **settings)
+    same = run(tmp_path / "same", validation=chosen[:2], validation_images=4, **settings)
     assert result.diagnostics == same.diagnostics != other.diagnostics
-    first = run(tmp_path / "first", steps=1, validation_images=2, validation_steps=1)
-    by_hand = [images[0].path, images[3].path]
-    again = run(tmp_path / "by hand", steps=1, validation=by_hand, validation_images=2, validation_steps=1)
-    assert first.diagnostics == again.diagnostics
+    assert people_shown(images, 2) == [images[0].path, images[3].path]  # without any, people who are trained on
 
 
 def test_steps_after_a_validation_train_on(run, tmp_path, monkeypatch):
@@ -1353,7 +1373,7 @@ def test_one_run_at_a_time(run, tmp_path):
     directory.mkdir()
     with FileLock(directory / ".lock"), pytest.raises(FileExistsError, match="is being trained in by another process"):
         run(directory)
-    assert run(directory).step == 2
+    assert run(directory, steps=1).step == 1
 
 
 def test_a_start_without_a_checkpoint_that_begins_with_other_weights(run, tmp_path, monkeypatch, caplog):
@@ -1362,14 +1382,14 @@ def test_a_start_without_a_checkpoint_that_begins_with_other_weights(run, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(directory, generator)
     monkeypatch.undo()
-    run(directory, generator)  # trained in place before
+    run(directory, generator, steps=1)  # trained in place before
     assert "begins anew, with other weights" in caplog.text
     caplog.clear()
     monkeypatch.setattr(checkpoints, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "fresh")
     monkeypatch.undo()
-    run(tmp_path / "fresh")
+    run(tmp_path / "fresh", steps=1)
     assert "begins anew" not in caplog.text
 
 
@@ -1380,7 +1400,8 @@ def interrupted(*_, **__):
 def test_people_to_validate_with_are_different_ones(run, images, tmp_path):
     # As tables list them: one person after the other.
     assert images[0].identity == images[1].identity
-    result = run(tmp_path / "run", validation=images, validation_images=3, validation_steps=1, steps=1)
+    settings = {"validation_images": 3, "validation_steps": 1, "validate_every": 0}
+    result = run(tmp_path / "run", validation=images, steps=1, **settings)
     with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as sheet:
         shown = [sheet.crop((0, top, 8, top + 16)) for top in range(0, sheet.height, 2 * 16 + 2 * 4)]
     assert result.diagnostics is not None

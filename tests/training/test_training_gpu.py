@@ -1,4 +1,4 @@
-"""Training where it is meant to run; not run yet where there was no GPU."""
+"""Training where it is meant to run: on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from miniature import UNET, assert_equal, losses, miniature
+from miniature import people as drawn_people
 
 from pose2id import IdentityGenerator
 from pose2id.demo.people import SyntheticPedestrians, write_people
@@ -70,3 +72,34 @@ def test_the_loss_falls_and_a_run_goes_on(precision, optimizer, images, tmp_path
     assert again.step == len(since) == 60
     assert since[:30] == losses[:30]
     np.testing.assert_allclose(since[30:], losses[30:], rtol=0.02)  # an optimizer that began anew would be further off
+
+
+@pytest.fixture
+def the_gpu_by_default():
+    """Everything without a device is made on the GPU."""
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+def test_new_networks_are_the_same_under_another_default_device(request, tmp_path):
+    miniature().save_pretrained(tmp_path / "weights")
+    given = {"identity_encoder": miniature().identity_encoder, "vae": miniature().vae, "image_size": (16, 8)}
+    expected = starting.fresh(**given, unet=UNET), starting.start(tmp_path / "weights", unet=UNET, device="cpu")
+    request.getfixturevalue("the_gpu_by_default")
+    found = starting.fresh(**given, unet=UNET), starting.start(tmp_path / "weights", unet=UNET, device="cpu")
+    for generator, other in zip(expected, found, strict=True):
+        for name, part in generator.parts.items():
+            assert_equal(part.state_dict(), other.parts[name].state_dict())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_training_under_another_default_device(device, request, tmp_path):
+    images = drawn_people(tmp_path / "people")
+    settings = {"steps": 2, "batch_size": 2, "ema": 0.9, "cache": True, "reference_variants": 1, "workers": 1}
+    settings |= {"validation_images": 2, "validation_steps": 1, "device": device, "progress": False}
+    training.train(miniature(), images, tmp_path / "expected", **settings)
+    generator = miniature()
+    request.getfixturevalue("the_gpu_by_default")
+    training.train(generator, images, tmp_path / "run", **settings)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "expected"), rtol=1e-5)

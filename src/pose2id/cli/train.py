@@ -1,4 +1,4 @@
-"""`pose2id train`: a table of images in, weights out. Settings come from flags, or from one YAML file, or from both."""
+"""`pose2id train`: a table of images in, weights out. Settings come from flags, one YAML file, or both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run again after an interruption: training goes on from the newest checkpoint in 
 Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
 
-# Name, type, and what it is; defaults are those of `ipg.settings.TrainingSettings`, which explains them in full.
+# Name, type and help of `training.settings.TrainingSettings`, which explains them in full; importing it takes seconds.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("steps", int, "optimizer steps of the whole run (80000)"),
     ("batch_size", int, "samples of a step, of all processes together (4)"),
@@ -48,14 +48,10 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
 )
 STARTING: tuple[tuple[str, Any, str], ...] = (
     ("weights", str, "IPG weights to start from: directory, repository or tiny (yuanc3/Pose2ID)"),
-    (
-        "unet",
-        str,
-        "start both UNets from Stable Diffusion's (repository, directory) or from random weights of FILE.json",
-    ),
+    ("unet", str, "start both UNets from Stable Diffusion's (repository, directory) or random weights (FILE.json)"),
     ("num_tokens", int, "of the identity, with --unet (20)"),
     ("image_size", str, "HEIGHTxWIDTH that is trained at (the weights' own)"),
-    ("license", str, "of the UNets that come out, as the Hub names it (that of the weights; other, from random ones)"),
+    ("license", str, "of the trained UNets, as the Hub names it (that of the weights; other, from random ones)"),
     ("vae", str, "directory or repository of the VAE, for weights without one (stabilityai/sd-vae-ft-mse)"),
     ("revision", str, "of the weights (main)"),
     ("cache_dir", str, "where downloads are kept (the Hub client's)"),
@@ -63,42 +59,38 @@ STARTING: tuple[tuple[str, Any, str], ...] = (
     ("device", str, "cpu, even if there is a GPU, or cuda, and nowhere else (a GPU if there is one)"),
     ("validation", str, "TABLE of images to validate with (people that are trained on)"),
 )
+OPTIONS = (*STARTING, *SETTINGS)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """All flags; those that are not given leave no trace, so that the YAML file can decide."""
+    """All flags; those that are not given are left out, so that the YAML file can decide."""
     parser.add_argument("table", metavar="TABLE", help="images to train on")
     parser.add_argument("--out", metavar="DIR", required=True, help="directory of the run: new, or one to go on with")
     parser.add_argument("--config", metavar="FILE.yaml", help="any of the following options")
-    for name, kind, text in (*STARTING, *SETTINGS):
-        flag = f"--{name.replace('_', '-')}"
+    for name, kind, text in OPTIONS:
+        how: dict[str, Any] = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, name.upper())}
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            metavar = {int: "N", float: "X"}.get(kind, name.upper())
-            parser.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, and say where the weights are."""
     options = {**_from_file(args.config), **vars(args)}
-    given = {name: options[name] for name, _, _ in (*STARTING, *SETTINGS) if name in options}
-    settings = {name: given.pop(name) for name, _, _ in SETTINGS if name in given}
-    from pose2id.training import cache as latents  # noqa: PLC0415
-    from pose2id.training import log as metrics  # noqa: PLC0415
+    given = {name: options[name] for name, _, _ in STARTING if name in options}
+    settings = {name: options[name] for name, _, _ in SETTINGS if name in options}
+    from pose2id.training import log  # noqa: PLC0415 - takes seconds, as the others
     from pose2id.training import run as training  # noqa: PLC0415
-    from pose2id.training import run_directory  # noqa: PLC0415
     from pose2id.training import start as starting  # noqa: PLC0415
     from pose2id.training.settings import checked_settings  # noqa: PLC0415
-    from pose2id.training.table import read_table  # noqa: PLC0415 - all of these take seconds to import
+    from pose2id.training.table import read_table  # noqa: PLC0415
 
-    for module in (training, run_directory, latents):  # what is trained on, left out and done meanwhile
-        logging.getLogger(module.__name__).setLevel(logging.INFO)
+    for module in ("run", "run_directory", "cache"):  # what is trained on, left out and done meanwhile
+        logging.getLogger(f"pose2id.training.{module}").setLevel(logging.INFO)
     checked = checked_settings(settings)
     images = read_table(args.table)
-    validation = given.pop("validation", None)
+    validation, device = given.pop("validation", None), given.pop("device", None)
     shown = None if validation is None else read_table(validation)
-    device = given.pop("device", None)
     training.require_ready(checked, images, args.out, device)  # before gigabytes are downloaded
     if isinstance(given.get("image_size"), str):  # a flag
         given["image_size"] = size(given["image_size"], "--image-size")
@@ -108,14 +100,14 @@ def run(args: argparse.Namespace) -> None:
     result = training.train(generator, images, args.out, validation=shown, origin=origin, device=device, **settings)
     if os.environ.get("RANK", "0") != "0":  # one of several processes says it
         return
-    print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last {min(metrics.RECENT, result.step)})")
+    print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last {min(log.RECENT, result.step)})")
     if result.diagnostics is not None:
         print(result.diagnostics)
     print(f"weights: {result.weights}")
 
 
 def _origin(weights: str, unet: Any) -> str:
-    """What training starts from, in words; of files and directories the name alone, cards are for everybody."""
+    """What training starts from, in words; of files and directories the name alone: local paths are not recorded."""
 
     def named(place: str) -> str:
         return Path(place).name if Path(place).exists() else place
@@ -150,7 +142,7 @@ def _from_file(path: str | None) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} must be YAML in UTF-8 ({error}).") from error
-    kinds = {name: kind for name, kind, _ in (*STARTING, *SETTINGS)}
+    kinds = {name: kind for name, kind, _ in OPTIONS}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must map names to values (batch_size: 8), got {type(content).__name__}.")
     unknown = [str(name) for name in content if name not in kinds]
@@ -162,26 +154,21 @@ def _from_file(path: str | None) -> dict[str, Any]:
 
 
 def _value(name: str, value: Any, kind: Any, path: str) -> Any:
-    """A value of a YAML file in its option's kind."""
+    """A value of a YAML file in its option's type."""
     if name == "mixed_precision" and value is False:
         return "no"  # which YAML takes for false
-    if kind is float and not isinstance(value, bool):
+    if name == "image_size":
+        if isinstance(value, str):
+            return size(value, f"image_size in {path}")
+        if isinstance(value, list) and len(value) == 2 and all(type(number) is int and number > 0 for number in value):
+            return tuple(value)
+    elif kind is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # YAML takes 1e-5, which has no point, for text
-    elif name == "image_size" and _is_size(value):
-        return tuple(value)
-    elif name == "image_size" and isinstance(value, str):
-        return size(value, f"image_size in {path}")
     elif type(value) is kind or (name == "unet" and isinstance(value, dict)):
         return value
-    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
     wanted = {
         "image_size": "HEIGHTxWIDTH or [HEIGHT, WIDTH]",
         "unet": "text or a diffusers configuration",
-    }.get(name, wanted)
+    }.get(name, {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind])
     raise ValueError(f"{name} in {path} must be {wanted}, got {value!r}.")
-
-
-def _is_size(value: Any) -> bool:
-    """Whether a YAML file has a height and a width."""
-    return isinstance(value, list) and len(value) == 2 and all(type(number) is int and number > 0 for number in value)

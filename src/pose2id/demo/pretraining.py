@@ -1,7 +1,7 @@
-"""The two frozen parts of IPG, for those who start from scratch: an identity encoder and a VAE, trained on images.
+"""The two frozen networks of IPG, from scratch: an identity encoder and a VAE, trained on images.
 
-`training` needs both ready-made. Whoever trains at full size takes the published ones; these functions make small ones
-in minutes, the tiny weights' among them.
+`training` needs both. The published ones are for full size; these functions make small ones in minutes, among them
+those of the tiny weights.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def train_identity_encoder(
         pids: (N,) integers, who is on them; people with one image are left out.
         config: arguments of `TransReID`; None: its defaults, which are the published ones.
         steps: batches.
-        people_per_batch: people in a batch, at least 2.
-        images_per_person: images of each, drawn with replacement where there are fewer.
+        people_per_batch: at least 2.
+        images_per_person: in a batch, at least 2, drawn with replacement where there are fewer.
         learning_rate: of AdamW at its highest; it warms up over a twentieth of the steps and falls with a cosine.
         weight_decay: of AdamW.
         seed: of weights, batches and augmentations (flip, shift, random erasing).
@@ -67,9 +67,6 @@ def train_identity_encoder(
 
     Returns:
         The encoder, in eval mode on `device`, without its classifier.
-
-    Raises:
-        TypeError, ValueError: bad input, named; fewer than `people_per_batch` people with two images.
     """
     count = checked_count(people_per_batch, "people_per_batch", least=2)
     each = checked_count(images_per_person, "images_per_person", least=2)
@@ -125,9 +122,8 @@ def train_vae(
     Args:
         images: N images, as `IdentityGenerator.generate` takes them. All are held in memory, at `image_size`.
         image_size: (height, width) in pixels, in multiples of the VAE's downscaling.
-        config: arguments of `diffusers.AutoencoderKL`. Without types of blocks it has a plain one for each of
-            `block_out_channels`. Its `scaling_factor` is set here, to one over the standard deviation of the images'
-            latents.
+        config: arguments of `diffusers.AutoencoderKL`. The default block types are plain ones, one for each of
+            `block_out_channels`. `scaling_factor` becomes one over the standard deviation of the images' latents.
         steps: batches.
         batch_size: images in a batch.
         learning_rate: of AdamW at its highest, as in `train_identity_encoder`.
@@ -137,9 +133,6 @@ def train_vae(
 
     Returns:
         The VAE, in eval mode on `device`.
-
-    Raises:
-        TypeError, ValueError: bad input, named.
     """
     size, steps = checked_size(image_size, "image_size"), checked_count(steps, "steps")
     batch_size, seed = checked_count(batch_size, "batch_size"), checked_count(seed, "seed", least=0)
@@ -149,7 +142,7 @@ def train_vae(
     levels = len(given.get("block_out_channels", (64,)))
     blocks_of = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     with _seeded(seed):
-        # Named, because diffusers takes a value that was left at its default for the default whenever it loads it.
+        # A scaling factor is named, or diffusers would load its default in place of the one that is set below.
         vae = AutoencoderKL(**{"scaling_factor": 1.0, **blocks_of, **given}).to(target)
     downscale = 2 ** (len(vae.config.block_out_channels) - 1)
     if size[0] % downscale or size[1] % downscale:
@@ -175,7 +168,7 @@ def train_vae(
 
 
 class _Head(nn.Module):
-    """Who is it: a batch norm without shift, and a linear classifier without bias."""
+    """A batch norm without shift, and a linear classifier without bias."""
 
     def __init__(self, dim: int, people: int) -> None:
         super().__init__()
@@ -189,9 +182,8 @@ class _Head(nn.Module):
 
 
 def _batch_hard_triplet(features: Tensor, who: Tensor) -> Tensor:
-    """Softplus of (the farthest of the same person minus the nearest of another one), over all rows."""
-    squared = (features[:, None] - features[None]).square().sum(2)
-    distances = squared.clamp_min(1e-12).sqrt()
+    """Mean softplus of (distance to the farthest of the same person - distance to the nearest of another one)."""
+    distances = (features[:, None] - features[None]).square().sum(2).clamp_min(1e-12).sqrt()
     same = who[:, None] == who[None]
     farthest = distances.masked_fill(~same, 0).amax(1)
     nearest = distances.masked_fill(same, math.inf).amin(1)
@@ -214,7 +206,7 @@ def _centred(images: NDArray[np.uint8], device: torch.device) -> Tensor:
 def _optimize(
     model: nn.Module, loss: Any, steps: int, learning_rate: float, weight_decay: float, progress: bool
 ) -> None:
-    """AdamW with a warm-up and a cosine, on losses of batches that the function draws."""
+    """AdamW with a warm-up and a cosine; `loss` draws a batch."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     warm_up = max(1, int(_WARM_UP * steps))
@@ -235,7 +227,7 @@ def _optimize(
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Torch's own generator, which modules draw their weights from, seeded for a while."""
-    with torch.random.fork_rng(devices=[]):
+    """Torch's generator of the CPU seeded, and modules made there, whatever the default device is."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         yield

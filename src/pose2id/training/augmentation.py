@@ -1,4 +1,4 @@
-"""Random flip and random erasing of an image, and a shift: functions of the given generator's draws alone."""
+"""Random flip, shift and erasing of an image, by the draws of a given generator."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ _SHIFT = 1 / 16  # of height and width, at most
 def augment(
     image: NDArray[np.uint8], draws: np.random.Generator, *, flip: float = 0.5, erase: float = 0.5, shift: bool = False
 ) -> NDArray[np.uint8]:
-    """A changed copy of an image.
-
-    Random erasing is that of "Random Erasing Data Augmentation" (AAAI 2020), with its ranges, and random values.
+    """An augmented copy of an image; erasing as in "Random Erasing Data Augmentation" (AAAI 2020), with random values.
 
     Args:
         image: (H, W, 3) uint8; not modified.

@@ -1,11 +1,13 @@
-"""What the frozen parts make of the training images, kept in .npy files: computed once, not in every epoch."""
+"""VAE latents and identity features of the training images, kept in .npy files: computed once, not every epoch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pose2id.io.whole_files import whole_file, write_npy
+from pose2id.ipg.batch import fingerprint
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.training.checkpoints import to_disk
 from pose2id.training.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 
+LATENTS = "latents"
 _KEY = "key.json"
 _TARGETS, _REFERENCES, _FEATURES = "targets.npy", "references.npy", "features.npy"
 _BATCH = 16  # images
@@ -33,12 +37,12 @@ class Latents:
     """Latents of targets, and latents and identity features of references in each of their variants.
 
     Args:
-        directory: made by `build`.
+        directory: of the run; `build` made the files.
         pairs: whose samples they are of.
     """
 
     def __init__(self, directory: Path, pairs: Pairs) -> None:
-        self._directory = directory
+        self._directory = directory / LATENTS
         self._arrays: tuple[NDArray[np.float32], ...] = ()
         self._place = {image: place for place, image in enumerate(pairs.selection.targets)}
         self._variants = pairs.settings.variants or 0
@@ -62,16 +66,18 @@ class Latents:
 
 
 def build(
-    directory: Path, pairs: Pairs, generator: IdentityGenerator, *, key: str, workers: int = 0, progress: bool = True
+    directory: Path, pairs: Pairs, generator: IdentityGenerator, *, workers: int = 0, progress: bool = True
 ) -> None:
-    """Compute what `Latents` reads, unless the directory holds it for the same key.
+    """Compute what `Latents` reads, unless the directory holds it, of the same images, settings and frozen networks.
 
     Raises:
         OSError: it cannot be written; nothing is left that would pass for whole.
     """
-    content = json.dumps({"key": key})
     selection, variants = pairs.selection, pairs.settings.variants or 0
-    shape = generator.latent_shape
+    frozen = fingerprint(generator, ("vae", "identity_encoder"), bank=False)
+    made_from = json.dumps([selection.digest, asdict(pairs.settings), frozen])
+    content = json.dumps({"key": hashlib.sha256(made_from.encode()).hexdigest()})
+    directory, shape = directory / LATENTS, generator.latent_shape
     targets = _Images(pairs, "target", [(i, 0) for i in selection.targets])
     seen = [(i, variant) for i in range(len(selection.images)) for variant in range(variants)]
     references, identities = _Images(pairs, "reference", seen), _Images(pairs, "identity", seen)
@@ -97,17 +103,17 @@ def build(
 
         for name, images, _, encode in files:
             write_npy(directory / name, shapes[name], np.dtype(np.float32), encoded(images, encode))
-    to_disk(directory)  # or a key might outlive a power failure that what it vouches for did not
+    to_disk(directory)  # before the key: after a power failure it must not stand beside lost files
     with whole_file(directory / _KEY) as unfinished:
         unfinished.write_text(content, encoding="utf-8")
 
 
 def _is_whole(directory: Path, content: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a directory holds what its key says."""
+    """Whether a directory holds whole files of this key."""
     try:
         if (directory / _KEY).read_text(encoding="utf-8") != content:
             return False
-        # A file that was cut off has no map.
+        # A file that was cut off cannot be mapped.
         return all(np.load(directory / name, mmap_mode="r").shape == shape for name, shape in shapes.items())
     except (OSError, ValueError):
         return False
@@ -115,7 +121,7 @@ def _is_whole(directory: Path, content: str, shapes: Mapping[str, tuple[int, ...
 
 @torch.no_grad()
 def identity_features(generator: IdentityGenerator, images: Tensor) -> Tensor:
-    """Features (B, F) that identity tokens are made of, of images (B, 3, h', w') in [0, 1]."""
+    """Features (B, F) of images (B, 3, h', w') in [0, 1], from the identity encoder."""
     features: Tensor = generator.identity_encoder((images * 2 - 1).to(generator.dtype))
     return features
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one directory a checkpoint, there as a whole or not at all.
+"""Checkpoints of a training run: one directory each, which appears whole or not at all.
 
 `step-00001000/weights` is what `IdentityGenerator.from_pretrained` loads, `step-00001000/training.pt` what a run needs
 to go on: tensors and plain values, read without running code.
@@ -38,37 +38,29 @@ def step_of(checkpoint: Path) -> int:
 
 def write(
     directory: Path, step: int, state: Mapping[str, Any], save_weights: Callable[[Path], None], *, keep: int
-) -> Path:
+) -> None:
     """Write a checkpoint, then remove all but the `keep` newest.
 
     Args:
         directory: of the run.
         step: how many steps have been done.
         state: tensors and plain values, for `read`.
-        save_weights: writes the weights into a directory that isn't there.
+        save_weights: writes the weights into a directory that does not exist yet.
         keep: at least 1.
 
-    Returns:
-        The checkpoint.
-
     Raises:
-        OSError: it could not be written; older checkpoints are as they were, and nothing of this one is left.
+        OSError: it cannot be written; older checkpoints are as they were, and nothing of this one is left.
     """
-    target = directory / f"{_PREFIX}{step:08d}"
-    unfinished = directory / f"{_UNFINISHED}{secrets.token_hex(4)}"
+    unfinished = _unfinished(directory)
     try:
         unfinished.mkdir()
         save_weights(unfinished / WEIGHTS)
         _save(state, unfinished / _STATE)
         to_disk(unfinished)
-        unfinished.replace(target)
+        unfinished.replace(directory / f"{_PREFIX}{step:08d}")
         _to_disk(directory)
     except OSError as error:
-        older = (
-            "Older checkpoints are as they were, the run goes on from the newest"
-            if found(directory)
-            else "It is the first"
-        )
+        older = "Older ones are as they were" if found(directory) else "It is the first"
         raise OSError(
             f"the checkpoint of step {step} cannot be written to {directory}: {error}. {older}; make room and start "
             "the run again."
@@ -76,26 +68,13 @@ def write(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     prune(directory, keep)
-    return target
-
-
-def _save(state: Mapping[str, Any], path: Path) -> None:
-    """`torch.save`; the RuntimeError that it makes of a full disk is an OSError again, one of a device stays."""
-    try:
-        with path.open("xb") as file:
-            torch.save(dict(state), file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
 
 
 def prune(directory: Path, keep: int) -> None:
     """Remove all checkpoints but the newest."""
     for old in found(directory)[:-keep]:
         # Renamed first: what is half removed must not pass for a checkpoint.
-        doomed = old.rename(directory / f"{_UNFINISHED}{secrets.token_hex(4)}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(old.rename(_unfinished(directory)), ignore_errors=True)
 
 
 def read(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
@@ -119,15 +98,14 @@ def publish(directory: Path) -> None:
     """Copy the newest checkpoint's weights to `weights` in the run's directory, in place of older ones.
 
     Raises:
-        OSError: they could not be written; what was there is as it was.
+        OSError: they cannot be written; what was there is as it was.
     """
-    newest, target, previous = found(directory)[-1], directory / WEIGHTS, directory / _PREVIOUS
-    unfinished = directory / f"{_UNFINISHED}{secrets.token_hex(4)}"
+    newest, target, unfinished = found(directory)[-1], directory / WEIGHTS, _unfinished(directory)
     try:
         shutil.copytree(newest / WEIGHTS, unfinished)
         to_disk(unfinished)
         if target.exists():
-            target.rename(previous)
+            target.rename(directory / _PREVIOUS)
         unfinished.replace(target)
         _to_disk(directory)
     except OSError as error:
@@ -149,18 +127,34 @@ def remove_unfinished(directory: Path) -> None:
             path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
+def to_disk(directory: Path) -> None:
+    """Wait until a directory has reached the disk: a rename may get there before its content does."""
+    for path in (*directory.rglob("*"), directory):
+        _to_disk(path)
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    """`torch.save`; the RuntimeError that it makes of a full disk is an OSError again, one of a device stays."""
+    try:
+        with path.open("xb") as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def _settle_previous(directory: Path) -> None:
-    """Older weights, which new ones were about to replace: back in their place if these did not come."""
+    """Put older weights, which new ones were about to replace, back in their place if these did not come."""
     previous, target = directory / _PREVIOUS, directory / WEIGHTS
     if previous.exists() and not target.exists():
         previous.rename(target)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def to_disk(directory: Path) -> None:
-    """Wait until a directory has reached the disk: a rename may get there before its content does."""
-    for path in (*directory.rglob("*"), directory):
-        _to_disk(path)
+def _unfinished(directory: Path) -> Path:
+    """A new hidden name, which `remove_unfinished` knows."""
+    return directory / f"{_UNFINISHED}{secrets.token_hex(4)}"
 
 
 def _to_disk(path: Path) -> None:

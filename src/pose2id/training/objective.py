@@ -1,7 +1,7 @@
-"""What is trained, and on what: one step of the sampler, on a target that is known.
+"""What is trained, and on what (eq. 6): one step of the sampler, on a target that is known.
 
-The trained parts of a generator stand here as one module, whose forward is the sampler's own path: the reference UNet
-writes, `project` makes keys and values, the denoising UNet reads. A sample without identity goes where the sampler's
+The trained networks of a generator stand here as one module, whose forward is the sampler's own path: the reference
+UNet writes, `project` makes keys and values, the denoising UNet reads. Unconditional samples go where the sampler's
 unconditional rows go.
 """
 
@@ -21,15 +21,15 @@ PREDICTIONS = ("v_prediction", "epsilon")
 
 
 class TrainedParts(nn.Module):
-    """Both UNets, the identity tokens (IFR) and the pose encoder of a generator, which stay the generator's own.
+    """Both UNets, the identity tokens (IFR) and the pose encoder of a generator, shared with it.
 
-    Parameters that nothing depends on are frozen: the reference UNet behind its last self-attention's input.
+    Parameters that the loss does not depend on are frozen: the reference UNet behind its last self-attention's input.
 
     Args:
-        generator: whose parts; its identity encoder says what nobody's feature is.
+        generator: whose networks; its identity encoder gives the unconditional feature, that of a grey image.
     """
 
-    nobody: Tensor
+    unconditional_feature: Tensor
 
     def __init__(self, generator: IdentityGenerator) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class TrainedParts(nn.Module):
         like: dict[str, Any] = {"device": generator.device, "dtype": generator.dtype}
         grey = torch.zeros(1, 3, *generator.identity_encoder.image_size, **like)
         with torch.no_grad():
-            self.register_buffer("nobody", generator.identity_encoder(grey), persistent=False)
+            self.register_buffer("unconditional_feature", generator.identity_encoder(grey), persistent=False)
         if any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()):
-            raise ValueError("unet must have a dropout of 0: its draws would not be those of a run that was resumed.")
+            raise ValueError("unet must have a dropout of 0: a resumed run would draw other units.")
         self.requires_grad_(True)
         self._freeze_unread(torch.zeros(1, *generator.latent_shape, **like))
 
@@ -63,7 +63,7 @@ class TrainedParts(nn.Module):
             poses: (B, 3, H, W) drawn poses in [0, 1].
             reference_latents: (B, C, h, w) scaled latents of the references, without noise.
             features: (B, F) of the references, from the identity encoder.
-            unconditional: (B,) bool, on the CPU: samples that see neither reference nor identity, but their pose.
+            unconditional: (B,) bool, on the CPU: samples that see their pose, but neither reference nor identity.
         """
         order = torch.argsort(~unconditional, stable=True)  # unconditional rows come first, as in the sampler
         alone = int(unconditional.sum())
@@ -75,7 +75,7 @@ class TrainedParts(nn.Module):
             bank,
             tokens,
             poses=1,
-            unconditional=self.identity_tokens(self.nobody) if alone else None,
+            unconditional=self.identity_tokens(self.unconditional_feature) if alone else None,
             unconditional_rows=alone,
         )
         prediction: Tensor = self.denoising_unet(
@@ -88,7 +88,8 @@ class TrainedParts(nn.Module):
         return prediction[torch.argsort(order)]
 
     def _freeze_unread(self, latents: Tensor) -> None:
-        bank = reference.write(self.reference_unet, latents, self.identity_tokens(self.nobody))
+        """Freeze what no gradient of the bank reaches."""
+        bank = reference.write(self.reference_unet, latents, self.identity_tokens(self.unconditional_feature))
         parameters = list(self.reference_unet.parameters())
         total = torch.stack([states.float().sum() for states in bank.values()]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -97,14 +98,13 @@ class TrainedParts(nn.Module):
 
 
 class Objective:
-    """Mean squared error between prediction and target at a drawn noise level.
+    """Mean squared error between prediction and target at a drawn noise level (eq. 6).
 
     Args:
         scheduler: the generator's; it says how much noise a timestep has, and what is predicted.
         snr_gamma: weight samples by "Efficient Diffusion Training via Min-SNR Weighting Strategy" (ICCV 2023) with this
             gamma; None: all alike. For v-prediction the weight is min(SNR + 1, gamma) / (SNR + 1), not that paper's
-            min(SNR, gamma) / (SNR + 1): at zero terminal SNR that is 0 for the noise which the sampler begins with, and
-            nobody would learn to begin.
+            min(SNR, gamma) / (SNR + 1), which is 0 at zero terminal SNR: the sampler's first step would not be learned.
 
     Raises:
         ValueError: a scheduler whose prediction is neither "v_prediction" nor "epsilon".
@@ -116,7 +116,7 @@ class Objective:
             raise ValueError(
                 f"scheduler.config.prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}."
             )
-        # Whatever the generator samples with: this class has the formulas of training.
+        # Whatever scheduler the generator samples with: DDIM's has the formulas of training.
         self._scheduler: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
         self._gamma = snr_gamma
 
@@ -144,6 +144,12 @@ class Objective:
         signal = self._scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
         ratio = signal / (1 - signal)
         whole = ratio + 1 if self.prediction == "v_prediction" else ratio
-        # 1 in the limit, where there is nothing but noise.
+        # 1 in the limit of an epsilon-prediction, where there is nothing but noise.
         result: Tensor = torch.where(whole > 0, whole.clamp(max=self._gamma) / whole, 1.0)
         return result
+
+
+def checkpoint_gradients(networks: Any, wanted: bool) -> None:
+    """Compute both UNets' activations again on the way back, or keep them."""
+    for unet in (networks.reference_unet, networks.denoising_unet):
+        unet.enable_gradient_checkpointing() if wanted else unet.disable_gradient_checkpointing()

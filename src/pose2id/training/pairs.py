@@ -1,17 +1,17 @@
 """Training samples: two images of one person, a reference and a target with a pose, and everything random about them.
 
-Sample n is a function of the seed and n alone. So a run that stopped goes on exactly where it was, and any number of
+Sample n is a function of the seed and n alone: a run that stopped goes on exactly where it was, and any number of
 processes or workers draws the same samples.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,31 +21,30 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pose2id.io.checks import first_few
+from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pixels import load_reference, pixels
 from pose2id.poses import KEYPOINTS, Pose, draw
 from pose2id.training.augmentation import augment
+from pose2id.training.settings import TrainingSettings
 from pose2id.training.table import PersonImage
-
-logger = logging.getLogger(__name__)
 
 LEAST_KEYPOINTS = 8
 _NECK, _HIPS = KEYPOINTS.index("neck"), [KEYPOINTS.index("right_hip"), KEYPOINTS.index("left_hip")]
-_SHOWN = 5  # images that a report lists
-_THREADS = 8  # that look at images: decoding is C code, and waits for disks
+_THREADS = 8  # that read images: decoding is C code, and waits for disks
 # First number of every seed, so that streams of different subjects never meet.
 _SAMPLE, _ORDER, _VARIANT = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a table can be trained on.
+    """The part of a table that can be trained on.
 
     Attributes:
         images: readable images of people with two of them or more, one of them a target.
         targets: indices into `images` of those with a valid pose.
         unreadable: images left out because they cannot be read, and why.
-        alone: images left out because no pair can be made of their person's.
-        without_pose: how many of `images` are references only.
+        alone: images left out because no pair can be made of their person's images.
         digests: SHA-256 of the files of `images`.
     """
 
@@ -53,8 +52,21 @@ class Selection:
     targets: list[int]
     unreadable: list[str]
     alone: list[PersonImage]
-    without_pose: int
     digests: list[str]
+
+    @property
+    def without_pose(self) -> int:
+        """How many of `images` are references only."""
+        return len(self.images) - len(self.targets)
+
+    @property
+    def digest(self) -> str:
+        """Which images these are, in which order and pose; not in which folder, so that they may move."""
+        rows = [
+            [image.identity, image.path.name, digest, "" if image.pose is None else image.pose.key]
+            for image, digest in zip(self.images, self.digests, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __str__(self) -> str:
         """What is trained on, and what was left out, with the first few names."""
@@ -66,13 +78,13 @@ class Selection:
         if self.unreadable:
             lines.append(f"left out, unreadable: {len(self.unreadable)} ({_some(self.unreadable)})")
         if self.alone:
-            names = [str(image.path) for image in self.alone]
+            names = [image.path for image in self.alone]
             lines.append(f"left out, no second image or no pose of the person: {len(self.alone)} ({_some(names)})")
         return "\n".join(lines)
 
 
 def has_valid_pose(pose: Pose | None) -> bool:
-    """Whether a pose says enough to draw a person by: neck, a hip, and 8 of the 18 keypoints at least."""
+    """Whether a pose is enough to draw a person: neck, a hip, and at least 8 of the 18 keypoints."""
     if pose is None:
         return False
     visible = pose.visible
@@ -80,7 +92,7 @@ def has_valid_pose(pose: Pose | None) -> bool:
 
 
 def select(images: Sequence[PersonImage]) -> Selection:
-    """Sort out what can be trained on. Every image is read and decoded.
+    """Select what can be trained on. Every image is read and decoded.
 
     Raises:
         ValueError: nothing is left; with what was left out.
@@ -90,8 +102,8 @@ def select(images: Sequence[PersonImage]) -> Selection:
     unreadable = [look.problem for look in looks if look.problem]
     if images and len(unreadable) == len(images):
         raise ValueError(
-            f"images must be files that can be read, got {len(images)} of which none can: {_some(unreadable)} Relative "
-            "paths in a table are taken from the table's folder."
+            f"images must be files that can be read, got {len(images)} of which none can ({_some(unreadable)}). "
+            "Relative paths in a table are taken from the table's folder."
         )
     kept, alone = _parted(images, [i for i, look in enumerate(looks) if not look.problem])
     targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
@@ -100,7 +112,6 @@ def select(images: Sequence[PersonImage]) -> Selection:
         targets=targets,
         unreadable=unreadable,
         alone=[images[i] for i in alone],
-        without_pose=len(kept) - len(targets),
         digests=[looks[i].digest for i in kept],
     )
     if not targets:
@@ -115,7 +126,7 @@ def require_pairs(images: Sequence[PersonImage]) -> None:
 
 
 def _parted(images: Sequence[PersonImage], readable: Iterable[int]) -> tuple[list[int], list[int]]:
-    """Those of people of whom a pair can be made, and the others."""
+    """Images of people of whom a pair can be made, and the others."""
     people: dict[str, list[int]] = defaultdict(list)
     for i in readable:
         people[images[i].identity].append(i)
@@ -128,7 +139,7 @@ def _parted(images: Sequence[PersonImage], readable: Iterable[int]) -> tuple[lis
 
 
 def _rule(images: Sequence[PersonImage]) -> str:
-    """What images must be, and these are not."""
+    """The error of images without a pair."""
     valid = sum(has_valid_pose(image.pose) for image in images)
     several = sum(count > 1 for count in Counter(image.identity for image in images).values())
     hint = " Add keypoints: `pose2id table --keypoints DIR` or `--detect`." if not valid else ""
@@ -141,19 +152,19 @@ def _rule(images: Sequence[PersonImage]) -> str:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What a sample is drawn by.
+    """What a sample depends on, besides the images.
 
     Attributes:
-        seed: of everything.
+        seed: of all draws.
         image_size: (height, width) of targets and references, in pixels.
         identity_size: (height, width) of references for the identity encoder, in pixels.
         latent_shape: (channels, height, width) of the noise.
         num_train_timesteps: timesteps are drawn below it.
         unconditional_ratio: probability of a sample that sees neither reference nor identity.
-        noise_offset: standard deviation of what is added to the noise of each whole channel.
+        noise_offset: standard deviation of a shift of each channel's noise.
         flip: probability of a mirrored reference.
         erase: probability of a reference with an erased rectangle.
-        variants: how many different augmentations an image has as a reference; None: a new one each time.
+        variants: how many augmentations an image has as a reference; None: a new one each time.
     """
 
     seed: int
@@ -167,9 +178,22 @@ class PairSettings:
     erase: float = 0.5
     variants: int | None = None
 
+    @classmethod
+    def of(cls, settings: TrainingSettings, generator: IdentityGenerator) -> PairSettings:
+        """Those of a run."""
+        given = {name: value for name, value in asdict(settings).items() if name in cls.__dataclass_fields__}
+        return cls(
+            **given,
+            image_size=generator.image_size,
+            identity_size=tuple(generator.identity_encoder.image_size),
+            latent_shape=generator.latent_shape,
+            num_train_timesteps=generator.scheduler.config.num_train_timesteps,
+            variants=settings.reference_variants,
+        )
+
 
 class Pairs(Dataset[dict[str, Tensor]]):
-    """Sample n of a run, n from 0 without an end.
+    """Sample n of a run, for n from 0 without end.
 
     In each epoch every target comes once, in an order of its own, with a reference drawn among the person's other
     images.
@@ -179,7 +203,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
         settings: what is drawn.
 
     Attributes:
-        latents: `Latents` to take from, in place of pictures, if any; they need settings with `variants`.
+        latents: `cache.Latents` to take from, in place of images; needs settings with `variants`.
     """
 
     latents: Any = None
@@ -210,8 +234,8 @@ class Pairs(Dataset[dict[str, Tensor]]):
         sample = {
             "pose": pixels(draw(self.selection.images[target].pose), given.image_size),
             "noise": noise + given.noise_offset * torch.from_numpy(offset),
-            "timestep": torch.tensor(draws.integers(given.num_train_timesteps)),
-            "unconditional": torch.tensor(draws.random() < given.unconditional_ratio),
+            "timestep": torch.tensor(draws.integers(given.num_train_timesteps), device="cpu"),
+            "unconditional": torch.tensor(draws.random() < given.unconditional_ratio, device="cpu"),
         }
         variant = draws if given.variants is None else int(draws.integers(given.variants))
         if self.latents is not None:
@@ -223,14 +247,14 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return pixels(self._picture(i), self.settings.image_size)
 
     def reference(self, i: int, variant: int | np.random.Generator) -> dict[str, Tensor]:
-        """An image as a reference, in this variant or one of these draws, and read as the generator reads it.
+        """An image as a reference, augmented by the variant's draws or the given ones.
 
         Returns:
             reference (3, H, W) and identity (3, h', w'), in [0, 1].
         """
         given = self.settings
         draws = np.random.default_rng([_VARIANT, given.seed, i, variant]) if isinstance(variant, int) else variant
-        # One augmentation for both networks, which are shown one picture.
+        # One augmentation, for the reference UNet and the identity encoder.
         augmented = augment(np.asarray(self._picture(i)), draws, flip=given.flip, erase=given.erase)
         picture = Image.fromarray(augmented)
         return {"reference": pixels(picture, given.image_size), "identity": pixels(picture, given.identity_size)}
@@ -246,7 +270,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
 
 
 class _Look(NamedTuple):
-    """Why an image can't be used, empty: it can; and its file's SHA-256, empty where it can't."""
+    """Why an image cannot be used, empty if it can; and its file's SHA-256, empty if it cannot."""
 
     problem: str
     digest: str
@@ -260,5 +284,5 @@ def _look(image: PersonImage) -> _Look:
         return _Look(str(error) if str(image.path) in str(error) else f"{image.path}: {error}", "")
 
 
-def _some(names: Sequence[str]) -> str:
-    return "; ".join(names[:_SHOWN]) + ("; ..." if len(names) > _SHOWN else "")
+def _some(names: Sequence[Any]) -> str:
+    return first_few(names, most=5, separator="; ")

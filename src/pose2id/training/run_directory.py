@@ -1,63 +1,103 @@
-"""The directory of a training run: what it was begun with, who trains in it, and which weights it has given out."""
+"""The directory of a training run: what it began with, who trains in it, and which weights it has published."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+import pose2id
 from pose2id.io.whole_files import whole_file
+from pose2id.ipg.batch import fingerprint
+from pose2id.ipg.generator import IdentityGenerator
+from pose2id.ipg.weights import CARD, model_card
 from pose2id.training import checkpoints
+from pose2id.training.log import RECENT, Metrics
+from pose2id.training.objective import TRAINED
+from pose2id.training.pairs import Selection
+from pose2id.training.settings import FREE, TrainingSettings
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE, LOCK = "run.json", ".lock"
-_FORMAT = 1
-# Of what the first start began with, whatever generator a later one is given: the checkpoints' weights come from it.
-_ORIGIN = ("license", "sources", "round_bank", "origin")
+_FORMAT = 2
+# Of the first start, whatever generator a later one is given: the checkpoints' weights come from there.
+_OPTIONS = ("license", "sources", "round_bank")
+_ORIGIN = (*_OPTIONS, "origin")
 _KEYS = frozenset({"format", "settings", "images", "generator", "start", "published", *_ORIGIN})
 
 
 class RunDirectory:
-    """A directory that a run is begun in, or goes on in. Only the main process of several writes to it.
+    """A directory that a run begins in, or goes on in. Only the main process of several writes to it.
 
     Args:
-        path: that is new or empty, or that of a run.
+        path: new or empty, or of a run.
 
     Attributes:
         path: as given.
         content: of `run.json`. "settings", "images" (a digest) and "generator" (a digest of what training does not
             change) must be the same at every start; "start" (a digest of the weights that training began with),
-            "license", "sources", "round_bank" and "origin" stay the first start's; "published" says of how many steps
-            the weights are that the run has given out, None: not known, or there are none.
+            "license", "sources", "round_bank" and "origin" stay the first start's; "published" is the step of the
+            published weights, None: not known, or there are none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.content: dict[str, Any] = {}
+        self._about = ""
         self._lock = FileLock(path / LOCK)
 
-    def claim(self, content: Mapping[str, Any], *, free: Collection[str] = ()) -> None:
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Arguments of `IdentityGenerator` that stay the first start's."""
+        return {name: self.content[name] for name in _OPTIONS}
+
+    def claim(
+        self,
+        settings: TrainingSettings,
+        selection: Selection,
+        generator: IdentityGenerator,
+        *,
+        origin: str,
+        longer: bool,
+    ) -> None:
         """Make the directory this run's, or see that it is; nobody else may train in it until `release`.
 
-        Of a run that goes on, `write` has the new content written: when everything else has turned out to be right.
+        `write` has the content of a run that goes on written: when everything else has turned out to be right.
 
         Args:
-            content: for `run.json`, but for "published".
-            free: settings that may be others than before.
+            settings: of this start.
+            selection: what is trained on.
+            generator: where training starts.
+            origin: of the generator, in words.
+            longer: whether the number of steps may be another than before.
 
         Raises:
             FileExistsError: the directory holds something else, or weights of a run whose checkpoints are gone, or
-                somebody trains in it.
-            ValueError: the run was begun with other settings, images or parts; or its file is damaged.
+                another process trains in it.
+            ValueError: the run began with other settings, images or networks; or its file is damaged.
         """
         require_directory(self.path)
-        self.content = {"format": _FORMAT, **content, "published": None}
+        height, width = generator.image_size
+        self._about = f"{height} x {width} pixels, on {str(selection).splitlines()[0]}"
+        self.content = {
+            "format": _FORMAT,
+            "settings": {name: value for name, value in asdict(settings).items() if name not in FREE},
+            "images": selection.digest,
+            "generator": _architecture(generator),
+            "start": fingerprint(generator, TRAINED, bank=False),
+            **{name: getattr(generator, name) for name in _OPTIONS},
+            "origin": origin,
+            "published": None,
+        }
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -69,17 +109,17 @@ class RunDirectory:
         began = _read(self.path / RUN_FILE)
         known = checkpoints.found(self.path)
         if known:
-            self._check_same(began, free, known[-1])
+            self._check_same(began, ("steps",) if longer else (), known[-1])
             self._take_over(began)
         elif (self.path / checkpoints.WEIGHTS).exists():
             raise FileExistsError(
-                f"{self.path} has weights of a run whose checkpoints are gone: it can't go on, and beginning anew "
-                "would replace them. Train in another directory."
+                f"{self.path} has weights of a run whose checkpoints are gone, which a new run would replace. Train in "
+                "another directory."
             )
         elif began["start"] != self.content["start"]:
             logger.warning(
-                "%s has no checkpoint and begins anew, with other weights than it began with before. Training changes "
-                "a generator in place: load it anew to start where the first attempt did.",
+                "%s has no checkpoint and begins anew, with other weights than before. Training changes a generator in "
+                "place: load it again to start where the first attempt did.",
                 self.path,
             )
         checkpoints.remove_unfinished(self.path)
@@ -89,19 +129,49 @@ class RunDirectory:
         with whole_file(self.path / RUN_FILE) as unfinished:
             unfinished.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
 
-    def publish(self, steps: int, *, keep: int) -> None:
-        """Give out the newest checkpoint's weights, which are of so many steps, unless they are given out already.
+    def publish(self, step: int, *, keep: int) -> None:
+        """Publish the newest checkpoint's weights, which are of this step, unless they are published already.
 
         Only the `keep` newest checkpoints stay: a kill after the last one may have left more.
         """
-        if self.content["published"] == steps and (self.path / checkpoints.WEIGHTS).exists():
+        if self.content["published"] == step and (self.path / checkpoints.WEIGHTS).exists():
             return
         checkpoints.prune(self.path, keep)
-        self.content["published"] = None  # a kill on the way must not leave weights of which something false is said
+        self.content["published"] = None  # a kill on the way must not leave weights under a wrong number
         self.write()
         checkpoints.publish(self.path)
-        self.content["published"] = steps
+        self.content["published"] = step
         self.write()
+
+    def notes(self, step: int, metrics: Metrics) -> str:
+        """For the model card: how the weights of a step were trained."""
+        content = self.content
+        # With a constant rate the weights of a step do not depend on how many more were to come.
+        hidden = "steps" if content["settings"]["schedule"] == "constant" else ""
+        listed = "".join(f"* {name}: {value}\n" for name, value in content["settings"].items() if name != hidden)
+        began = f" Started from {content['origin']}." if content["origin"] else ""
+        validation = metrics.validations.get(step)
+        seen = "" if validation is None else f" Identity retention {validation['retention']:.3f}."
+        return (
+            f"## Training\n\nTrained with pose2id {pose2id.__version__} for {step} steps, {self._about}.{began} Mean "
+            f"loss of the last {min(RECENT, step)} steps {metrics.recent_loss():.4f}.{seen}\n\n{listed}"
+        )
+
+    def update_card(self, step: int, metrics: Metrics, *, new: bool) -> None:
+        """Have the model card of this step's checkpoint say what its validation, a `new` one or a former one, found.
+
+        A card that was published with that stays as it is.
+        """
+        known = checkpoints.found(self.path)
+        if not known or checkpoints.step_of(known[-1]) != step:
+            return
+        told = self.content["published"] == step and not new
+        if told or not math.isfinite(metrics.recent_loss()):  # the log is lost
+            return
+        self.content["published"] = None
+        with whole_file(known[-1] / checkpoints.WEIGHTS / CARD) as unfinished:
+            card = model_card(self.content["sources"], self.content["license"], self.notes(step, metrics))
+            unfinished.write_text(card, encoding="utf-8")
 
     def release(self) -> None:
         """Let others train in the directory."""
@@ -116,7 +186,7 @@ class RunDirectory:
         for name in _ORIGIN:
             if began[name] != self.content[name]:
                 logger.warning(
-                    "the run in %s goes on with the %s that it began with, %r, and not with the generator's, %r",
+                    "the run in %s goes on with the %s that it began with, %r, not with the generator's, %r",
                     self.path,
                     name,
                     began[name],
@@ -136,19 +206,18 @@ class RunDirectory:
             raise ValueError(f"settings must be those that {where}: {shown}. {self._instead(differing, newest)}")
         if began["images"] != self.content["images"]:
             raise ValueError(
-                f"images must be those that {where}, got others, or in another order, or with other poses, or some of "
-                "them can't be read any more. Train in another directory."
+                f"images must be those that {where}, in the same order and poses. Train in another directory."
             )
         if began["generator"] != self.content["generator"]:
             raise ValueError(
-                f"generator must be the one that {where}, got one of another identity encoder, VAE, scheduler, "
-                "image_size or architecture. Train in another directory."
+                f"generator must be the one that {where}, in its identity encoder, VAE, scheduler, image_size and "
+                "architecture. Train in another directory."
             )
         done = checkpoints.step_of(newest)
         if fixed["steps"] < done:
             raise ValueError(
-                f"steps must be at least the {done} that the run in {self.path} has done, got {fixed['steps']}. "
-                "Weights of earlier steps are in its older checkpoints, as far as they were kept."
+                f"steps must be at least the {done} that the run in {self.path} has done, got {fixed['steps']}. Older "
+                "checkpoints have weights of earlier steps."
             )
 
     def _instead(self, differing: Sequence[str], newest: Path) -> str:
@@ -165,17 +234,26 @@ class RunDirectory:
 
 
 def require_directory(directory: str | os.PathLike[str]) -> None:
-    """Raise a FileExistsError if a run's directory is to be where something else is."""
+    """Raise a FileExistsError if the directory of a run would be where something else is."""
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"directory must be one to train in, and {path} is a file.")
     if not path.exists() or (path / RUN_FILE).exists():
         return
-    # A first start that was killed may have left the run's file unfinished, and its lock, and nothing else.
+    # A first start that was killed may have left an unfinished run file and its lock, and nothing else.
     if any(other.name != LOCK and not other.match(f".{RUN_FILE}.*") for other in path.iterdir()):
-        raise FileExistsError(
-            f"{path} must be new, empty, or the directory of a run, and holds something else. Choose another."
-        )
+        raise FileExistsError(f"{path} must be new, empty, or the directory of a run. Choose another.")
+
+
+def _architecture(generator: IdentityGenerator) -> str:
+    """A digest of what a generator computes with that training does not change."""
+    shapes = [
+        [f"{name}.{key}", *tensor.shape]
+        for name in TRAINED
+        for key, tensor in generator.parts[name].state_dict().items()
+    ]
+    frozen = fingerprint(generator, ("vae", "identity_encoder"), bank=False)
+    return hashlib.sha256(json.dumps([frozen, shapes]).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -185,7 +263,4 @@ def _read(path: Path) -> dict[str, Any]:
             return content
     except (KeyError, TypeError, ValueError):
         pass
-    raise ValueError(
-        f"{path} is damaged, or of another version of pose2id, and does not say what the run is. Train in another "
-        "directory."
-    )
+    raise ValueError(f"{path} is damaged, or of another version of pose2id. Train in another directory.")

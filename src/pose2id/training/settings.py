@@ -1,4 +1,4 @@
-"""What a training run depends on, besides images and starting weights."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPTIMIZERS = ("adam", "adamw", "adamw8bit")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("no", "fp16", "bf16")
 
-# What a run may be continued with another value of: the weights do not depend on it.
+# May differ when a run goes on: the weights do not depend on them.
 FREE = (
     "checkpoint_every",
     "keep_checkpoints",
@@ -26,21 +26,20 @@ FREE = (
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that a run depends on but images and starting weights.
+    """Everything that a run depends on besides images and starting weights.
 
-    Steps, batch, learning rate and weight decay are the paper's; the unconditional ratio is that of the published
+    Steps, batch size, learning rate and weight decay are the paper's; the unconditional ratio is that of the published
     configuration.
 
     Attributes:
-        steps: optimizer steps of the whole run. With a constant schedule a run may go on to more of them, or end with
-            fewer.
+        steps: optimizer steps of the whole run. With a constant schedule a run may go on to more, or end with fewer.
         batch_size: samples of an optimizer step, those of all processes and accumulated parts together.
-        gradient_accumulation: parts that a process computes its share of a batch in, to save memory.
+        gradient_accumulation: how many parts a process splits its share of a batch into, to save memory.
         learning_rate: of the optimizer, at its highest.
         warmup_steps: steps in which the learning rate rises linearly from 0.
         schedule: of the learning rate afterwards: "constant", or "cosine" towards 0.
         optimizer: "adam" (the paper's; weight decay is part of the gradient), "adamw" (decoupled weight decay), or
-            "adamw8bit", the latter with 8-bit states (needs bitsandbytes).
+            "adamw8bit", with 8-bit states (needs bitsandbytes).
         weight_decay: of the optimizer.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
         unconditional_ratio: probability of a sample that sees neither reference nor identity.
@@ -50,7 +49,7 @@ class TrainingSettings:
         erase: probability of a reference with a randomly erased rectangle.
         reference_variants: how many augmentations an image has as a reference; None: a new one each time.
         cache: keep VAE latents and identity features on disk, in the run's directory; needs `reference_variants`.
-        ema: decay of an exponential moving average, up to 0.99999, which the written weights then are; None: none.
+        ema: decay of an exponential moving average, up to 0.99999; the written weights are the average. None: none.
         mixed_precision: "no", "fp16" or "bf16"; weights stay in float32.
         gradient_checkpointing: compute activations again on the way back, to save memory.
         seed: of samples; not of the starting weights.
@@ -112,7 +111,7 @@ class TrainingSettings:
         self._check_options()
 
     def _become(self, name: str, checked: Callable[..., Any], **limits: Any) -> None:
-        """Keep a value as Python's own, whatever it came as: JSON knows no numpy numbers."""
+        """Check a value, and keep it as Python's own number: JSON has no numpy numbers."""
         object.__setattr__(self, name, checked(getattr(self, name), name, **limits))
 
     def _check_options(self) -> None:
@@ -127,8 +126,8 @@ class TrainingSettings:
             self._become("reference_variants", checked_count)
         elif self.cache:
             raise ValueError(
-                "reference_variants must be a number with cache=True, got None: endless augmentations can't be kept. "
-                "4 is a good number."
+                "reference_variants must be a number with cache=True, got None: endless augmentations cannot be kept. "
+                "Try 4."
             )
         if self.validation_images == 1:
             raise ValueError("validation_images must be 0 or at least 2, to compare people with others, got 1.")

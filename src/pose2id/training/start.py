@@ -27,7 +27,7 @@ def start(
     unet: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     num_tokens: int | None = None,
     image_size: tuple[int, int] | None = None,
-    license: str | None = None,  # noqa: A002 - what the Hub calls it
+    license: str | None = None,  # noqa: A002 - the Hub's name
     seed: int = 0,
     device: torch.device | str | None = None,
     **options: Any,
@@ -39,12 +39,12 @@ def start(
             theirs, and without `unet` everything else too: fine-tuning.
         unet: what both UNets begin as, in place of the weights' own, which are then neither needed nor downloaded: a
             directory or repository of Stable Diffusion ("stable-diffusion-v1-5/stable-diffusion-v1-5";
-            "user/name@commit" pins it), or a configuration of `diffusers.UNet2DConditionModel`, or the name of a
-            .json file of one, for random weights. Tokens and pose encoder are then new.
+            "user/name@commit" pins it); or, for random weights, a configuration of `diffusers.UNet2DConditionModel` or
+            its .json file. Identity tokens and pose encoder are then new.
         num_tokens: of new identity tokens; None: 20, as published. Only with `unet`.
         image_size: (height, width) in place of the weights', in multiples of the VAE's downscaling.
-        license: of the UNets that come out, as the Hub names it; model cards have it. None: that of the UNets which
-            training starts from, "other" with random ones.
+        license: of the trained UNets, as the Hub names it, for model cards. None: that of the UNets which training
+            starts from, "other" with random ones.
         seed: of new weights.
         device: as in `IdentityGenerator.from_pretrained`.
         **options: `revision`, `vae`, `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
@@ -57,9 +57,7 @@ def start(
         changes["license"] = weights.checked_license(license)
     if unet is None:
         if num_tokens is not None:
-            raise ValueError(
-                f"num_tokens must not be given without unet, got {num_tokens}: the weights' own tokens are trained on."
-            )
+            raise ValueError(f"num_tokens must not be given without unet, got {num_tokens}: tokens are the weights'.")
         generator = IdentityGenerator.from_pretrained(repo_or_dir, dtype=torch.float32, device=device, **options)
         return generator.replaced(**changes) if changes else generator
     if isinstance(unet, (str, os.PathLike)) and os.fspath(unet).endswith(".json"):
@@ -94,25 +92,26 @@ def fresh(
 ) -> IdentityGenerator:
     """A generator of two equal UNets, and of new identity tokens and a new pose encoder that fit.
 
-    The pose encoder's last convolution is 0: poses begin to count as they are learnt.
+    The pose encoder's last convolution is 0: poses have no effect until it is learned.
 
     Args:
         identity_encoder: with `image_size` and `feature_dim`; frozen in training.
-        vae: frozen in training.
+        vae: frozen in training; the other networks come to its device.
         unet: a UNet, or the configuration of one with random weights; its `in_channels` and `out_channels` are by
             default the VAE's.
         num_tokens: of the identity.
-        pose_channels: of the pose encoder's levels, one for each of the VAE's; None: 16, 32, 64, ..., as published.
+        pose_channels: of the pose encoder's levels, as many as the VAE's; None: 16, 32, 64, ..., as published.
         scheduler: None: the published one, DDIM with v-prediction and zero terminal SNR.
         seed: of random weights.
         **options: `image_size`, `round_bank`, `sources`, `license` of `IdentityGenerator`; with random weights the
-            latter is "other" unless it is given.
+            licence is "other" unless it is given.
 
     Raises:
-        TypeError, ValueError: parts that do not fit.
+        TypeError, ValueError: networks that do not fit.
     """
     checked_count(num_tokens, "num_tokens")
-    with torch.random.fork_rng(devices=[]):
+    # Drawn on the CPU, whatever the default device is: its generator is the one that is seeded.
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if vae.device.type == "meta" else "cpu"):
         torch.default_generator.manual_seed(checked_count(seed, "seed", least=0))
         if isinstance(unet, Mapping):
             channels = vae.config.latent_channels
@@ -121,8 +120,11 @@ def fresh(
         levels = range(len(vae.config.block_out_channels))
         pose_encoder = PoseEncoder(unet.config.block_out_channels[0], pose_channels or [16 * 2**i for i in levels])
         tokens = IdentityTokens(identity_encoder.feature_dim, num_tokens, unet.config.cross_attention_dim)
+        scheduler = scheduler or weights.published_scheduler()
     for parameter in pose_encoder.conv_out.parameters():
         nn.init.zeros_(parameter)
+    for network in (unet, pose_encoder, tokens):
+        nn.Module.to(network, vae.device)
     return IdentityGenerator(
         identity_encoder=identity_encoder,
         identity_tokens=tokens,
@@ -130,13 +132,13 @@ def fresh(
         denoising_unet=unet,
         pose_encoder=pose_encoder,
         vae=vae,
-        scheduler=scheduler or weights.published_scheduler(),
+        scheduler=scheduler,
         **options,
     )
 
 
 def _new_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """A UNet of random weights. diffusers would ignore what it does not know, and build another one."""
+    """A UNet of random weights. diffusers would ignore unknown names, and build another one."""
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     unknown = [str(name) for name in config if name not in known and not str(name).startswith("_")]
     if unknown:

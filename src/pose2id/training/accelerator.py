@@ -1,0 +1,79 @@
+"""Setting up accelerate: one process or several, on CPUs or GPUs, each with all weights."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from pose2id.training.settings import TrainingSettings
+
+_DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names
+
+
+def require_accelerate(device: str | None) -> None:
+    """Raise what `new_accelerator` would, as far as it shows before anything is set up.
+
+    Raises:
+        ImportError: the extra is not installed.
+        ValueError: the device is not there.
+    """
+    try:
+        import accelerate  # noqa: F401, PLC0415
+        import tensorboard  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"device must be 'cpu', 'cuda' or None (a GPU if there is one), got {device!r}. CUDA_VISIBLE_DEVICES "
+            "chooses among GPUs."
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' or None where torch finds no CUDA device, got 'cuda'.")
+
+
+def new_accelerator(settings: TrainingSettings, directory: str | os.PathLike[str], device: str | None) -> Any:
+    """An `accelerate.Accelerator` that writes its log into the directory.
+
+    Raises:
+        ValueError: accelerate is set up for something else; with what to do.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # noqa: PLC0415
+    from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
+
+    # Where a process's samples all happen to be unconditional, its reference UNet takes no part.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+    # The others wait while the first process fills the cache, validates, or writes tens of gigabytes.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=settings.mixed_precision,
+            # Not by number, which an environment variable would overrule.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation),
+            dynamo_backend="no",  # whatever the environment says: compiled networks have other names in checkpoints
+            kwargs_handlers=[parallel, patient],
+            log_with="tensorboard",
+            project_dir=directory,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "mixed_precision and device must be those of the first run in this process, and ones that this machine "
+            f"has. Start Python anew ({error})."
+        ) from error
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would ignore it
+        raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'.")
+    if accelerator.distributed_type not in _DISTRIBUTED:
+        raise ValueError(
+            f"accelerate must be set up for one process or several with all weights each ({', '.join(_DISTRIBUTED)}), "
+            f"got {accelerator.distributed_type.value}. Run `accelerate config` again, or pass another file to "
+            "`accelerate launch --config_file`."
+        )
+    if device == "cuda" and accelerator.device.type != "cuda":
+        raise ValueError(
+            f"device must be what accelerate is set up for, {accelerator.device.type!r}, or None, got 'cuda'. See "
+            "ACCELERATE_USE_CPU in the environment, and `accelerate env`."
+        )
+    return accelerator
