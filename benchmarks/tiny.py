@@ -1,4 +1,4 @@
-"""The whole method with the tiny weights, on drawn people whom they have never seen: docs/tiny.md has the outcome.
+"""The whole method with the tiny weights, on drawn people whom they have never seen: docs/results.md has the outcome.
 
     python benchmarks/tiny.py                                               # the test: 7,680 pictures
     python benchmarks/tiny.py --seeds 0 --guidances 1 2 3 --etas 0.5 1 2    # how settings are chosen

@@ -130,7 +130,7 @@ SIZES = {
         training={**tiny.TRAINING, "steps": 4000, "batch_size": 16},
     ),
 }
-GUIDANCE = 2.0  # the best for the tiny weights on the drawn people of seed 0 (docs/tiny.md)
+GUIDANCE = 2.0  # the best for the tiny weights on the drawn people of seed 0 (docs/results.md)
 ETAS = (2.0, 1.0, 0.25)  # published for Market1501, Occluded-ReID, SYSU-MM01; none is chosen
 CUDA_PICTURES = 128  # generated at a time on a GPU
 OVERVIEW = 12  # people on the sheet to look at first

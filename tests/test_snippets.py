@@ -17,9 +17,8 @@ from conftest import ROOT
 from PIL import Image
 
 from pose2id.cli import main
-from pose2id.demo.people import SyntheticPedestrians
-from pose2id.demo.stripes import colour_stripes
-from pose2id.training import table
+from pose2id.demo import SyntheticPedestrians, colour_stripes
+from pose2id.demo import write_people as draw_people
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -35,6 +34,10 @@ def write_people(given):
 
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page):
+    return "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_python_snippets_of(page, given, weights, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_people(given)
     np.save("gallery.npy", given["gallery_feats"])
-    table.write_people(SyntheticPedestrians(3, num_cameras=2, images_per_camera=1), "cameras")
+    draw_people(SyntheticPedestrians(3, num_cameras=2, images_per_camera=1), "cameras")
     for i in range(8):
         shutil.copytree("people", f"generated/pose{i + 1}")
     namespace = dict(given)
@@ -96,7 +99,7 @@ def test_commands_of(page, given, weights, hub, tmp_path, monkeypatch):
     keys = ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids")
     np.savez("features.npz", **{key: given[key] for key in keys})
     write_people(given)
-    for line in "".join(blocks(page, "sh")).splitlines():
+    for line in commands(page):
         words = shlex.split(line, comments=True)
         if words[:1] == ["pose2id"] and words != ["pose2id", "demo"]:  # the bare demo has tests of its own
             shorter = [SHORTER.get(before, word) for before, word in pairwise(words)]
@@ -105,7 +108,7 @@ def test_commands_of(page, given, weights, hub, tmp_path, monkeypatch):
 
 def test_there_are_snippets_and_commands():
     assert len(blocks(PAGES[0], "python")) >= 4
-    assert sum(line.startswith("pose2id") for line in "".join(blocks(PAGES[0], "sh")).splitlines()) >= 3
+    assert sum(line.startswith("pose2id") for line in commands(PAGES[0])) >= 3
 
 
 @pytest.mark.parametrize("name", ["existing_pipeline", "own_model"])
@@ -159,6 +162,30 @@ def test_the_layout_page_lists_every_file_of_gpu_tests():
     assert len(with_gpu) > 10
     for path in with_gpu:
         assert path == Path(__file__) or f"{path.name}`" in page
+
+
+def anchors(page):
+    """Anchors of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_the_readme_lead_somewhere():
+    # MkDocs looks after those of the docs.
+    links = re.findall(r"\]\(([^):]+)\)", PAGES[0].read_text(encoding="utf-8"))
+    assert len(links) > 10
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).is_file(), link
+        assert not anchor or anchor in anchors(ROOT / path), link
+
+
+def test_the_line_that_everybody_copies_is_short():
+    # A phone shows 50 characters of code, see docs/extra.css.
+    for page in (PAGES[0], ROOT / "docs" / "index.md"):
+        assert max(map(len, blocks(page, "python")[0].splitlines())) <= 50
 
 
 def test_pictures_of_the_docs_exist():

@@ -274,7 +274,7 @@ def test_bad_input_of_database_augmentation(arguments, error, message):
 
 
 def test_figures_on_real_features(real_features):
-    """The table of docs/choosing.md."""
+    """The table of docs/index.md."""
     data = real_features("val100")
     is_query = data["is_query"].astype(bool)
     features = data["feat_osnet_msmt17"].astype(np.float32)

@@ -29,7 +29,7 @@ _Sets = Mapping[str, Pair]  # the features before and after, by what they are ca
 
 @dataclass(frozen=True)
 class Settings:
-    """How the tiny weights are used, here and in benchmarks/tiny.py; chosen on people of seed 0 (docs/tiny.md).
+    """How the tiny weights are used, here and in benchmarks/tiny.py; chosen on people of seed 0 (docs/results.md).
 
     Attributes:
         num_inference_steps: of the sampler.
