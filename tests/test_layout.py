@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -60,3 +61,30 @@ def test_every_room_has_a_floor():
 def test_the_demo_is_imported_by_the_command_line_alone():
     importers = {path.relative_to(SOURCE).parts[0] for path in FILES for name in imported(path) if home(name) == "demo"}
     assert importers <= {"cli", "demo"}
+
+
+def equations():
+    """(numbers, file, name) of the table "equation -> file:function" in docs/architecture.md."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| eq\. (\d+)(?:-(\d+))? \|.*\| `([\w/]+\.py):([\w.]+)` \|$", page, flags=re.MULTILINE)
+    return [(range(int(first), int(last or first) + 1), path, name) for first, last, path, name in rows]
+
+
+def definition(path, name):
+    found = ast.parse((SOURCE / path).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        (found,) = (node for node in found.body if isinstance(node, kinds) and node.name == part)
+    return found
+
+
+def test_the_table_has_the_papers_equations():
+    numbers = {number for listed, _, _ in equations() for number in listed}
+    assert numbers == {5, 6, 9, 20, 21, *range(22, 26), 26, 27, 28}
+
+
+@pytest.mark.parametrize(("numbers", "path", "name"), equations())
+def test_an_equation_is_where_the_table_says_and_cites_its_number(numbers, path, name):
+    cited = re.findall(r"eq\. (\d+)(?:-(\d+))?", ast.get_docstring(definition(path, name)).lower())
+    covered = {number for first, last in cited for number in range(int(first), int(last or first) + 1)}
+    assert covered.issuperset(numbers), f"{path}:{name} cites {sorted(covered)}"

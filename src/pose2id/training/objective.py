@@ -133,7 +133,7 @@ class Objective:
         return result
 
     def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """The mean over samples, each weighted, of mean squared errors."""
+        """Eq. 6: the mean squared error of the prediction, over samples weighted by `weights`."""
         errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
         return (errors * self.weights(timesteps).to(errors)).mean()
 
