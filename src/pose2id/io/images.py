@@ -46,13 +46,7 @@ def checked_images(images: Any, name: str = "images") -> Any:
 def load_image(item: Any, name: str) -> Image.Image:
     """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture."""
     if isinstance(item, (str, os.PathLike)):
-        try:
-            with Image.open(item) as picture:
-                picture.load()
-                picture.getexif()
-        except Exception as error:  # a damaged file can fail in any way
-            raise ValueError(f"{name} cannot be read: {os.fspath(item)} ({error}).") from error
-        return _as_rgb(picture, f"{name} ({os.fspath(item)})")
+        return _read(os.fspath(item), name)
     if isinstance(item, Image.Image):
         return _as_rgb(item, name)
     array = item
@@ -86,6 +80,16 @@ def image_files(folder: Path) -> Iterator[tuple[str, str]]:
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield "" if relative == "." else relative, os.path.join(parent, name)
+
+
+def _read(path: str, name: str) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            picture.getexif()
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{name} cannot be read: {path} ({error}).") from error
+    return _as_rgb(picture, f"{name} ({path})")
 
 
 def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
