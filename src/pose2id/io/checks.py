@@ -105,7 +105,7 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
 
 
 def checked_device(device: Any) -> torch.device:
-    """A device that torch knows by name."""
+    """A torch device."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
