@@ -138,7 +138,7 @@ class Pose:
         array = checked_numbers(keypoints, "keypoints")
         if array.shape not in ((17, 2), (17, 3)):
             raise ValueError(f"keypoints must have COCO's shape (17, 2) or (17, 3), got {array.shape}.")
-        placed = openpose(array, threshold)
+        placed = openpose(array, checked_number(threshold, "threshold", 0, 1))
         return cls(placed if size is None else placed / checked_size(size)[::-1], name)
 
     def to_coco(self, size: tuple[int, int] | None = None) -> NDArray[np.float64]:
@@ -157,7 +157,6 @@ def openpose(keypoints: NDArray[np.float64], threshold: float) -> NDArray[np.flo
 
     A third column is a confidence, and 17 keypoints are COCO's; the neck is half-way between visible shoulders.
     """
-    threshold = checked_number(threshold, "threshold", 0, 1)
     found: NDArray[np.float64] = keypoints[:, :2].copy()
     if keypoints.shape[1] == 3:
         # A confidence of 0 says that there is nothing, even at a threshold of 0. NaN compares false.

@@ -230,13 +230,13 @@ def _image(cell: dict[str, str], folder: Path, where: str) -> PersonImage:
 
 
 def _pose(text: str, where: str) -> Pose:
-    rule = f"{where} must be empty or a JSON list of {len(KEYPOINTS)} entries [x, y] or null, got {_shortened(text)}"
     try:
         entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise ValueError("not a list")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{rule} ({error}).") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{rule}.")
+        rule = f"be empty or a JSON list of {len(KEYPOINTS)} entries [x, y] or null"
+        raise ValueError(f"{where} must {rule}, got {_shortened(text)} ({error}).") from error
     return from_entries(entries, where)
 
 
