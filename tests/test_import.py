@@ -8,7 +8,7 @@ import pytest
 
 import pose2id
 
-HEAVY = ["diffusers", "faiss", "matplotlib", "scipy", "sklearn", "torchvision", "timm"]
+HEAVY = ["cv2", "diffusers", "faiss", "matplotlib", "scipy", "sklearn", "torchvision", "timm"]
 
 
 def run(code):

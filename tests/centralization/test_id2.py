@@ -52,7 +52,7 @@ def test_junk_distractors_and_singletons(rng):
     ("x", "pids", "arguments", "error", "message"),
     [
         (np.ones((3, 2)), [1, 2], {}, ValueError, r"pids must have shape \(3,\)"),
-        (np.ones((3, 2)), None, {}, TypeError, "pids must be a one-dimensional array of integers"),
+        (np.ones((3, 2)), None, {}, TypeError, "pids must hold integers, got None"),
         (np.ones((3, 2)), "abc", {}, TypeError, "pids"),
         (np.ones((3, 2)), [0.5, 1, 2], {}, TypeError, "pids must hold integers"),
         (np.ones((2, 2)), [-1, -1], {}, ValueError, "at least one feature"),

@@ -99,7 +99,7 @@ def test_pickles_are_refused_and_never_run(features, tmp_path):
     with pytest.raises(ValueError, match=r"x of .* cannot be read.*refused"):
         load_features(tmp_path / "f.npz")
     (tmp_path / "g.npz").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"damaged, or no \.npz"):
+    with pytest.raises(ValueError, match=r"damaged, or not an \.npz"):
         load_features(tmp_path / "g.npz")
     (tmp_path / "h.mat").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="cannot be read"):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +128,11 @@ def test_random_poses_as_opencv_draws_them():
     cv2 = pytest.importorskip("cv2", reason="compares with OpenCV: pip install opencv-python-headless")
     for pose, size in random_poses(2000):
         np.testing.assert_array_equal(np.array(draw(pose, size)), drawn_by_opencv(cv2, pose, size))
+
+
+def test_opencv_is_not_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert draw(standard()[0]).size == (64, 128)
 
 
 def test_random_poses_pinned():

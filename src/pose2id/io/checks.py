@@ -65,9 +65,8 @@ def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
     if array.size == 0 and length == 0:
         return np.zeros(0, dtype=np.int64)
     if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"{name} must hold integers, got dtype {array.dtype}. Try numpy.unique(labels, return_inverse=True)[1]."
-        )
+        given = f"dtype {array.dtype}. Try numpy.unique(labels, return_inverse=True)[1]"
+        raise TypeError(f"{name} must hold integers, got {None if labels is None else given}.")
     if array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must fit into 64-bit signed integers, got {array.max()}.")
     if array.shape != (length,):
@@ -106,7 +105,7 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
 
 
 def checked_device(device: Any) -> torch.device:
-    """A device that torch knows by name."""
+    """A torch device."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:

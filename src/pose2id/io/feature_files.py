@@ -67,8 +67,8 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
         The arrays, checked: features are finite and of one width, labels integers and as many as features.
 
     Raises:
-        ValueError: another ending, a broken file, pickled objects, a missing array, or bad content, named.
         FileNotFoundError: there is no such file.
+        ValueError: another ending, a broken file, pickled objects, a missing array, or bad content, named.
     """
     path = Path(path)
     keys = _keys(path)
@@ -128,7 +128,7 @@ def _write_npz(file: Any, arrays: Mapping[str, Any]) -> None:
     # Not numpy.savez: its keywords cannot hold every name, and it would pickle.
     with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name, value in arrays.items():
-            if isinstance(value, bytes):  # a member that is no array
+            if isinstance(value, bytes):  # not an array
                 archive.writestr(name, value)
                 continue
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -141,7 +141,7 @@ def _write_mat(file: Any, arrays: Mapping[str, Any]) -> None:
     bad = [name for name in arrays if not name.isidentifier() or name.startswith("_") or len(name) > _MAT_NAME_LENGTH]
     if bad:
         raise ValueError(f"{', '.join(bad)} cannot be names in a .mat file. Write an .npz file.")
-    # MATLAB knows no half precision.
+    # MATLAB has no half precision.
     half = {name for name, value in arrays.items() if isinstance(value, np.ndarray) and value.dtype == np.float16}
     wide = {name: value.astype(np.float32) if name in half else value for name, value in arrays.items()}
     savemat(file, wide, do_compression=True, long_field_names=True)
@@ -153,7 +153,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
             pass
         file = np.load(path, allow_pickle=False)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or no .npz file ({error}).") from error
+        raise ValueError(f"{path} is damaged, or not an .npz file ({error}).") from error
     arrays = {}
     with file:
         for name in file.files:

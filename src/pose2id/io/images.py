@@ -103,7 +103,7 @@ def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")  # else Pillow warns of some palettes
     upright = (picture if turn is None else picture.transpose(turn)).convert("RGB")
-    upright.info.clear()  # of the orientation, too: nobody must turn it once more
+    upright.info.clear()  # of the orientation, too, or the picture could be turned again
     return upright
 
 

@@ -39,7 +39,7 @@ def detect(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> list[Pose | None]:
-    """The pose of the main person on each image, the one with the highest mean confidence; None where nobody is.
+    """The pose of the main person on each image, the one with the highest mean confidence; None: nobody is visible.
 
     Args:
         images: paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) floats in [0, 1], of any sizes.
@@ -78,7 +78,7 @@ def _rtmlib_body(device: str) -> Detector:
     try:
         from rtmlib import Body  # noqa: PLC0415
 
-        # The wheels of OpenCV share their files: removing one leaves an empty cv2 of another.
+        # The wheels of OpenCV share files: uninstalling one leaves an empty cv2 of another.
         if "cv2" in sys.modules and not hasattr(sys.modules["cv2"], "warpAffine"):
             raise ImportError("cv2 is empty")
     except (AttributeError, ImportError) as error:
@@ -102,7 +102,7 @@ def _checked_output(output: Any, name: str) -> tuple[NDArray[np.float64], NDArra
     except (TypeError, ValueError) as error:
         given = type(output).__name__
         raise TypeError(f"model must return arrays (keypoints, scores), got {given} for {name}.") from error
-    if len(keypoints) == 0 and len(scores) == 0:  # detectors return nobody in many shapes
+    if len(keypoints) == 0 and len(scores) == 0:  # without people, detectors return many shapes
         return np.empty((0, 17, 2)), np.empty((0, 17))
     if keypoints.shape[1:] not in ((17, 2), (18, 2)):
         raise ValueError(f"model must return keypoints (P, 17, 2) or (P, 18, 2), got {keypoints.shape} for {name}.")

@@ -1,7 +1,7 @@
-"""Poses drawn as DWPose draws them: what the generator's weights were trained on, and nothing else will do.
+"""Drawings of poses, as DWPose makes them: the generator's weights were trained on these pixels.
 
-DWPose draws with OpenCV: a limb is `fillConvexPoly` of `ellipse2Poly`, a joint is `circle`. The same pixels come out
-here without OpenCV. Points are (x, y), in whole pixels.
+DWPose draws with OpenCV: a limb is `fillConvexPoly` of `ellipse2Poly`, a joint is a filled `circle`. This module does
+the same arithmetic without OpenCV. Points are (x, y).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _crossings(owner: _Integers, starts: _Integers, ends: _Integers, height: int
 
 
 def _steps(counts: _Integers) -> tuple[_Integers, _Integers]:
-    """0 0 0 1 1 ... and 0 1 2 0 1 ... for counts 3 2 ..."""
+    """[0, 0, 0, 1, 1, ...] and [0, 1, 2, 0, 1, ...] for counts [3, 2, ...]."""
     which = np.repeat(np.arange(len(counts)), counts)
     return which, np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
 

@@ -53,8 +53,8 @@ def read(
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: none of these formats, bad keypoints, pixels without a size: with the file and the place in it; or
-            nobody (`NobodyError`).
+        ValueError: another format, bad keypoints, pixels without a size, with the file and the place in it; or nobody
+            (`NobodyError`).
     """
     size = None if size is None else checked_size(size)
     threshold = checked_number(threshold, "threshold", 0, 1)

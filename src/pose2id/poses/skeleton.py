@@ -47,10 +47,10 @@ PALETTE = (
 # fmt: on
 
 THRESHOLD = 0.3
-"""Confidence from which on a keypoint counts as visible."""
+"""Least confidence of a visible keypoint."""
 
 LOWEST, HIGHEST = -1.0, 2.0
-"""Range of visible coordinates: [0, 1] is the picture, and detectors continue a person beyond its border."""
+"""Range of visible coordinates: [0, 1] is the picture, and detectors place joints beyond its border."""
 
 _NAME = re.compile(r"(\w([\w .-]*\w)?)?")
 _FLIPPED = "-flipped"
@@ -69,7 +69,7 @@ class Pose:
     Attributes:
         keypoints: (18, 2) float64, a read-only copy: (x, y) in fractions of the picture's width and height, in the
             order of `KEYPOINTS`; NaN, NaN where a keypoint is not visible. Visible ones, of which there must be one,
-            may lie outside the picture, down to -1 and up to 2: detectors place joints that the border cuts off.
+            may lie outside the picture, in [-1, 2].
         name: for file names: empty, or letters, digits and underscores, with spaces, dots and hyphens in between.
 
     Raises:
@@ -99,7 +99,7 @@ class Pose:
         return hash(self.key)
 
     def __reduce__(self) -> tuple[type[Pose], tuple[NDArray[np.float64], str]]:
-        return Pose, (self.keypoints, self.name)  # made anew: arrays come out of copies and pickles writable
+        return Pose, (self.keypoints, self.name)  # anew: copied and unpickled arrays are writable
 
     def __repr__(self) -> str:
         return f"Pose({self.name!r}, {self.visible.sum()} of {len(KEYPOINTS)} keypoints visible, {self.key[:8]})"
@@ -125,25 +125,20 @@ class Pose:
 
     @classmethod
     def from_coco(
-        cls,
-        keypoints: Any,
-        *,
-        threshold: float = THRESHOLD,
-        size: tuple[int, int] | None = None,
-        name: str = "",
+        cls, keypoints: Any, *, threshold: float = THRESHOLD, size: tuple[int, int] | None = None, name: str = ""
     ) -> Pose:
-        """A pose of COCO's 17 keypoints. The neck is put half-way between the shoulders if both are visible.
+        """A pose of COCO's 17 keypoints, with the neck half-way between the shoulders if both are visible.
 
         Args:
             keypoints: (17, 2) with NaN where not visible, or (17, 3) with a confidence (or COCO's visibility 0, 1, 2).
-            threshold: confidence from which on a keypoint is visible.
+            threshold: least confidence of a visible keypoint.
             size: (height, width) of the picture, for coordinates in pixels; None: they are fractions.
             name: as of `Pose`.
         """
         array = checked_numbers(keypoints, "keypoints")
         if array.shape not in ((17, 2), (17, 3)):
             raise ValueError(f"keypoints must have COCO's shape (17, 2) or (17, 3), got {array.shape}.")
-        placed = openpose(array, threshold)
+        placed = openpose(array, checked_number(threshold, "threshold", 0, 1))
         return cls(placed if size is None else placed / checked_size(size)[::-1], name)
 
     def to_coco(self, size: tuple[int, int] | None = None) -> NDArray[np.float64]:
@@ -162,7 +157,6 @@ def openpose(keypoints: NDArray[np.float64], threshold: float) -> NDArray[np.flo
 
     A third column is a confidence, and 17 keypoints are COCO's; the neck is half-way between visible shoulders.
     """
-    threshold = checked_number(threshold, "threshold", 0, 1)
     found: NDArray[np.float64] = keypoints[:, :2].copy()
     if keypoints.shape[1] == 3:
         # A confidence of 0 says that there is nothing, even at a threshold of 0. NaN compares false.

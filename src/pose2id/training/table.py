@@ -1,6 +1,6 @@
 """Tables of people: who is on which image, from which camera, in which pose; one CSV line per image.
 
-`pose2id train` reads them. A table knows images by their paths and opens none of them.
+`pose2id train` reads them. A table holds paths of images and opens none of them.
 """
 
 from __future__ import annotations
@@ -157,9 +157,8 @@ def table_of_folder(
             has one folder, named by the identity; the camera is the number after `_c` in a file's name, or in
             `c1_...`, if there is one.
         keypoints: directory with `NAME.json`, or OpenPose's `NAME_keypoints.json`, in any format of `poses.read`; NAME
-            is the image's path below `folder` without suffix. An image has no pose without such a file, if the file
-            shows nobody, or, with a warning, if one of the two is broken. Of several people the one with most visible
-            keypoints counts.
+            is the image's path below `folder` without suffix. The person with most visible keypoints counts. Without
+            such a file, or if it shows nobody, an image has no pose; nor, with a warning, if one of the two is broken.
         detector: finds the poses of all images; see `poses.detect`.
         progress: show a bar on a terminal, for keypoints or detector.
 
@@ -231,13 +230,13 @@ def _image(cell: dict[str, str], folder: Path, where: str) -> PersonImage:
 
 
 def _pose(text: str, where: str) -> Pose:
-    rule = f"{where} must be empty or a JSON list of {len(KEYPOINTS)} entries [x, y] or null, got {_shortened(text)}"
     try:
         entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise ValueError("not a list")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{rule} ({error}).") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{rule}.")
+        rule = f"be empty or a JSON list of {len(KEYPOINTS)} entries [x, y] or null"
+        raise ValueError(f"{where} must {rule}, got {_shortened(text)} ({error}).") from error
     return from_entries(entries, where)
 
 
@@ -261,7 +260,7 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     files = sorted(Path(file) for parent, file in image_files(folder) if "/." not in f"/{parent}")
     if not files:
         raise FileNotFoundError(f"{folder} must hold image files, and has none.")
-    labels = {file: _by_name(file) if identity == "name" else _by_folder(file, folder) for file in files}
+    labels = {file: _label(file, folder, identity) for file in files}
     strange = [file for file, label in labels.items() if label is None]
     if strange:
         rule = "have names such as 0002_c1s1_000451_03.jpg" if identity == "name" else "be in folders, one per person"
@@ -300,14 +299,11 @@ def _check_folders(images: Sequence[PersonImage]) -> None:
         )
 
 
-def _by_name(file: Path) -> tuple[str, str] | None:
+def _label(file: Path, folder: Path, identity: str) -> tuple[str, str] | None:
     """Identity and camera."""
-    found = _BY_NAME.match(file.name)
-    return (found[1], found[2]) if found else None
-
-
-def _by_folder(file: Path, folder: Path) -> tuple[str, str] | None:
-    """Identity and camera."""
+    if identity == "name":
+        named = _BY_NAME.match(file.name)
+        return (named[1], named[2]) if named else None
     found = _CAMERA.search(file.name)
     return None if file.parent == folder else (file.parent.name, (found[1] or found[2]) if found else "")
 

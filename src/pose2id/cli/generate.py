@@ -1,0 +1,113 @@
+"""`pose2id generate` and `pose2id convert`: generation weights at work, and in other formats."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pose2id.cli import train
+from pose2id.cli.options import DTYPES, add_download, command, download
+
+_TOKEN = "Private repositories: set HF_TOKEN, or log in with `hf auth login`."
+_GENERATE = f"""Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name.
+Run again after an interruption: pictures that are there are kept, the others come out as they would have, up to
+the last digits that another batch costs (1 or 2 of 255 in single values).
+{_TOKEN}
+"""
+
+
+def add_commands(commands: Any) -> None:
+    """Both commands with their options."""
+    generate = command(commands, "generate", "generate people of images in other poses", _generate, _GENERATE)
+    generate.add_argument(
+        "images", metavar="IMAGES", nargs="+", help="image files, or directories of them at any depth"
+    )
+    generate.add_argument("--out", metavar="OUT", required=True, help="directory to write; made if it isn't there")
+    generate.add_argument("--poses", metavar="FILE", default="standard", help="JSON of poses (default: the 8 standard)")
+    generate.add_argument(
+        "--weights", metavar="REPO|DIR", default="yuanc3/Pose2ID", help="directory or repository (%(default)s)"
+    )
+    generate.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
+    generate.add_argument("--guidance", type=float, default=3.5, help="scale; 1 is none (%(default)s)")
+    generate.add_argument("--seed", type=int, default=42, help="(%(default)s)")
+    generate.add_argument("--dtype", choices=DTYPES, help="(default: float16 on CUDA, else float32)")
+    generate.add_argument("--device", help="(default: cuda where there is one, else cpu)")
+    generate.add_argument("--size", default="256x128", help="HEIGHTxWIDTH of the pictures (%(default)s)")
+    generate.add_argument("--batch-size", type=int, help="pictures at a time (default: what fits)")
+    generate.add_argument("--grid", action="store_true", help="also contact sheets, in OUT/sheets")
+    generate.add_argument("--offload", action="store_true", help="for small GPUs: hold one network at a time there")
+    generate.add_argument("--compile", action="store_true", help="slow to begin with, pays for thousands of pictures")
+    generate.add_argument("--overwrite", action="store_true", help="replace other pictures in OUT")
+    add_download(generate, "the weights")
+    generate.add_argument(
+        "--dry-run", action="store_true", help="write nothing: count the pictures, estimate the hours"
+    )
+
+    epilog = f"{_TOKEN} A VAE is pinned as user/name@commit.\n"
+    convert = command(commands, "convert", "rewrite generation weights as safetensors", _convert, epilog)
+    convert.add_argument("source", metavar="SRC", help="directory or Hugging Face repository, in either layout")
+    convert.add_argument("target", metavar="DST", help="directory to write: new or empty")
+    convert.add_argument("--dtype", choices=DTYPES, help="of DST (default: as in SRC)")
+    add_download(convert, "SRC")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    # Before gigabytes are downloaded.
+    from pose2id.io.checks import checked_count, checked_number  # noqa: PLC0415
+
+    settings: dict[str, Any] = {
+        "num_inference_steps": checked_count(args.steps, "--steps"),
+        "guidance_scale": checked_number(args.guidance, "--guidance", 0, 1000),
+        "seed": checked_count(args.seed, "--seed", least=0),
+        "size": train.size(args.size, "--size"),
+    }
+    batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
+    from pose2id import poses  # noqa: PLC0415
+    from pose2id.ipg import batch as files  # noqa: PLC0415
+
+    images = files.collect_images(args.images, args.out)
+    chosen = poses.standard() if args.poses == "standard" else poses.read(args.poses)
+    generator = _generator(args)
+    job: Any = {"poses": chosen, "overwrite": args.overwrite, **settings}
+    if args.dry_run:
+        count = files.missing_pictures(generator, args.images, args.out, **job)
+        print(
+            f"{count} pictures to generate, of {len(images)} images in {len(chosen)} poses; {args.out} is not touched"
+        )
+        if count:
+            image = next(iter(images.values()))
+            seconds = files.seconds_per_picture(generator, image, chosen, batch_size=batch_size, **settings)
+            print(f"about {_duration(count * seconds)} on {generator.device}: {1 / seconds:.3g} pictures/s")
+        return
+    done = files.generate_files(generator, args.images, args.out, grid=args.grid, batch_size=batch_size, **job)
+    print(f"wrote {done.written} pictures to {args.out}" + (f"; {done.kept} were there already" if done.kept else ""))
+
+
+def _generator(args: argparse.Namespace) -> Any:
+    import torch  # noqa: PLC0415
+
+    from pose2id import IdentityGenerator  # noqa: PLC0415
+
+    options = {"dtype": getattr(torch, args.dtype) if args.dtype else None, "compile": args.compile, **download(args)}
+    if not args.offload:
+        return IdentityGenerator.from_pretrained(args.weights, device=args.device, **options)
+    options["dtype"] = options["dtype"] or torch.float16
+    generator = IdentityGenerator.from_pretrained(args.weights, device="cpu", **options)
+    generator.enable_model_cpu_offload(args.device or "cuda")
+    return generator
+
+
+def _duration(seconds: float) -> str:
+    """In hours, and in minutes too where these are few."""
+    hours = f"{seconds / 3600:.2g} hours"
+    return hours if seconds > 5 * 3600 else f"{hours} ({seconds / 60:.2g} minutes)"
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import torch  # noqa: PLC0415
+
+    from pose2id.ipg import convert  # noqa: PLC0415
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    convert(args.source, args.target, dtype=dtype, **download(args))
+    print(f"wrote {args.target}")
