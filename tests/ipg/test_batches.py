@@ -469,9 +469,7 @@ def folder(saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["identity_encoder", "identity_tokens"])
 def test_own_encoder_alone(folder, name):
-    with pytest.raises(
-        ValueError, match=rf"identity_encoder and identity_tokens must be given together: .*Got {name} alone"
-    ):
+    with pytest.raises(ValueError, match=rf"identity_tokens must be given together, got {name} alone: "):
         IdentityGenerator.from_pretrained(folder, **{name: Mean()})
 
 

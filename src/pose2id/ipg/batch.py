@@ -89,7 +89,7 @@ def generate_files(
         generator: of the pictures.
         images: files, and directories with image files at any depth (`collect_images`). Each is decoded twice at most:
             to see what is there already, and to generate.
-        directory: made if it isn't there. Pictures go to `pose{i}/NAME.png`, i from 1.
+        directory: made if there is none. Pictures go to `pose{i}/NAME.png`, i from 1.
         poses: see `IdentityGenerator.generate`.
         grid: also write `sheets/NAME.png`: the reference, the poses, the pictures.
         overwrite: replace files that were made from something else, or by something else.
@@ -262,7 +262,7 @@ class _Job:
             self._write(picture, target, note)
 
     def write_sheet(self, i: int) -> None:
-        """Save an image's contact sheet, made of the files, if it isn't there."""
+        """Save an image's contact sheet, made of the files, unless it is there."""
 
         def sheet() -> Image.Image:
             pictures = [load_image(target, "picture") for target in self._pictures(i)]

@@ -119,7 +119,7 @@ class Place:
         if self.commit is not None and self._cached(name, self.commit) is _CACHED_NO_EXIST:
             raise MissingFilesError("no such file in the repository")
         path = self._download(name)
-        # The first file decides the commit: a push in between must not mix parts of two.
+        # The first file decides the commit: a push in between must not mix files of two.
         self.commit = path.parents[name.count("/")].name
         return path
 
