@@ -143,17 +143,9 @@ def seconds_per_picture(
     batch_size: int | str = "auto",
     **settings: Any,
 ) -> float:
-    """A short timed probe: what a picture takes in a long run, from a batch of 1 step and one of 3.
+    """A short timed probe: what a picture takes in a run of `generate_files`, from a batch of 1 step and one of 3.
 
     On CUDA a whole batch is timed; elsewhere, where batches of full-size weights gain nothing, a single picture.
-
-    Args:
-        generator: of the pictures.
-        image: a reference image.
-        poses: see `IdentityGenerator.generate`.
-        sampling: of the run that is asked about; None: the default.
-        batch_size: of that run.
-        **settings: see `generate_files`.
     """
     sampling = generator.checked_sampling(sampling, **settings)
     count = generator.networks.resolve_batch_size(batch_size) if generator.device.type == "cuda" else 1
@@ -200,10 +192,7 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
 def fingerprint(generator: IdentityGenerator, names: Iterable[str] = PARTS, *, bank: bool = True) -> str:
     """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size.
 
-    Args:
-        generator: that is hashed.
-        names: networks whose weights count.
-        bank: whether it counts if the bank is rounded.
+    Only the networks of these names count, and with `bank` whether the bank is rounded.
     """
     digest = hashlib.sha256()
     for name in names:

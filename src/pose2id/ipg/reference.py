@@ -39,7 +39,7 @@ class Condition:
 
 
 def install_writer(unet: UNet2DConditionModel) -> None:
-    """Make `unet` a reference UNet, in place: its self-attentions write their input, its output head goes."""
+    """Make `unet` a reference UNet, in place: its self-attentions write their input, its output head is removed."""
     unet.set_attn_processor(_processors(unet, _Writer, _CrossAttention))
     # Nothing reads the output: published weights have no head.
     unet.conv_norm_out = unet.conv_out = nn.Identity()
