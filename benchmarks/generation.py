@@ -81,13 +81,13 @@ IMAGE_SIZES = {"full": (512, 256), "tiny": (128, 64)}
 
 
 def empty_parts(size: str) -> dict[str, Any]:
-    """The parts of a generator in shapes only."""
+    """The networks of a generator in shapes only."""
     with torch.device("meta"):
         return {name: part.build(CONFIGS[size][name]) for name, part in weights.PARTS.items()}
 
 
 def random_parts(size: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Parts whose layers keep the spread of what goes through them: the same in every dtype, but for rounding."""
+    """Networks whose layers keep the spread of their input: the same in every dtype, up to rounding."""
     parts = empty_parts(size)
     for seed, part in enumerate(parts.values()):
         nn.Module.to(part, dtype=dtype).to_empty(device=device)
@@ -110,13 +110,8 @@ def sharing(parts: Mapping[str, nn.Module], size: str) -> dict[str, Any]:
     return others
 
 
-def scheduler() -> Any:
-    """The published one."""
-    return weights.Weights({}, {}).scheduler()
-
-
 def generator_of(parts: Mapping[str, Any], size: str) -> IdentityGenerator:
-    generator = IdentityGenerator(**parts, scheduler=scheduler(), image_size=IMAGE_SIZES[size])
+    generator = IdentityGenerator(**parts, scheduler=weights.published_scheduler(), image_size=IMAGE_SIZES[size])
     return generator.to(generator.device)  # which lays out convolutions for the device
 
 
@@ -205,7 +200,7 @@ def in_full_precision(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor,
     exact = inputs.generate(generator, len(inputs.images), min(args.batch), args.steps)
     if not args.baseline:
         return exact, None
-    schedule, tensors = PublishedSchedule(parts, scheduler()), inputs.tensors(generator)
+    schedule, tensors = PublishedSchedule(parts, weights.published_scheduler()), inputs.tensors(generator)
 
     def published() -> Tensor:
         return schedule(*tensors, num_inference_steps=args.steps, guidance_scale=GUIDANCE).cpu()
@@ -303,7 +298,7 @@ def step(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One denoising step of one image, and pictures of one step with all that comes before and after it; float32."""
     parts = random_parts(args.size, args.device, torch.float32)
     generator = generator_of(sharing(parts, args.size), args.size)
-    schedule = PublishedSchedule(parts, scheduler())
+    schedule = PublishedSchedule(parts, weights.published_scheduler())
     inputs = identity_image, image, drawings, noise = Inputs(1, args.poses).tensors(generator)
     tokens = generator.encode_identity(identity_image)
     bank = reference.write(generator.reference_unet, generator.encode_images(image), tokens, round_to=torch.float16)

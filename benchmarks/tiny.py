@@ -5,9 +5,8 @@
     python benchmarks/tiny.py --seeds 0 --weights DIR --people 10           # other weights of that kind
 
 For each seed, guidance and eta, with two embedders: the rows of the demo's table, mAP by number of generated images,
-and what the label-free diagnostics say. At the end the means over the seeds, as Markdown; the last table has a line for
-each combination. Pictures are generated once for each seed and guidance, and described once by each embedder; the etas
-share their features.
+and the label-free diagnostics. At the end the means over the seeds, as Markdown; the last table has a line for each
+combination. Pictures are generated once per seed and guidance, and embedded once per embedder; the etas share features.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Key = tuple[str, float, float]
 
 
 def embedders(generator: IdentityGenerator) -> dict[str, Centralizer]:
-    """What describes people: a hand-made descriptor, and the encoder that the generator's tokens are made from."""
+    """A hand-made descriptor, and the generator's own identity encoder."""
     encoder = generator.identity_encoder
     return {
         "colour_stripes": colour_stripe_extractor(),
@@ -65,7 +64,7 @@ def outcome(people: SyntheticPedestrians, features: Features, eta: float) -> Out
 
 
 def measured(generator: IdentityGenerator, seed: int, args: argparse.Namespace) -> Iterator[tuple[Key, Outcome]]:
-    """What came out of each combination, printed on the way."""
+    """The outcome of each combination, printed on the way."""
     people = SyntheticPedestrians(args.people, num_cameras=4, images_per_camera=2, seed=seed)
     images = [sample.image for sample in people]
     for guidance in args.guidances:

@@ -107,9 +107,14 @@ def test_noise_is_normal_and_pinned():
     assert float(noise[3, 63, 31]) == -1.5128798484802246
 
 
+@pytest.fixture(scope="module")
+def in_batches_of_eight(generator, people):
+    return generator.generate(people[:3], standard()[:5], output="tensor", **OPTIONS)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 19])
-def test_pictures_depend_on_no_batch(generator, people, batch_size):
-    expected = generator.generate(people[:3], standard()[:5], output="tensor", **OPTIONS)
+def test_pictures_depend_on_no_batch(generator, people, in_batches_of_eight, batch_size):
+    expected = in_batches_of_eight
     given = generator.generate(people[:3], standard()[:5], output="tensor", batch_size=batch_size, **OPTIONS)
     # Truncation to 8 bits turns the last digit of a float64 into one level, in a picture of a few.
     assert float((given - expected).abs().max()) <= 1.01 / 255
@@ -131,13 +136,13 @@ def test_a_batch_is_made_of_pictures(generator, people):
     reference.remove()
 
 
-@pytest.mark.parametrize("batch_size", [1, 6])
-def test_noise_of_steps_depends_on_no_batch(people, batch_size):
+def test_noise_of_steps_depends_on_no_batch(people):
     generator = tiny.generator(torch.float64, scheduler=diffusers.DDPMScheduler(**tiny.SCHEDULER))
     options = {**OPTIONS, "num_inference_steps": 3, "output": "tensor"}
     expected = generator.generate(people[:2], standard()[:3], batch_size=3, **options)
-    given = generator.generate(people[1::-1], standard()[:3], batch_size=batch_size, **options).flip(0)
-    assert float((given - expected).abs().max()) <= 1.01 / 255
+    for batch_size in (1, 6):
+        given = generator.generate(people[1::-1], standard()[:3], batch_size=batch_size, **options).flip(0)
+        assert float((given - expected).abs().max()) <= 1.01 / 255, batch_size
     other = generator.generate(people[:2], standard()[:3], seed=3, **options)
     assert float((other - expected).abs().max()) > 0.1
 
@@ -469,9 +474,7 @@ def folder(saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["identity_encoder", "identity_tokens"])
 def test_own_encoder_alone(folder, name):
-    with pytest.raises(
-        ValueError, match=rf"identity_encoder and identity_tokens must be given together: .*Got {name} alone"
-    ):
+    with pytest.raises(ValueError, match=rf"identity_tokens must be given together, got {name} alone: "):
         IdentityGenerator.from_pretrained(folder, **{name: Mean()})
 
 

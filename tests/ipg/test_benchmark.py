@@ -16,11 +16,13 @@ import live_memory
 import training
 from published_generation import PublishedSchedule
 
+from pose2id.ipg import weights
+
 CPU = torch.device("cpu")
 
 
 def test_flops_of_the_published_schedule():
-    schedule = PublishedSchedule(generation.empty_parts("full"), generation.scheduler())
+    schedule = PublishedSchedule(generation.empty_parts("full"), weights.published_scheduler())
     poses = 8
     shapes = [(1, 3, 256, 128), (1, 3, 512, 256), (poses, 3, 512, 256), (poses, 4, 64, 32)]
     inputs = [torch.zeros(shape, device="meta") for shape in shapes]
@@ -39,7 +41,7 @@ def test_flops_of_the_published_schedule():
 def test_both_schedules_give_the_same_pictures():
     parts = generation.random_parts("tiny", CPU, torch.float32)
     generator = generation.generator_of(generation.sharing(parts, "tiny"), "tiny")
-    schedule = PublishedSchedule(parts, generation.scheduler())
+    schedule = PublishedSchedule(parts, weights.published_scheduler())
     inputs = generation.Inputs(1, 3).tensors(generator)
     published = schedule(*inputs, num_inference_steps=4)
     torch.testing.assert_close(generation.sample(generator, inputs, 4), published, atol=2e-4, rtol=0)

@@ -89,7 +89,7 @@ def generate_files(
         generator: of the pictures.
         images: files, and directories with image files at any depth (`collect_images`). Each is decoded twice at most:
             to see what is there already, and to generate.
-        directory: made if it isn't there. Pictures go to `pose{i}/NAME.png`, i from 1.
+        directory: made if there is none. Pictures go to `pose{i}/NAME.png`, i from 1.
         poses: see `IdentityGenerator.generate`.
         grid: also write `sheets/NAME.png`: the reference, the poses, the pictures.
         overwrite: replace files that were made from something else, or by something else.
@@ -143,17 +143,9 @@ def seconds_per_picture(
     batch_size: int | str = "auto",
     **settings: Any,
 ) -> float:
-    """A short timed probe: what a picture takes in a long run, from a batch of 1 step and one of 3.
+    """A short timed probe: what a picture takes in a run of `generate_files`, from a batch of 1 step and one of 3.
 
     On CUDA a whole batch is timed; elsewhere, where batches of full-size weights gain nothing, a single picture.
-
-    Args:
-        generator: of the pictures.
-        image: a reference image.
-        poses: see `IdentityGenerator.generate`.
-        sampling: of the run that is asked about; None: the default.
-        batch_size: of that run.
-        **settings: see `generate_files`.
     """
     sampling = generator.checked_sampling(sampling, **settings)
     count = generator.networks.resolve_batch_size(batch_size) if generator.device.type == "cuda" else 1
@@ -200,10 +192,7 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
 def fingerprint(generator: IdentityGenerator, names: Iterable[str] = PARTS, *, bank: bool = True) -> str:
     """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size.
 
-    Args:
-        generator: that is hashed.
-        names: networks whose weights count.
-        bank: whether it counts if the bank is rounded.
+    Only the networks of these names count, and with `bank` whether the bank is rounded.
     """
     digest = hashlib.sha256()
     for name in names:
@@ -262,7 +251,7 @@ class _Job:
             self._write(picture, target, note)
 
     def write_sheet(self, i: int) -> None:
-        """Save an image's contact sheet, made of the files, if it isn't there."""
+        """Save an image's contact sheet, made of the files, unless it is there."""
 
         def sheet() -> Image.Image:
             pictures = [load_image(target, "picture") for target in self._pictures(i)]

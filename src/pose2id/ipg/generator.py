@@ -163,8 +163,8 @@ class IdentityGenerator:
             FileNotFoundError: no such directory, repository, revision or file; or not in the cache, and no connection.
             ConnectionError: a download that broke off; trying again goes on with it.
             TypeError: not a torch dtype.
-            ValueError: a device that isn't there; an encoder without tokens; a file that holds something else: per
-                network, the missing, unexpected and mis-shaped keys.
+            ValueError: an absent device; an encoder without tokens; damaged files; wrong keys: per network, the
+                missing, unexpected and mis-shaped ones.
         """
         target = present_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         dtype = _default_dtype(target) if dtype is None else weights.checked_dtype(dtype)
@@ -236,7 +236,7 @@ class IdentityGenerator:
         """Upload what `save_pretrained` writes, and return the commit's address.
 
         Args:
-            repo_id: "user/name"; made if it isn't there.
+            repo_id: "user/name"; made if there is none.
             private: of a new repository; None: the Hub's default.
             token: with write access; None: the one that the client is logged in with.
             commit_message: first line of the commit.

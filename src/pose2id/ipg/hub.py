@@ -31,21 +31,10 @@ class MissingFilesError(FileNotFoundError):
 
 
 class Place:
-    """A directory, or a repository at one commit.
+    """A directory if there is one of this name, else a repository at one commit; neither is a FileNotFoundError.
 
-    Args:
-        repo_or_dir: a directory if there is one of this name, else a repository.
-        argument: what the caller calls it, for errors.
-        revision: as the following, see `IdentityGenerator.from_pretrained`.
-        cache_dir: of the Hub's client.
-        local_files_only: take only what is in the cache.
-        token: for the Hub.
-
-    Attributes:
-        commit: what `revision` resolved to, once a file was there; None for a directory.
-
-    Raises:
-        FileNotFoundError: neither a directory, nor the name of a repository.
+    `argument` is the caller's name for it, in errors; for the rest see `IdentityGenerator.from_pretrained`. `commit` is
+    what `revision` resolved to, once a file was there; None for a directory.
     """
 
     def __init__(
@@ -119,7 +108,7 @@ class Place:
         if self.commit is not None and self._cached(name, self.commit) is _CACHED_NO_EXIST:
             raise MissingFilesError("no such file in the repository")
         path = self._download(name)
-        # The first file decides the commit: a push in between must not mix parts of two.
+        # The first file decides the commit: a push in between must not mix files of two.
         self.commit = path.parents[name.count("/")].name
         return path
 

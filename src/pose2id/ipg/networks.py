@@ -118,7 +118,7 @@ class Networks(nn.Module):
         """Move all networks. A device ends `enable_model_cpu_offload`.
 
         Raises:
-            TypeError, ValueError: not a torch dtype; a device that isn't there.
+            TypeError, ValueError: not a torch dtype; an absent device.
         """
         dtype = None if dtype is None else checked_dtype(dtype)
         if device is not None:
@@ -134,7 +134,7 @@ class Networks(nn.Module):
         with `device="cpu", dtype=torch.float16` where even loading must not fill it. `to("cuda")` ends it.
 
         Raises:
-            ValueError: a device that isn't there.
+            ValueError: an absent device.
         """
         target = present_device(device)
         if target.type == "cuda" and target.index is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pose2id.io.images import checked_images, content_key, load_image
 from pose2id.poses import Pose, draw, standard
 
-LEAST_SIDE = 8  # pixels; fewer show nobody
+LEAST_SIDE = 8  # pixels; fewer show no person
 _KEPT_BYTES = 64 << 20
 
 

@@ -39,7 +39,7 @@ class Condition:
 
 
 def install_writer(unet: UNet2DConditionModel) -> None:
-    """Make `unet` a reference UNet, in place: its self-attentions write their input, its output head goes."""
+    """Make `unet` a reference UNet, in place: its self-attentions write their input, its output head is removed."""
     unet.set_attn_processor(_processors(unet, _Writer, _CrossAttention))
     # Nothing reads the output: published weights have no head.
     unet.conv_norm_out = unet.conv_out = nn.Identity()
@@ -65,7 +65,7 @@ def write(unet: UNet2DConditionModel, latents: Tensor, tokens: Tensor, *, round_
         unet: made by `install_writer`.
         latents: (R, 4, h, w) clean, scaled latents of the reference images.
         tokens: (R, N, D) identity tokens of the same images.
-        round_to: dtype that the bank is rounded to; it stays in the UNet's. None: it isn't rounded.
+        round_to: dtype that the bank is rounded to; it stays in the UNet's. None: not rounded.
 
     Returns:
         The bank: per self-attention (named by its path) its normalised input (R, L, C).
@@ -150,7 +150,7 @@ class _CrossAttention(_Processor):
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, bank: Bank, **__: Any
     ) -> Tensor:
-        del bank  # diffusers passes a call's keywords to every attention, and complains where one isn't taken
+        del bank  # diffusers passes a call's keywords to every attention, and warns of one that is not taken
         return _attend(attn, _query(attn, hidden_states), *_keys_values(attn, encoder_hidden_states))
 
 

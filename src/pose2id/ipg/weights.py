@@ -65,7 +65,7 @@ def _reference_unet(config: Mapping[str, Any]) -> nn.Module:
     return unet
 
 
-# Stable Diffusion v1.5's UNet; whatever is not named here is diffusers' default.
+# Stable Diffusion v1.5's UNet; all else is diffusers' default.
 SD15_UNET = {
     "sample_size": 64,
     "in_channels": 4,
@@ -222,14 +222,9 @@ def open_weights(
 def open_unet(
     repo_or_dir: str | os.PathLike[str], **options: Any
 ) -> tuple[diffusers.UNet2DConditionModel, dict[str, str]]:
-    """Stable Diffusion's UNet in float32, from its folder `unet`, and the commit of its repository.
+    """Stable Diffusion's UNet in float32, from the folder `unet` of a directory or repository, and the latter's commit.
 
-    Args:
-        repo_or_dir: a directory or repository; "user/name@commit" pins it.
-        **options: `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: as `IdentityGenerator.from_pretrained`.
+    "user/name@commit" pins it. Options and errors are those of `IdentityGenerator.from_pretrained`.
     """
     place = _pinned_place(repo_or_dir, "unet", {k: v for k, v in options.items() if k not in ("revision", "vae")})
     config_file, file = place.files(["unet/config.json", "unet/diffusion_pytorch_model.safetensors"])
@@ -253,11 +248,7 @@ def save(
 ) -> None:
     """Write weights in our layout, whole or not at all, into a directory that is new or empty.
 
-    Args:
-        directory: where to.
-        weights: what describes them; its files do not matter.
-        states: (network, tensors), taken one after the other.
-        notes: Markdown that ends the model card.
+    `weights` describe them; `states` are (network, tensors), taken one after the other. `notes` end the model card.
     """
     target, terms = checked_target(directory), checked_license(weights.license)
     content = {
