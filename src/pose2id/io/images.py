@@ -14,12 +14,7 @@ from torch import Tensor
 
 from pose2id.io.decoding import decoded
 
-_IMAGE_NDIM = 3
-
-
-_BATCH_NDIM = 4
-
-
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _TURNS = {  # EXIF's orientation to what makes a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,14 +29,14 @@ _TURNS = {  # EXIF's orientation to what makes a picture upright
 def checked_images(images: Any, name: str = "images") -> Any:
     """A non-empty sequence of images, or one array of them, whose files are there."""
     single = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
-    single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != _BATCH_NDIM
+    single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != 4
     if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
-        given = f"shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
         raise TypeError(
-            f"{name} must be a sequence of images, got {given}. Wrap one image in a list, an iterator in list()."
+            f"{name} must be a sequence of images, got {_given(images)}. Wrap one image in a list, "
+            "an iterator in list()."
         )
     if len(images) == 0:
-        raise ValueError(f"{name} must hold at least one image, got an empty sequence.")
+        raise ValueError(f"{name} must hold at least one image, got none.")
     if not isinstance(images, (np.ndarray, Tensor)):
         # Before hours of extraction, not in the middle of them.
         for i, item in enumerate(images):
@@ -59,20 +54,17 @@ def load_image(item: Any, name: str) -> Image.Image:
     array = item
     if isinstance(item, Tensor):
         array = (item.detach().float() if item.is_floating_point() else item.detach()).cpu().numpy()
-    if isinstance(array, np.ndarray) and array.ndim == _IMAGE_NDIM:
+    if isinstance(array, np.ndarray) and array.ndim == 3:
         if array.dtype == np.uint8 and array.shape[2] == 3:
             return Image.fromarray(np.ascontiguousarray(array))
         if array.dtype.kind == "f" and array.shape[0] == 3:
             if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-                raise ValueError(
-                    f"{name} must be a float image in [0, 1] to be made a picture, got values in "
-                    f"[{array.min():g}, {array.max():g}]. Divide by 255, or leave normalisation to what comes after."
-                )
+                given = f"[{array.min():g}, {array.max():g}]"
+                raise ValueError(f"{name} must be a float image in [0, 1], got values in {given}. Divide by 255.")
             return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
-    given = f"{type(item).__name__} of shape {tuple(item.shape)}" if hasattr(item, "shape") else type(item).__name__
     raise TypeError(
         f"{name} must be a path, a PIL picture, an (H, W, 3) uint8 RGB array or a (3, H, W) float tensor in [0, 1], "
-        f"got {given}."
+        f"got {_given(item)}."
     )
 
 
@@ -81,6 +73,15 @@ def content_key(picture: Image.Image) -> str:
     digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
     digest.update(picture.convert("RGB").tobytes())
     return digest.hexdigest()
+
+
+def image_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """(relative folder, path) of all image files below a folder: strings, since there may be a million."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        relative = Path(parent).relative_to(folder).as_posix()
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield "" if relative == "." else relative, os.path.join(parent, name)
 
 
 def _read(path: str, name: str) -> Image.Image:
@@ -95,7 +96,7 @@ def _read(path: str, name: str) -> Image.Image:
 
 def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"{name} must have 8 bits a channel, got mode {picture.mode!r}. Scale it to 0..255 first.")
+        raise ValueError(f"{name} must have 8 bits a channel, got mode {picture.mode!r}. Scale it to 0..255.")
     # Not ImageOps.exif_transpose, which writes the other fields anew, and fails where a camera left nonsense in them.
     orientation: Any = picture.getexif().get(ExifTags.Base.Orientation)
     turn = _TURNS.get(orientation)
@@ -106,13 +107,6 @@ def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
     return upright
 
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-def image_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(relative folder, path) of all image files below a folder: strings, since there may be a million."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        relative = Path(parent).relative_to(folder).as_posix()
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield "" if relative == "." else relative, os.path.join(parent, name)
+def _given(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return type(value).__name__ + shape
