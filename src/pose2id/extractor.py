@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag
+from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag, checked_size
 from pose2id.io.images import checked_images, load_image
 from pose2id.io.rows import FLOAT_DTYPES, Rows, blocks
 
@@ -59,12 +59,9 @@ class Preprocess:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
-            raise ValueError(
-                f"Preprocess needs size (height, width), and mean and std of 3 values with no std of 0, got {self}."
-            )
-        for side in self.size:
-            checked_count(side, "size")
+        checked_size(self.size)
+        if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
+            raise ValueError(f"mean and std must have 3 values, with no std of 0, got {self.mean} and {self.std}.")
         checked_choice(self.interpolation, "interpolation", _INTERPOLATIONS)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -259,7 +256,7 @@ class Extraction:
             outputs = [stored(*pair, some, len(rows)) for pair in zip(outputs, of_batch, strict=True)]
             finite = stored(finite, _finite_rows(of_batch[0]), some, len(rows))
             self.bar.update(len(rows[some]))
-        # Looked at last: until then a GPU need not be waited for.
+        # Checked last: reading the flags waits for the GPU.
         bad = [row for row, fine in zip(rows, finite.tolist(), strict=True) if not fine]
         if bad:
             raise ValueError(

@@ -52,8 +52,6 @@ class PosedPictures:
         if not isinstance(self.pose_inputs, Mapping) or not all(map(callable, self.pose_inputs.values())):
             raise TypeError(f"pose_inputs must map keywords of the model to functions of a Pose, got {pose_inputs!r}.")
         count = None if num_poses is None else checked_count(num_poses, "num_poses", least=0)
-        if poses is None:
-            poses = "standard" if self.pose_inputs else [None] * (_STANDARD_POSES if count is None else count)
         if isinstance(poses, str) and poses == "standard":
             poses = standard()
         if isinstance(poses, (str, Mapping)) or not hasattr(poses, "__len__"):
@@ -135,6 +133,9 @@ class PictureFolder(PosedPictures):
         num_poses: int | None = None,
         pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
     ) -> None:
+        if poses is None:
+            unknown = [None] * checked_count(_STANDARD_POSES if num_poses is None else num_poses, "num_poses", least=0)
+            poses = "standard" if pose_inputs else unknown
         super().__init__(poses, num_poses, pose_inputs)
         self.directory = checked_directory(directory, self.num_poses)
         self._origin = repr(str(directory))
