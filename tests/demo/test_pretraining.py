@@ -68,7 +68,7 @@ def vae(learnt):
     """A trained VAE and its losses."""
     images, _ = of(TRAINED_ON)
     return learnt(
-        train_vae, images, image_size=(32, 16), config=VAE, steps=60, batch_size=8, learning_rate=5e-3, progress=False
+        train_vae, images, image_size=(32, 16), config=VAE, steps=120, batch_size=8, learning_rate=3e-3, progress=False
     )
 
 
@@ -113,7 +113,7 @@ def test_a_trained_encoder_is_a_generators_part(encoder):
 
 def test_a_vae_learns_to_rebuild(vae):
     trained, losses = vae
-    assert len(losses) == 60
+    assert len(losses) == 120
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
     images, _ = of(UNSEEN)
     start = train_vae(images, image_size=(32, 16), config=VAE, steps=1, learning_rate=1e-9, progress=False)

@@ -312,26 +312,25 @@ def psnr(images, others):
     return float(-10 * torch.log10((images - others).square().mean()))
 
 
-def test_one_pair_is_learnt_by_heart(table, tmp_path):
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=STRESS)], ids=["begun", "by heart"])
+def test_one_pair_is_learnt_by_heart(table, tmp_path, whole):
     """From random weights: a drawn person in the target's pose, from the reference, is the target.
 
     Measured against the VAE's own picture of the target, since nothing better can be drawn: 30 dB (28 to 32, by seed of
     the noise), where a generator that was not trained has 16, mid-grey 17 and the reference itself 14. That VAE is one
     of seconds, and within 24 dB of the target; the generated pictures are within 23.
+
+    Begun, in a quarter of the time and with the VAE of the tiny weights: 18 dB of 13.
     """
-    size = (32, 16)
+    size = (32, 16) if whole else (64, 32)
     target, reference = read_table(table)[:2]
     pair = [target, replace(reference, pose=None)]  # one target, one reference
     shown, other = (pixels(load_reference(image.path, "image"), size)[None] for image in pair)
-    vae = pretraining.train_vae(
-        [image.path for image in pair],
-        image_size=size,
-        config=VAE,
-        steps=250,
-        batch_size=4,
-        learning_rate=3e-3,
-        progress=False,
-    )
+    if whole:
+        paths, options = [image.path for image in pair], {"steps": 250, "batch_size": 4, "learning_rate": 3e-3}
+        vae = pretraining.train_vae(paths, image_size=size, config=VAE, progress=False, **options)
+    else:
+        vae = IdentityGenerator.from_pretrained("tiny", device="cpu", dtype=torch.float32).vae
     encoder = miniature().identity_encoder
     unet = {**UNET, "down_block_types": ["CrossAttnDownBlock2D"], "block_out_channels": [32], "sample_size": 16}
     generator = starting.fresh(identity_encoder=encoder, vae=vae, unet=unet, num_tokens=2, image_size=size)
@@ -344,14 +343,15 @@ def test_one_pair_is_learnt_by_heart(table, tmp_path):
         seeds = [generator.generate([reference.path], [target.pose], seed=seed, **options)[0, 0] for seed in range(3)]
         return [psnr(picture, rebuilt[0]) for picture in seeds], psnr(seeds[0], shown[0])
 
-    assert max(generated(generator)[0]) < 18
+    before = max(generated(generator)[0])
+    assert before < 18
     result = train(
         generator,
         pair,
         tmp_path / "run",
         device="cpu",
         progress=False,
-        steps=120,
+        steps=120 if whole else 80,
         batch_size=4,
         learning_rate=4e-3,
         optimizer="adamw",
@@ -364,6 +364,10 @@ def test_one_pair_is_learnt_by_heart(table, tmp_path):
         validation_images=0,
     )
     found, against_the_target = generated(IdentityGenerator.from_pretrained(result.weights, device="cpu"))
+    if not whole:
+        assert min(found) > before + 3, found
+        assert min(found) > psnr(other, rebuilt) + 3, found
+        return
     assert min(found) > 25, found
     assert np.mean(found) > 27, found
     assert against_the_target > psnr(rebuilt, shown) - 3, against_the_target

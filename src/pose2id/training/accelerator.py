@@ -14,12 +14,7 @@ _DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names
 
 
 def require_accelerate(device: str | None) -> None:
-    """Raise what `new_accelerator` would, as far as it shows before anything is set up.
-
-    Raises:
-        ImportError: the extra is not installed.
-        ValueError: the device is not there.
-    """
+    """Raise if the extra is not installed, or the device is not there."""
     try:
         import accelerate  # noqa: F401, PLC0415
         import tensorboard  # noqa: F401, PLC0415
@@ -35,11 +30,7 @@ def require_accelerate(device: str | None) -> None:
 
 
 def new_accelerator(settings: TrainingSettings, directory: str | os.PathLike[str], device: str | None) -> Any:
-    """An `accelerate.Accelerator` that writes its log into the directory.
-
-    Raises:
-        ValueError: accelerate is set up for something else; with what to do.
-    """
+    """An `accelerate.Accelerator` that logs into the directory; a ValueError if it is set up for something else."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # noqa: PLC0415
     from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
 

@@ -68,11 +68,7 @@ class Latents:
 def build(
     directory: Path, pairs: Pairs, generator: IdentityGenerator, *, workers: int = 0, progress: bool = True
 ) -> None:
-    """Compute what `Latents` reads, unless the directory holds it, of the same images, settings and frozen networks.
-
-    Raises:
-        OSError: it cannot be written; nothing is left that would pass for whole.
-    """
+    """Compute what `Latents` reads, unless the directory holds it, of the same images, settings and frozen networks."""
     selection, variants = pairs.selection, pairs.settings.variants or 0
     frozen = fingerprint(generator, ("vae", "identity_encoder"), bank=False)
     made_from = json.dumps([selection.digest, asdict(pairs.settings), frozen])
@@ -127,7 +123,7 @@ def identity_features(generator: IdentityGenerator, images: Tensor) -> Tensor:
 
 
 class _Images(Dataset[Tensor]):
-    """Targets, or references in their variants as one of the networks sees them, for a loader with workers."""
+    """Targets, or references in their variants as one network sees them, for a loader with workers."""
 
     def __init__(self, pairs: Pairs, seen_as: str, items: Sequence[tuple[int, int]]) -> None:
         self._pairs, self._seen_as, self._items = pairs, seen_as, items

@@ -39,17 +39,10 @@ def step_of(checkpoint: Path) -> int:
 def write(
     directory: Path, step: int, state: Mapping[str, Any], save_weights: Callable[[Path], None], *, keep: int
 ) -> None:
-    """Write a checkpoint, then remove all but the `keep` newest.
+    """Write the checkpoint of a step, then remove all but the `keep` newest.
 
-    Args:
-        directory: of the run.
-        step: how many steps have been done.
-        state: tensors and plain values, for `read`.
-        save_weights: writes the weights into a directory that does not exist yet.
-        keep: at least 1.
-
-    Raises:
-        OSError: it cannot be written; older checkpoints are as they were, and nothing of this one is left.
+    `state` is for `read`; `save_weights` gets a new directory. If it fails, older checkpoints are as
+    they were, and nothing of this one is left.
     """
     unfinished = _unfinished(directory)
     try:
@@ -78,11 +71,7 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def read(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """The state that was written, on the CPU; `mapped`: its tensors are read from the file when they are used.
-
-    Raises:
-        ValueError: a damaged or missing file; with what to do.
-    """
+    """The state that was written, on the CPU; `mapped`: its tensors are read from the file when they are used."""
     path = checkpoint / _STATE
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -95,11 +84,7 @@ def read(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
 
 
 def publish(directory: Path) -> None:
-    """Copy the newest checkpoint's weights to `weights` in the run's directory, in place of older ones.
-
-    Raises:
-        OSError: they cannot be written; what was there is as it was.
-    """
+    """Copy the newest checkpoint's weights to `weights`, in place of older ones, which stay if that fails."""
     newest, target, unfinished = found(directory)[-1], directory / WEIGHTS, _unfinished(directory)
     try:
         shutil.copytree(newest / WEIGHTS, unfinished)

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,27 +92,27 @@ def has_valid_pose(pose: Pose | None) -> bool:
 
 
 def select(images: Sequence[PersonImage]) -> Selection:
-    """Select what can be trained on. Every image is read and decoded.
+    """Select what can be trained on; every image is read and decoded.
 
     Raises:
         ValueError: nothing is left; with what was left out.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        looks = list(pool.map(_look, images))
-    unreadable = [look.problem for look in looks if look.problem]
+        problems, digests = zip(*pool.map(_read, images), strict=True) if images else ((), ())
+    unreadable = [problem for problem in problems if problem]
     if images and len(unreadable) == len(images):
         raise ValueError(
             f"images must be files that can be read, got {len(images)} of which none can ({_some(unreadable)}). "
             "Relative paths in a table are taken from the table's folder."
         )
-    kept, alone = _parted(images, [i for i, look in enumerate(looks) if not look.problem])
+    kept, alone = _parted(images, [i for i, problem in enumerate(problems) if not problem])
     targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
     selection = Selection(
         images=[images[i] for i in kept],
         targets=targets,
         unreadable=unreadable,
         alone=[images[i] for i in alone],
-        digests=[looks[i].digest for i in kept],
+        digests=[digests[i] for i in kept],
     )
     if not targets:
         raise ValueError(f"{_rule(images)} {selection}")
@@ -142,7 +142,7 @@ def _rule(images: Sequence[PersonImage]) -> str:
     """The error of images without a pair."""
     valid = sum(has_valid_pose(image.pose) for image in images)
     several = sum(count > 1 for count in Counter(image.identity for image in images).values())
-    hint = " Add keypoints: `pose2id table --keypoints DIR` or `--detect`." if not valid else ""
+    hint = "" if valid else " Add keypoints: `pose2id table --keypoints DIR` or `--detect`."
     return (
         "images must hold two images of a person at least, one of them with a valid pose (neck, a hip and "
         f"{LEAST_KEYPOINTS} keypoints visible), got {len(images)} images of which none can be used: {valid} have a "
@@ -152,19 +152,14 @@ def _rule(images: Sequence[PersonImage]) -> str:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What a sample depends on, besides the images.
+    """What a sample depends on, besides the images; see `TrainingSettings` for what is not named here.
 
     Attributes:
-        seed: of all draws.
         image_size: (height, width) of targets and references, in pixels.
         identity_size: (height, width) of references for the identity encoder, in pixels.
         latent_shape: (channels, height, width) of the noise.
         num_train_timesteps: timesteps are drawn below it.
-        unconditional_ratio: probability of a sample that sees neither reference nor identity.
-        noise_offset: standard deviation of a shift of each channel's noise.
-        flip: probability of a mirrored reference.
-        erase: probability of a reference with an erased rectangle.
-        variants: how many augmentations an image has as a reference; None: a new one each time.
+        variants: `reference_variants`.
     """
 
     seed: int
@@ -269,19 +264,13 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return load_reference(self.selection.images[i].path, "training image")
 
 
-class _Look(NamedTuple):
-    """Why an image cannot be used, empty if it can; and its file's SHA-256, empty if it cannot."""
-
-    problem: str
-    digest: str
-
-
-def _look(image: PersonImage) -> _Look:
+def _read(image: PersonImage) -> tuple[str, str]:
+    """Why an image cannot be used, empty if it can; and its file's SHA-256."""
     try:
         load_reference(image.path, "training image")
-        return _Look("", hashlib.sha256(image.path.read_bytes()).hexdigest())
+        return "", hashlib.sha256(image.path.read_bytes()).hexdigest()
     except (OSError, ValueError) as error:
-        return _Look(str(error) if str(image.path) in str(error) else f"{image.path}: {error}", "")
+        return str(error) if str(image.path) in str(error) else f"{image.path}: {error}", ""
 
 
 def _some(names: Sequence[Any]) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,8 @@ class RunDirectory:
     ) -> None:
         """Make the directory this run's, or see that it is; nobody else may train in it until `release`.
 
-        `write` has the content of a run that goes on written: when everything else has turned out to be right.
-
-        Args:
-            settings: of this start.
-            selection: what is trained on.
-            generator: where training starts.
-            origin: of the generator, in words.
-            longer: whether the number of steps may be another than before.
-
-        Raises:
-            FileExistsError: the directory holds something else, or weights of a run whose checkpoints are gone, or
-                another process trains in it.
-            ValueError: the run began with other settings, images or networks; or its file is damaged.
+        `longer`: the number of steps may be another than before. `run.json` of a run that goes on is written later, by
+        `write`, when nothing else has gone wrong.
         """
         require_directory(self.path)
         height, width = generator.image_size
@@ -130,13 +119,10 @@ class RunDirectory:
             unfinished.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
 
     def publish(self, step: int, *, keep: int) -> None:
-        """Publish the newest checkpoint's weights, which are of this step, unless they are published already.
-
-        Only the `keep` newest checkpoints stay: a kill after the last one may have left more.
-        """
+        """Publish the newest checkpoint's weights, which are of this step, unless they are published already."""
         if self.content["published"] == step and (self.path / checkpoints.WEIGHTS).exists():
             return
-        checkpoints.prune(self.path, keep)
+        checkpoints.prune(self.path, keep)  # a kill after the last checkpoint may have left more
         self.content["published"] = None  # a kill on the way must not leave weights under a wrong number
         self.write()
         checkpoints.publish(self.path)
@@ -158,15 +144,11 @@ class RunDirectory:
         )
 
     def update_card(self, step: int, metrics: Metrics, *, new: bool) -> None:
-        """Have the model card of this step's checkpoint say what its validation, a `new` one or a former one, found.
-
-        A card that was published with that stays as it is.
-        """
+        """Have the model card of this step's checkpoint, if any, say what its validation found."""
         known = checkpoints.found(self.path)
-        if not known or checkpoints.step_of(known[-1]) != step:
-            return
-        told = self.content["published"] == step and not new
-        if told or not math.isfinite(metrics.recent_loss()):  # the log is lost
+        published = self.content["published"] == step and not new  # with that on its card
+        lost = not math.isfinite(metrics.recent_loss())  # somebody removed the log
+        if not known or checkpoints.step_of(known[-1]) != step or published or lost:
             return
         self.content["published"] = None
         with whole_file(known[-1] / checkpoints.WEIGHTS / CARD) as unfinished:
@@ -200,10 +182,17 @@ class RunDirectory:
     def _check_same(self, began: Mapping[str, Any], free: Collection[str], newest: Path) -> None:
         """Raise if the run would go on as another one, or with fewer steps than it has done."""
         fixed, where = self.content["settings"], f"the run in {self.path} began with"
-        differing = [name for name in fixed if name not in free and began["settings"].get(name) != fixed[name]]
+        before = began["settings"]
+        differing = [name for name in fixed if name not in free and before.get(name) != fixed[name]]
         if differing:
-            shown = ", ".join(f"{name} {began['settings'].get(name)!r} then, {fixed[name]!r} now" for name in differing)
-            raise ValueError(f"settings must be those that {where}: {shown}. {self._instead(differing, newest)}")
+            shown = ", ".join(f"{name} {before.get(name)!r} then, {fixed[name]!r} now" for name in differing)
+            remedy = "Train in another directory."
+            if differing == ["steps"] and fixed["schedule"] == "constant":
+                remedy = f"Pass steps={fixed['steps']} if it is to go on to as many."
+            elif differing == ["steps"]:
+                weights = newest / checkpoints.WEIGHTS
+                remedy = f"With a cosine they are fixed: train in another directory, from the weights in {weights}."
+            raise ValueError(f"settings must be those that {where}: {shown}. {remedy}")
         if began["images"] != self.content["images"]:
             raise ValueError(
                 f"images must be those that {where}, in the same order and poses. Train in another directory."
@@ -219,18 +208,6 @@ class RunDirectory:
                 f"steps must be at least the {done} that the run in {self.path} has done, got {fixed['steps']}. Older "
                 "checkpoints have weights of earlier steps."
             )
-
-    def _instead(self, differing: Sequence[str], newest: Path) -> str:
-        """What to do about other settings."""
-        given = self.content["settings"]
-        if list(differing) != ["steps"]:
-            return "Train in another directory."
-        if given["schedule"] == "constant":
-            return f"Pass steps={given['steps']} if it is to go on to as many."
-        return (
-            "With a cosine they are fixed: train in another directory, starting from the weights in "
-            f"{newest / checkpoints.WEIGHTS}."
-        )
 
 
 def require_directory(directory: str | os.PathLike[str]) -> None:

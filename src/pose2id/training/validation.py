@@ -19,11 +19,7 @@ from pose2id.training.table import PersonImage
 
 
 def people_shown(images: Sequence[Any], count: int) -> list[Any]:
-    """The first `count` images, of `PersonImage`s the first one of each person; all are read once.
-
-    Raises:
-        OSError, ValueError: an image cannot be read, or there are fewer than two people.
-    """
+    """The first `count` images, of `PersonImage`s the first one of each person."""
     given = list(images)
     if given and all(isinstance(image, PersonImage) for image in given):
         first: dict[str, Any] = {}
