@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pose2id.ipg.generator import IdentityGenerator
     from pose2id.ipg.pictures import GeneratedPictures, PictureFolder
     from pose2id.ipg.sampling import Sampling
-    from pose2id.neighbors.parts import part_distances
     from pose2id.neighbors.search import nearest_neighbors
+    from pose2id.neighbors.visible_parts import part_distances
     from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
     from pose2id.retrieval.expansion import aqe, database_augmentation, query_expansion
     from pose2id.retrieval.rerank import k_reciprocal, re_ranking
@@ -85,7 +85,7 @@ _HOME = {
     "nearest_neighbors": "neighbors.search",
     "nfc": "centralization.nfc",
     "nfc_diagnostics": "centralization.diagnostics",
-    "part_distances": "neighbors.parts",
+    "part_distances": "neighbors.visible_parts",
     "query_expansion": "retrieval.expansion",
     "re_ranking": "retrieval.rerank",
 }

@@ -5,8 +5,7 @@ import sys
 import threading
 import time
 import types
-from contextlib import contextmanager
-from unittest import mock
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,10 +16,11 @@ from hypothesis import strategies as st
 
 from pose2id import nearest_neighbors
 from pose2id.io.rows import Rows, sum_last
-from pose2id.neighbors import half as _half
-from pose2id.neighbors import search as neighbors
-from pose2id.neighbors import space as _space
+from pose2id.neighbors import certificate
+from pose2id.neighbors.certificate import certified
 from pose2id.neighbors.distance import full_precision
+from pose2id.neighbors.engines import Faiss, Half, Products, UnusableError, half_dtype, largest, usable_faiss
+from pose2id.neighbors.search import Memory, distinct
 from pose2id.neighbors.space import Space
 
 
@@ -64,29 +64,17 @@ KINDS = [
 
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-WAYS = ["faiss", "float32", *HALVES]
-
-
-@contextmanager
-def searching(way, budget=None):
-    """Candidates found in one way, whatever this processor would choose: gives the backend to ask for.
-
-    The budget: bytes of a block, and whether copies of the rows are kept.
-    """
-    with (
-        mock.patch.object(neighbors, "half_dtype", return_value=HALVES.get(way)),
-        mock.patch.object(_half, "_OPEN", 1.0),  # even where it decides nothing
-        mock.patch.object(
-            neighbors, "_budget", **({"return_value": budget} if budget else {"wraps": neighbors._budget})
-        ),
-    ):
-        yield "faiss" if way == "faiss" else "torch"
+# Engines, whatever this processor would choose; half precision even where it decides nothing.
+WAYS = {
+    "faiss": [Faiss],
+    "float32": [Products],
+    **{name: [partial(Half, dtype=dtype, trial=False), Products] for name, dtype in HALVES.items()},
+}
 
 
 @pytest.fixture(params=WAYS)
 def backend(request):
-    with searching(request.param) as name:
-        yield name
+    return WAYS[request.param]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,13 +82,10 @@ def test_equals_the_literal_search(kind, rng):
     for n, d, k in [(2, 3, 1), (30, 1, 4), (150, 7, 2), (150, 64, 11), (97, 768, 3)]:
         x = make(kind, n, d, rng)
         expected = reference.nearest(x, k)
-        for way in WAYS:
-            for budget in (None, (1 << 15, True), (1 << 17, False)):
-                if way == "faiss" and budget == (1 << 17, False):
-                    continue  # faiss needs a copy of all rows
-                with searching(way, budget) as backend:
-                    found = nearest_neighbors(x, k, backend=backend)
-                np.testing.assert_array_equal(found, expected, err_msg=f"{way} {budget} n={n} d={d} k={k}")
+        for way, engines in WAYS.items():
+            for memory in (None, Memory(1 << 15, copies=True), Memory(1 << 17, copies=False)):
+                found = nearest_neighbors(x, k, backend=engines, max_memory=memory)
+                np.testing.assert_array_equal(found, expected, err_msg=f"{way} {memory} n={n} d={d} k={k}")
 
 
 @pytest.mark.parametrize(("n", "d", "k"), [(300, 4096, 64), (700, 33, 64), (1500, 1, 20)])
@@ -165,7 +150,7 @@ def test_4000_rows_with_copies_agree_row_for_row_with_float64(backend, rng):
 def test_the_result_does_not_depend_on_the_number_of_threads(backend, rng):
     x = big_with_copies(rng)[:1500]
     set_threads, before = torch.set_num_threads, torch.get_num_threads()
-    if backend == "faiss":
+    if backend is WAYS["faiss"]:
         faiss = pytest.importorskip("faiss")
         set_threads, before = faiss.omp_set_num_threads, faiss.omp_get_max_threads()
     try:
@@ -179,51 +164,87 @@ def test_the_result_does_not_depend_on_the_number_of_threads(backend, rng):
     np.testing.assert_array_equal(results[0], results[2])
 
 
-def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
-    """Certain at once, told apart in float64, searched again in float32 and in float64: each must have rows."""
-    walked = {"ranked": [], "told apart": 0, "float64": 0}
-    rank, add, in_float64 = Space.rank, _space.ExactBest.add, Space.rank_in_float64
+class Watched(Space):
+    """Notes the pairs that are scored exactly."""
 
-    def counting_rank(space, found, rows, k):
-        walked["ranked"].append(len(rows))
-        return rank(space, found, rows, k)
+    def __init__(self, *arguments, **options):
+        self.scored = []
+        super().__init__(*arguments, **options)
 
-    def counting_add(best, row, *arguments):
-        walked["told apart"] += len(torch.unique(row))
-        return add(best, row, *arguments)
+    def exact(self, first, second):
+        self.scored.append(first)
+        return super().exact(first, second)
 
-    def counting_float64(space, rows, k):
-        walked["float64"] += len(rows)
-        return in_float64(space, rows, k)
 
-    monkeypatch.setattr(Space, "rank", counting_rank)
-    monkeypatch.setattr(_space.ExactBest, "add", counting_add)
-    monkeypatch.setattr(Space, "rank_in_float64", counting_float64)
-    monkeypatch.setattr(neighbors, "half_dtype", lambda _: torch.bfloat16)
-    nearest_neighbors(big_with_copies(rng), 4, normalize=True, backend="torch")
-    assert 3000 < walked["ranked"][1] < 4000, walked  # after the sample
-    assert 5 < walked["ranked"][2] < 1000, walked
-    assert walked["float64"] > 3, walked
-    assert walked["told apart"] > walked["float64"] + 10, walked
+def asked(engine, rows_of):
+    """An engine that notes of which rows it is asked."""
+
+    class Asked(engine):
+        def nearest(self, rows, count):
+            rows_of.append(rows)
+            return super().nearest(rows, count)
+
+    return Asked
+
+
+class InFloat64(Products):
+    """Notes the rows that are left to float64."""
+
+    def __init__(self, space):
+        self.rows = []
+        super().__init__(space, torch.float64)
+
+    def scores(self, rows):
+        self.rows += rows.tolist()
+        return super().scores(rows)
+
+
+def watched(x, k, engines, block_bytes=32 << 20, **options):
+    """Neighbours of a set without many copies, where pairs were scored, and rows left to float64."""
+    space = Watched(Rows(x, "x", **options), torch.arange(len(x)), block_bytes)
+    in_float64 = InFloat64(space)
+    return certified(space, k, engines, in_float64).numpy(), space.scored, in_float64.rows
+
+
+def test_every_way_to_settle_a_row_is_walked(rng):
+    """Certain at once, told apart exactly, searched again in float32 and in float64: each must have rows."""
+    halves, products = [], []
+    x = big_with_copies(rng)
+    x = x[distinct(Rows(x, "x", normalize=True), 5, 1 << 20)[0].numpy()]
+    engines = [partial(asked(Half, halves), dtype=torch.bfloat16), asked(Products, products)]
+    found, scored, left = watched(x, 4, engines, normalize=True)
+    assert len(halves[0]) <= 128  # the sample
+    assert len(halves[1]) == len(x)
+    assert 5 < len(products[0]) < 1000
+    assert len(left) > 3
+    told_apart = {row for rows in scored for row in rows[:-1][rows.diff() == 0].tolist()}
+    assert len(told_apart - set(left)) > 10
+    np.testing.assert_array_equal(found, float64_search(x, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bounds_hold(kind, rng, backend):
+@pytest.mark.parametrize("way", [*HALVES, "faiss", "float32"])
+def test_the_bounds_hold(kind, way, rng):
     """No bound that proves rows right is ever broken by a true distance."""
     x = make(kind, 120, 300, rng)
     space = Space(Rows(x, "x"), torch.arange(120), 1 << 20)
-    true = torch.from_numpy(((x[:, None].astype(np.float64) - x[None]) ** 2).sum(-1)).sqrt() / space._scale
-    found, _ = neighbors._candidates(space, 30, 9, backend)
-    mine = true.gather(1, found.positions)
-    rest = true.scatter(1, found.positions, torch.inf).fill_diagonal_(torch.inf)
-    assert (rest.amin(1) >= found.floor).all()
+    true = torch.from_numpy(((x[:, None].astype(np.float64) - x[None]) ** 2).sum(-1)).sqrt() / space.scale
+    engine = WAYS[way][0](space)
+    scores, positions = engine.nearest(space.asking, 30)
+    mine = true.gather(1, positions)
+    least, most = engine.least(scores, space.asking), engine.most(scores, space.asking)
+    assert ((least <= mine) & (mine <= most)).all()
+    rest = true.scatter(1, positions, torch.inf).fill_diagonal_(torch.inf)
+    assert (rest.amin(1) >= least[:, -1]).all()
     kth = true.clone().fill_diagonal_(torch.inf).kthvalue(9, dim=1).values
-    assert (found.possible | (mine > kth[:, None])).all()
-    assert (found.possible.sum(1) >= 9).all()
+    possible = least <= most[:, 8:9]
+    assert (possible | (mine > kth[:, None])).all()
+    assert (possible.sum(1) >= 9).all()
     first = torch.arange(120).repeat_interleave(30)
-    scored = space._scored(first, found.positions.flatten()).view(120, 30)
+    near = space.near(first, positions.flatten()).view(120, 30)
     wrong = 2.0**-24 * (1.1 * (space.norms[:, None] + space.norms.max()) + 4 * mine)
-    assert ((scored - mine).abs() <= wrong).all()
+    assert ((near - mine).abs() <= wrong).all()
+    assert (wrong <= space.wrong(first, mine.flatten()).view(120, 30) * (1 + 1e-12)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,15 +253,15 @@ def test_the_bounds_hold(kind, rng, backend):
 def test_products_in_half_precision_bound_all_distances(kind, dtype, d, rng):
     x = make(kind, 100, d, rng)
     space = Space(Rows(x, "x"), torch.arange(100), 1 << 20)
-    halves = _half._Halves(space, dtype)
-    squared = -2 * (halves.left(slice(0, 100)) @ halves.right(slice(0, 100)).T).float()
-    true = torch.from_numpy(((x[:, None].astype(np.float64) - x[None]) ** 2).sum(-1)).sqrt() / space._scale
-    for column in range(100):
-        least, most = halves._bounds(squared[:, column], slice(None))
-        assert (least <= true[:, column]).all()
-        assert (true[:, column] <= most).all()
+    halves = Half(space, dtype)
+    scores = halves.scores(slice(0, 100))(slice(0, 100)).T
+    true = torch.from_numpy(((x[:, None].astype(np.float64) - x[None]) ** 2).sum(-1)).sqrt() / space.scale
+    least, most = halves.least(scores, space.asking), halves.most(scores, space.asking)
+    assert (least <= true).all()
+    assert (true <= most).all()
     # ... and say something: they lie a percent of the largest norm around it.
-    assert (most - least).max() < 0.02 + 4 * float(halves._lost.max().sqrt())
+    lost = 2.0**-23 * (d + 32) * 4 + 2.0**-20
+    assert (most - least).max() < 0.02 + 4 * lost**0.5
 
 
 SIX = np.array([[0.49, 0], [20.51, 6.25], [-20.49, 0]])  # around m: the third is nearer to the first, all but as near
@@ -255,40 +276,90 @@ def six_rows(unit, m):
 @pytest.mark.parametrize(("dtype", "unit", "m"), [("bfloat16", 2.0**-8, 200), ("float16", 2.0**-11, 1600)])
 def test_a_row_may_be_moved_as_far_as_its_limit_says(dtype, unit, m):
     x = six_rows(unit, m)
-    with searching(dtype) as backend:
-        np.testing.assert_array_equal(nearest_neighbors(x, 1, backend=backend), reference.nearest(x, 1))
+    np.testing.assert_array_equal(nearest_neighbors(x, 1, backend=WAYS[dtype]), reference.nearest(x, 1))
 
 
 def test_rounding_to_float32_is_not_taken_for_an_order():
     x = six_rows(2.0**-24, int(0.8 * 2**24))
-    with searching("float32") as backend:
-        np.testing.assert_array_equal(nearest_neighbors(x, 2, backend=backend), reference.nearest(x, 2))
+    np.testing.assert_array_equal(nearest_neighbors(x, 2, backend=[Products]), reference.nearest(x, 2))
+
+
+class Claims:
+    """An engine that finds the nearest rows, but the farthest, and says how far at least those it leaves out are."""
+
+    trial, sample = False, 128
+
+    def __init__(self, space, floors):
+        self.space, self.floors = space, floors
+
+    def nearest(self, rows, count):
+        space, others = self.space, torch.arange(self.space.n)
+        exact = torch.stack([space.exact(row.expand(space.n), others) for row in rows])
+        exact[torch.arange(len(rows)), rows] = torch.inf
+        return -exact.sort().values[:, :count].float(), exact.argsort()[:, :count]
+
+    def least(self, scores, rows):
+        least = torch.zeros(scores.shape, dtype=torch.float64)
+        least[:, -1] = self.floors[rows]
+        return least
+
+    def most(self, scores, rows):
+        return torch.full(scores.shape, torch.inf, dtype=torch.float64)
 
 
 def test_a_list_is_certain_only_beyond_what_rounding_can_hide(rng):
-    x = rng.standard_normal((9, 30))
-    space = Space(Rows(x, "x"), torch.arange(9), 1 << 20)
-    rows, positions = torch.tensor([0, 0, 0]), torch.arange(1, 9).expand(3, -1)
-    far = space.exact(rows[:1].expand(8), positions[0]).sort().values[2]
-    wrong = 2.0**-24 * float(1.1 * (space.norms[0] + space.norms.max()) + 4 * far)
-    floor = far + wrong * torch.tensor([0.9, -1.0, 1.2], dtype=torch.float64)
-    found = _space.Candidates(positions, torch.ones(3, 8, dtype=torch.bool), floor)
-    nearest, certain = space.rank(found, rows, 3)
-    assert certain.tolist() == [False, False, True]
-    assert nearest[2].tolist() == reference.nearest(x, 3)[0]
+    x = rng.standard_normal((30, 40))
+    space, rows = Space(Rows(x, "x"), torch.arange(30), 1 << 20), torch.arange(30)
+    true = torch.from_numpy(((x[:, None] - x[None]) ** 2).sum(-1)).sqrt().fill_diagonal_(torch.inf) / space.scale
+    far = true.sort(1).values[:, 2]
+    wrong = 2.0**-24 * (1.1 * (space.norms + space.norms.max()) + 4 * far)
+    floors = far + wrong * torch.tensor([0.9, -1.0, 1.2], dtype=torch.float64)[rows % 3]
+    found, _, left = watched(x, 3, [partial(Claims, floors=floors)])
+    assert left == [row for row in range(30) if row % 3 < 2]
+    np.testing.assert_array_equal(found, reference.nearest(x, 3))
+
+
+def test_an_engine_that_knows_nothing_has_nothing_but_work_done_for_it(rng):
+    class Anything(Claims):
+        def nearest(self, rows, count):
+            return torch.zeros(len(rows), count), torch.arange(count).expand(len(rows), -1)
+
+    x = make("clustered", 60, 5, rng)
+    engine = partial(Anything, floors=torch.zeros(60, dtype=torch.float64))
+    np.testing.assert_array_equal(nearest_neighbors(x, 3, backend=[engine]), reference.nearest(x, 3))
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_an_engine_that_lies_is_found_out(factor, rng, caplog):
+    class Liar(Products):
+        def nearest(self, rows, count):
+            scores, positions = super().nearest(rows, count)
+            return scores * factor, positions.flip(0)
+
+    certificate.warned.clear()
+    x = make("clustered", 200, 5, rng)
+    for engines in ([Liar], [Liar, Half, Products]):
+        np.testing.assert_array_equal(nearest_neighbors(x, 3, backend=engines), reference.nearest(x, 3))
+    assert [record.message for record in caplog.records] == [
+        "neighbours are searched without liar: its distances are further off than its arithmetic can be."
+    ]
 
 
 def test_halves_know_what_they_lose(rng):
     x = rng.standard_normal((40, 24))
     space = Space(Rows(x, "x"), torch.arange(40), 1 << 20)
     for dtype in HALVES.values():
-        halves = _half._Halves(space, dtype)
-        rows = halves.left(slice(0, 40)).double()
-        h = rows[:, -6:-3].sum(1)
-        residual = (rows[:, :-6].square().sum(1) / 2 - h).abs().max()
-        moved = torch.linalg.vector_norm(space.copy - rows[:, :-6], dim=1) + 2.0**-24 * space.norms
-        assert (halves._moved >= moved + moved.max()).all()
-        assert (halves._lost >= 2.0**-23 * 24 * (space.norms + space.norms.max()) ** 2 + 4 * residual).all()
+        halves, rounded = Half(space, dtype), space.copy.to(dtype).double()
+        rest = rounded.square().sum(1) / 2
+        for _ in range(3):
+            rest -= rest.to(dtype).double()
+        residual = rest.abs().max()
+        moved = torch.linalg.vector_norm(space.copy - rounded, dim=1) + 2.0**-24 * space.norms
+        moved += moved.max()
+        lost = 2.0**-23 * 24 * (space.norms + space.norms.max()) ** 2 + 4 * residual
+        far, none = torch.full((40, 1), -100.0), torch.zeros(40, 1)
+        assert (halves.most(far, space.asking) - halves.least(far, space.asking) >= 2 * moved[:, None]).all()
+        assert (halves.most(none, space.asking) >= (lost.sqrt() + moved)[:, None]).all()
 
 
 def test_the_callers_default_device_does_not_matter(backend, rng):
@@ -307,54 +378,49 @@ def test_the_largest_of_a_row(shape, rng):
     scores = torch.from_numpy(rng.integers(0, 50, shape)).bfloat16()
     for matrix in (scores, scores.T.contiguous().T):
         for count in (1, 6, min(60, shape[1])):
-            values, columns = _space._largest(matrix, count)
+            values, columns = largest(matrix, count)
             assert torch.equal(values, scores.float().topk(count, dim=1).values)
             assert torch.equal(scores.gather(1, columns).float(), values)
             assert all(len(set(row)) == count for row in columns.tolist())
 
 
-def test_half_precision_that_decides_little_is_not_used(monkeypatch, rng):
+def test_half_precision_that_decides_little_is_not_used(rng):
     """Rows at all but the same distance from each other; the others of the set are in clusters."""
-    searched = []
-    float32 = neighbors.search_float32
-    monkeypatch.setattr(
-        neighbors, "search_float32", lambda space, rows, *a: searched.append(len(rows)) or float32(space, rows, *a)
-    )
-    monkeypatch.setattr(neighbors, "half_dtype", lambda _: torch.bfloat16)
     alike = rng.standard_normal((400, 4000)).astype(np.float32)
     clusters = np.repeat(alike[:100], 4, axis=0) + 0.2 * rng.standard_normal((400, 4000)).astype(np.float32)
-    for x, rows in ((alike, [400]), (clusters, [0])):
-        found = nearest_neighbors(x, 3, backend="torch")
-        assert searched == rows
-        searched.clear()
+    for x, rows in ((alike, [400]), (clusters, [])):
+        searched = []
+        engines = [partial(Half, dtype=torch.bfloat16), asked(Products, searched)]
+        found = nearest_neighbors(x, 3, backend=engines)
+        assert [len(rows) for rows in searched] == rows
         np.testing.assert_array_equal(found, reference.nearest(x, 3))
 
 
 def test_half_precision_that_is_off_is_not_believed(monkeypatch, rng, caplog):
     x = rng.standard_normal((200, 16)).astype(np.float32)
     product = torch.mm
-    monkeypatch.setattr(neighbors, "half_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(torch, "mm", lambda a, b: product(a, b) * 1.1)
-    neighbors._logged.clear()
-    np.testing.assert_array_equal(nearest_neighbors(x, 2, backend="torch"), reference.nearest(x, 2))
-    assert "less precise here" in caplog.text
+    certificate.warned.clear()
+    found = nearest_neighbors(x, 2, backend=[partial(Half, dtype=torch.bfloat16), Products])
+    np.testing.assert_array_equal(found, reference.nearest(x, 2))
+    assert "without half: its distances are further off than its arithmetic can be" in caplog.text
 
 
 @pytest.mark.parametrize(("bfloat16", "expected"), [(0.5, torch.bfloat16), (0.9, None)])
 def test_half_precision_must_be_faster(bfloat16, expected, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(_half.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def product(a, b):
         clock[0] += bfloat16 if a.dtype == torch.bfloat16 else 1.0
 
     monkeypatch.setattr(torch, "mm", product)
-    assert _half.half_dtype.__wrapped__(torch.device("cpu")) == expected
-    assert _half.half_dtype.__wrapped__(torch.device("cuda")) == torch.float16
+    assert half_dtype.__wrapped__(torch.device("cpu")) == expected
+    assert half_dtype.__wrapped__(torch.device("cuda")) == torch.float16
 
 
 @pytest.mark.parametrize("kind", ["near copies", "one far row", "nearly one value"])
-def test_float64_products_leave_few_pairs_to_gather(kind, monkeypatch, rng):
+def test_float64_products_leave_few_pairs_to_gather(kind, rng):
     """What float32 cannot tell apart is multiplied in float64; only what that leaves open is scored pair by pair."""
     x = rng.standard_normal((400, 64)).astype(np.float32)
     if kind == "near copies":
@@ -364,13 +430,9 @@ def test_float64_products_leave_few_pairs_to_gather(kind, monkeypatch, rng):
     else:
         x = (x[:1] + 1e-5 * x).astype(np.float32)
         x[7] *= -1
-    scored = []
-    exact = Space._exact
-    monkeypatch.setattr(Space, "_exact", lambda space, a, b: scored.append(len(a)) or exact(space, a, b))
-    monkeypatch.setattr(neighbors, "half_dtype", lambda _: None)
-    found = nearest_neighbors(x, 2, backend="torch", normalize=kind == "near copies")
+    found, scored, _ = watched(x, 2, [Products], normalize=kind == "near copies")
     np.testing.assert_array_equal(found, reference.nearest(x, 2, normalize=kind == "near copies"))
-    assert sum(scored) <= 400 * 6 + 400 * 3
+    assert sum(map(len, scored)) <= 400 * 6 + 400 * 3
 
 
 def test_a_long_row_has_one_sum_whatever_the_threads(rng):
@@ -390,7 +452,7 @@ def test_a_long_row_has_one_sum_whatever_the_threads(rng):
 
 def test_thousands_of_equal_rows_are_searched_once(rng):
     x = np.repeat(rng.standard_normal((3, 8)).astype(np.float32), 2000, axis=0)
-    kept, twin = neighbors.distinct(Rows(x, "x"), 3, 1 << 20)
+    kept, twin = distinct(Rows(x, "x"), 3, 1 << 20)
     assert kept.tolist() == [0, 1, 2, 2000, 2001, 2002, 4000, 4001, 4002]
     assert twin.tolist() == [0, 1, *[2] * 1998, 3, 4, *[5] * 1998, 6, 7, *[8] * 1998]
 
@@ -406,7 +468,7 @@ def test_equal_keys_of_different_rows_do_not_join_them(monkeypatch, rng):
 def test_minus_zero_is_zero():
     x = np.zeros((50, 3), np.float32)
     x[::2] *= -1.0
-    kept, _ = neighbors.distinct(Rows(x, "x"), 3, 1 << 20)
+    kept, _ = distinct(Rows(x, "x"), 3, 1 << 20)
     assert kept.tolist() == [0, 1, 2]
 
 
@@ -416,14 +478,13 @@ def test_minus_zero_is_zero():
     d=st.integers(1, 9),
     k=st.integers(1, 45),
     levels=st.integers(1, 4),
-    way=st.sampled_from(WAYS),
+    way=st.sampled_from([*WAYS]),
     block_bytes=st.sampled_from([512, 1 << 20]),
     copies=st.booleans(),
 )
 def test_any_small_set_with_ties(seed, n, d, k, levels, way, block_bytes, copies):
     x = np.random.default_rng(seed).integers(-levels, levels + 1, (n, d)).astype(np.float32)
-    with searching(way, (block_bytes, copies or way == "faiss")) as backend:
-        found = nearest_neighbors(x, k, backend=backend)
+    found = nearest_neighbors(x, k, backend=WAYS[way], max_memory=Memory(block_bytes, copies))
     assert found.shape == (n, min(k, n - 1))
     np.testing.assert_array_equal(found, np.array(reference.nearest(x, k)).reshape(found.shape))
 
@@ -510,12 +571,12 @@ def test_a_backend_whose_distances_are_off_is_not_believed(monkeypatch, rng, cap
         return np.take_along_axis(distances, order, 1), order
 
     monkeypatch.setattr(sys, "platform", "linux")
-    neighbors._logged.clear()
+    certificate.warned.clear()
     monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(knn=coarse))
     x = rng.standard_normal((50, 4)).astype(np.float32)
     np.testing.assert_array_equal(nearest_neighbors(x, 2), reference.nearest(x, 2))
-    assert "further off than float32" in caplog.text
-    with pytest.raises(RuntimeError, match="further off than float32"):
+    assert "faiss: its distances are further off than its arithmetic can be" in caplog.text
+    with pytest.raises(RuntimeError, match="further off than its arithmetic"):
         nearest_neighbors(x, 2, backend="faiss")
 
 
@@ -530,7 +591,7 @@ class TestFaissThatCannotBeUsed:
     @pytest.fixture(autouse=True)
     def _linux_and_fresh_log(self, monkeypatch):
         monkeypatch.setattr(sys, "platform", "linux")
-        neighbors._logged.clear()
+        certificate.warned.clear()
 
     @pytest.mark.parametrize("how", BROKEN_FAISS)
     def test_torch_takes_over_and_says_so_once(self, how, monkeypatch, caplog, rng):
@@ -560,13 +621,13 @@ class TestFaissThatCannotBeUsed:
 
     def test_gpu_needs_more_than_a_cpu_build(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(knn=None))
-        assert neighbors._faiss(gpu=False)[0] is not None
-        module, problem = neighbors._faiss(gpu=True)
-        assert module is None
-        assert "StandardGpuResources" in problem
+        assert usable_faiss(gpu=False) is sys.modules["faiss"]
+        with pytest.raises(UnusableError, match="has no knn_gpu, StandardGpuResources, get_num_gpus"):
+            usable_faiss(gpu=True)
         whole = types.SimpleNamespace(knn_gpu=None, StandardGpuResources=None, get_num_gpus=lambda: 0)
         monkeypatch.setitem(sys.modules, "faiss", whole)
-        assert neighbors._faiss(gpu=True) == (None, "it sees no GPU")
+        with pytest.raises(UnusableError, match="it sees no GPU"):
+            usable_faiss(gpu=True)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ from test_part_distances import VISIBILITY, visibility
 from pose2id import nearest_neighbors
 from pose2id.io.rows import Rows
 from pose2id.neighbors import visible_parts as part_neighbors
+from pose2id.neighbors.certificate import certified
+from pose2id.neighbors.visible_parts import PartProducts, PartSpace, Shown
 
 KINDS = [kind for kind in ALL_KINDS if kind != "near ties"]  # it scales whole rows of one part
 
@@ -112,16 +114,46 @@ def test_the_result_does_not_depend_on_the_number_of_threads(rng):
     assert torch.equal(*found)
 
 
-def test_every_way_to_settle_a_row_is_walked(rng, monkeypatch):
+class Watched(PartSpace):
+    """Notes how many pairs are scored."""
+
+    def __init__(self, *arguments):
+        self.scored = []
+        super().__init__(*arguments)
+
+    def exact(self, first, second):
+        self.scored.append(len(first))
+        return super().exact(first, second)
+
+    near = exact
+
+
+class InFloat64(PartProducts):
+    """Notes how many rows are left to float64."""
+
+    def __init__(self, space):
+        self.rows = 0
+        super().__init__(space, torch.float64)
+
+    def scores(self, rows):
+        self.rows += len(rows)
+        return super().scores(rows)
+
+
+def watched(rows, weights, k):
+    """Neighbours, how many pairs were scored, and how many rows left to float64."""
+    kept, twin = part_neighbors.distinct(Shown(rows, weights), k + 1, 1 << 20)
+    space = Watched(rows, weights, kept, 32 << 20)
+    in_float64 = InFloat64(space)
+    found = certified(space, k, [PartProducts], in_float64)
+    found = torch.where(found < 0, -1, kept[found])
+    return found if twin is None else found[twin], sum(space.scored), in_float64.rows
+
+
+def test_every_way_to_settle_a_row_is_walked(rng):
     """Lists that float32 bounds prove complete, and such that need bounds in float64: the test above must have both."""
-    again = []
-    settle = part_neighbors._Space._nearest_of
-    monkeypatch.setattr(
-        part_neighbors._Space, "_nearest_of", lambda space, rows, k: again.append(len(rows)) or settle(space, rows, k)
-    )
     x, v = hard_set(rng)
-    part_neighbors.search(*of(x, v, normalize=True), 4)
-    assert 50 < sum(again) < 600
+    assert 50 < watched(*of(x, v, normalize=True), 4)[2] < 600
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,17 +164,18 @@ def test_the_bounds_hold(kind, dtype, seen, rng):
     x = make(kind, n * count, d, rng).reshape(n, count, d)
     x[:, 3] = 1e-22 * (1 + 1e-4 * x[:, 3])  # a part whose squares vanish beside the others in float32
     given, weights = visibility(seen, (n, count), rng)
-    space = part_neighbors._Space(*of(x, given), torch.arange(n), 1 << 20, keep_copy=True)
-    everything = torch.arange(n)
-    bounds = space._bounds(space._factors(everything, dtype, left=True), everything, slice(0, n)).numpy()
+    space = PartSpace(*of(x, given), torch.arange(n), 1 << 20)
+    products = PartProducts(space, dtype, keep_copy=True)
+    bounds = products.scores(slice(0, n))(slice(0, n)).T
+    bounds = products.least(bounds, space.asking).numpy()
     for i in range(n):
         for j in range(n):
-            exact = literal.distance(*x[[i, j]].astype(np.float64), *weights[[i, j]]) / space._scale
-            assert bounds[i, j] <= exact or i == j
-            assert np.isinf(bounds[i, j]) == (np.isinf(exact) or i == j)
+            exact = literal.distance(*x[[i, j]].astype(np.float64), *weights[[i, j]]) / space.scale
+            assert bounds[i, j] <= exact
+            assert np.isinf(bounds[i, j]) == np.isinf(exact)
     if kind == "random":
         off = ~np.isinf(bounds)
-        exact = space._distances(*(torch.from_numpy(at) for at in np.nonzero(off))).numpy()
+        exact = space.exact(*(torch.from_numpy(at) for at in np.nonzero(off))).numpy()
         assert (exact - bounds[off] < {torch.float32: 1e-3, torch.float64: 1e-11}[dtype]).all()
 
 
@@ -162,38 +195,30 @@ def test_what_is_hidden_says_nothing(rng):
 
 
 @pytest.mark.parametrize("kind", ["near copies", "one far row"])
-def test_float64_products_leave_few_pairs_to_score(kind, monkeypatch, rng):
+def test_float64_products_leave_few_pairs_to_score(kind, rng):
     """What float32 cannot tell apart is multiplied in float64; only what that leaves open is scored pair by pair."""
     x = rng.standard_normal((300, 2, 16))
     if kind == "near copies":
         x[:200] = x[0] + 1e-5 * x[:200]
     else:
         x[7] *= 1e6
-    scored = []
-    exact = part_neighbors._Space._distances
-    monkeypatch.setattr(
-        part_neighbors._Space, "_distances", lambda space, a, b: scored.append(len(a)) or exact(space, a, b)
-    )
     rows, weights = of(x, None)
-    found = part_neighbors.search(rows, weights, 2)
-    assert sum(scored) <= 300 * 6 + 300 * 6
+    found, scored, left = watched(rows, weights, 2)
+    assert left >= 200
+    assert scored <= 300 * 6 + 300 * 6
     check(found, rows, weights, 2)
 
 
-def test_thousands_of_equal_rows_are_searched_once(rng, monkeypatch):
+def test_thousands_of_equal_rows_are_searched_once(rng):
     x = np.repeat(rng.standard_normal((3, 2, 4)), 1000, axis=0)
     v = np.ones((3000, 2), bool)
     v[1000:2000, 1] = False
     x[1000:2000, 1] = rng.standard_normal((1000, 4))  # hidden: copies all the same
-    sizes = []
-    space = part_neighbors._Space.__init__
-    monkeypatch.setattr(
-        part_neighbors._Space,
-        "__init__",
-        lambda self, rows, v, kept, *a, **k: sizes.append(len(kept)) or space(self, rows, v, kept, *a, **k),
-    )
-    found = part_neighbors.search(*of(x, v), 2).numpy()
-    assert sizes == [9]
+    rows, weights = of(x, v)
+    assert len(part_neighbors.distinct(Shown(rows, weights), 3, 1 << 20)[0]) == 9
+    found, scored, _ = watched(rows, weights, 2)
+    assert scored < 9 * 9 * 4
+    np.testing.assert_array_equal(part_neighbors.search(rows, weights, 2), found)
     np.testing.assert_array_equal(found, float64_search(x, v, 2))
 
 

@@ -10,14 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import parts as literal
-from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
+from test_part_distances import BAD_VISIBILITY, VISIBILITY, uneven_products, visibility
 
 from pose2id import evaluate, evaluate_rank, part_distances
-from pose2id.io import rows as _inputs
 from pose2id.io.rows import Rows
-from pose2id.neighbors import distance, parts
 from pose2id.neighbors.search import tying_distances
-from pose2id.retrieval import evaluation
 
 
 def same(result, expected):
@@ -66,8 +63,7 @@ def test_equals_the_literal_protocol_with_ties_junk_and_distractors(seed, q, g, 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("kind", [np.float32, np.float64, torch.float16])
-def test_from_features_equals_from_distances(metric, kind, rng, monkeypatch):
-    monkeypatch.setattr(evaluation, "query_blocks", lambda q_rows, *_: [slice(0, 64), slice(64, q_rows.n)])
+def test_from_features_equals_from_distances(metric, kind, rng):
     qf, gf = rng.standard_normal((150, 8)) * 3, rng.standard_normal((200, 8)) * 3
     if kind is torch.float16:
         qf, gf = torch.from_numpy(qf).half(), torch.from_numpy(gf).half()
@@ -79,7 +75,7 @@ def test_from_features_equals_from_distances(metric, kind, rng, monkeypatch):
         x, y = reference.unit(x), reference.unit(y)
     labels = rng.integers(1, 9, 150), rng.integers(0, 9, 200), rng.integers(0, 4, 150), rng.integers(0, 4, 200)
     distmat = ((x[:, None] - y[None]) ** 2).sum(-1)
-    result = evaluate(qf, gf, *labels, metric=metric)
+    result = evaluate(qf, gf, *labels, metric=metric, max_memory=1 << 20)  # two blocks
     expected = reference.evaluate_rank(distmat, *labels)
     assert result.mAP == pytest.approx(expected[0], abs=1e-4)
     np.testing.assert_allclose(result.cmc, expected[1], atol=1 / 150)
@@ -104,11 +100,7 @@ def test_equal_features_tie_by_gallery_index(rng):
 
 def test_equal_rows_are_equally_far_whatever_the_product_rounds(monkeypatch, rng):
     rows = Rows(rng.standard_normal((12, 5))[[0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 4, 5]], "rows")
-    product = distance.squared_euclidean
-    # A product that rounds every column in its own way.
-    monkeypatch.setattr(
-        distance, "squared_euclidean", lambda x, y, a, b: product(x, y, a, b) + 1e-6 * torch.arange(len(y))
-    )
+    uneven_products(monkeypatch, 1e-6)
     found = tying_distances(rows)(rows.read(slice(0, 3)))
     assert torch.equal(found[:, 0:4], found[:, 4:8])
     assert torch.equal(found[:, 0], found[:, 9])
@@ -189,10 +181,7 @@ def test_a_product_that_rounds_every_column_in_its_own_way_changes_nothing(monke
     labels = rng.integers(1, 4, 9), rng.integers(1, 4, 40)
     qf = rng.standard_normal((9, 5))
     expected = evaluate(qf, gf, *labels)
-    product = distance.squared_euclidean
-    monkeypatch.setattr(
-        distance, "squared_euclidean", lambda x, y, a, b: product(x, y, a, b) + 1e-12 * torch.arange(len(y))
-    )
+    uneven_products(monkeypatch, 1e-12)
     np.testing.assert_array_equal(evaluate(qf, gf, *labels).average_precision, expected.average_precision)
 
 
@@ -230,10 +219,7 @@ class TestParts:
         qf, labels = rng.standard_normal((9, 2, 5)), (rng.integers(1, 4, 9), rng.integers(1, 4, 60))
         z, y = literal.unit(qf), literal.unit(gf)
         expected = reference.evaluate_rank(literal.distances(z, y, np.ones((9, 2)), u), *labels)
-        product = parts.squared_euclidean
-        monkeypatch.setattr(
-            parts, "squared_euclidean", lambda x, y, a, b: product(x, y, a, b) + 1e-12 * torch.arange(len(y))
-        )
+        uneven_products(monkeypatch, 1e-12)
         same(evaluate(qf, gf, *labels, g_visibility=u), expected)
 
     @pytest.mark.parametrize("shape", [(60,), (3, 20)])
@@ -246,15 +232,14 @@ class TestParts:
             np.save(tmp_path / f"{name}.npy", array)
         mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "qg"]
         np.testing.assert_array_equal(evaluate(*mapped, *labels).average_precision, expected.average_precision)
-        raw, numbers_read = Rows._raw, []
+        read, numbers_read = Rows.read, []
 
         def counted(rows, *arguments):
-            block = raw(rows, *arguments)
+            block = read(rows, *arguments)
             numbers_read.append(block.numel())
             return block
 
-        monkeypatch.setattr(Rows, "_raw", counted)
-        monkeypatch.setattr(_inputs, "BLOCK_BYTES", 1 << 20)
+        monkeypatch.setattr(Rows, "read", counted)
         found = evaluate(*mapped, *labels, max_memory=1 << 20)
         np.testing.assert_allclose(found.average_precision, expected.average_precision, atol=1e-6)
         assert max(numbers_read) * 8 <= 1 << 18

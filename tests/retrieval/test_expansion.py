@@ -10,9 +10,7 @@ from reference import unit
 
 import pose2id
 from pose2id import aqe, database_augmentation, query_expansion
-
-# qe_k, alpha, qe_times
-from pose2id.retrieval import expansion
+from pose2id.neighbors.distance import nearest_columns
 
 # qe_k, alpha, qe_times
 SETTINGS = [(5, 3.0, 1), (5, 0.0, 1), (1, 3.0, 2), (2, 0.5, 3), (8, 3.0, 2), (500, 2.0, 1)]
@@ -133,43 +131,41 @@ class TestNearestColumns:
         distances = torch.from_numpy(np.random.default_rng(seed).integers(0, levels, (9, columns))).float()
         count = 1 + int(share * (columns - 1))
         expected = distances.argsort(dim=1, stable=True)[:, :count]
-        assert torch.equal(expansion.nearest_columns(distances, count), expected)
+        assert torch.equal(nearest_columns(distances, count), expected)
 
     def test_distances_stay(self, rng):
         distances = torch.from_numpy(rng.standard_normal((4, 30)))
         before = distances.clone()
-        expansion.nearest_columns(distances, 3)
+        nearest_columns(distances, 3)
         assert torch.equal(distances, before)
 
 
-def test_blocks_change_nothing(monkeypatch, rng):
-    q, g = people(rng, 200, 150, d=40)
+def test_blocks_change_nothing(rng):
+    """Rows so wide that 64 queries, or 31 rows, make a block."""
+    q, g = people(rng, 80, 70, d=16_400)
     g[::7] = g[0]
-    whole = query_expansion(q, g), database_augmentation(g), *aqe(q, g, 2)
-    monkeypatch.setattr(expansion, "BLOCK_BYTES", 1)
-    blocked = (
-        query_expansion(q, g),
-        database_augmentation(g, backend="torch", max_memory=1 << 21),
-        *aqe(q, g, 2, backend="torch", max_memory=1 << 21),
-    )
-    for a, b in zip(whole, blocked, strict=True):
-        close(a, b)
+    close(query_expansion(q, g), literal.query_expansion(q, g, 5, 3.0, 1))
+    augmented, both = literal.database_augmentation(g, 5, 3.0, 1), literal.aqe(q, g, 1, 5, 3.0)
+    for options in ({}, {"backend": "torch", "max_memory": 1 << 21}):
+        close(database_augmentation(g, **options), augmented)
+        for found, expected in zip(aqe(q, g, **options), both, strict=True):
+            close(found, expected, 1e-11)
 
 
 def test_no_matrix_of_all_pairs(monkeypatch, rng):
     """300 queries reach the gallery 64 at a time, and only their own distances are held."""
-    q, g = people(rng, 300, 500)
-    monkeypatch.setattr(expansion, "BLOCK_BYTES", 1 << 10)
+    q, g = people(rng, 300, 33_000, d=4)
     shapes = []
-    nearest = expansion.nearest_columns
+    product = torch.addmm
 
-    def recording(distances, count):
+    def recording(*arguments, **options):
+        distances = product(*arguments, **options)
         shapes.append(tuple(distances.shape))
-        return nearest(distances, count)
+        return distances
 
-    monkeypatch.setattr(expansion, "nearest_columns", recording)
+    monkeypatch.setattr(torch, "addmm", recording)
     query_expansion(q, g)
-    assert shapes == [(64, 500)] * 4 + [(44, 500)]
+    assert shapes == [(64, 33_000)] * 4 + [(44, 33_000)]
 
 
 CALLS = {

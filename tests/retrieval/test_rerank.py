@@ -6,10 +6,11 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_part_distances import uneven_products
 
 from pose2id import evaluate_rank, k_reciprocal, re_ranking
 from pose2id.io.rows import Rows
-from pose2id.retrieval import rerank
+from pose2id.neighbors.search import search
 
 
 def squared(x, y):
@@ -192,7 +193,7 @@ def test_lists_begin_with_the_image_itself_and_its_copies_by_index(length, backe
     x = np.concatenate(with_copies(rng))
     everything = np.arange(len(x))
     expected = [np.lexsort((everything, ((x.astype(np.float64) - row) ** 2).sum(1)))[:length] for row in x]
-    found = rerank._ranking(Rows(x, "x"), length, backend, None)
+    found = search(Rows(x, "x"), length, backend, own=True)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -211,11 +212,7 @@ def test_topk_is_a_stable_sort_of_all_distances(rng):
 def test_equal_gallery_rows_are_equally_far(rng, monkeypatch):
     q, g = make("random", 5, 24, rng), make("random", 40, 24, rng)
     g[20:] = g[rng.integers(0, 20, 20)]
-    squared_euclidean = rerank.squared_euclidean
-    # A product that rounds every column in its own way.
-    monkeypatch.setattr(
-        rerank, "squared_euclidean", lambda x, y, a, b: squared_euclidean(x, y, a, b) + 1e-6 * torch.arange(len(y))
-    )
+    uneven_products(monkeypatch, 1e-6)
     found = k_reciprocal(q, g, lambda_value=1.0)
     firsts = [np.flatnonzero((g[:20] == row).all(1))[0] for row in g[20:]]
     np.testing.assert_array_equal(found[:, 20:], found[:, firsts])
@@ -224,14 +221,14 @@ def test_equal_gallery_rows_are_equally_far(rng, monkeypatch):
 def test_blocks_stay_within_max_memory(rng, monkeypatch):
     q, g = make("random", 200, 4, rng), make("random", 2000, 4, rng)
     sizes = []
-    squared_euclidean = rerank.squared_euclidean
+    product = torch.addmm
 
-    def counting(*arguments):
-        block = squared_euclidean(*arguments)
+    def counting(*arguments, **options):
+        block = product(*arguments, **options)
         sizes.append(4 * block.nbytes)
         return block
 
-    monkeypatch.setattr(rerank, "squared_euclidean", counting)
+    monkeypatch.setattr(torch, "addmm", counting)
     k_reciprocal(q, g, topk=3, max_memory=5 << 20)
     assert 4 << 20 < max(sizes) <= 5 << 20
 
@@ -239,13 +236,21 @@ def test_blocks_stay_within_max_memory(rng, monkeypatch):
 @pytest.mark.parametrize(
     ("k1", "k2", "weight"), [(20, 6, 0.3), (1, 1, 0.5), (5, 1, 0.0), (7, 3, 1.0), (6, 9, 0.2), (200, 80, 0.3)]
 )
-def test_given_distances_equal_the_literal_encoding(k1, k2, weight, rng, monkeypatch):
-    monkeypatch.setattr(rerank, "BLOCK_BYTES", 64)  # several blocks
+def test_given_distances_equal_the_literal_encoding(k1, k2, weight, rng):
     centres = rng.standard_normal((8, 10))
     q, g = (centres[rng.integers(0, 8, n)] + 0.7 * rng.standard_normal((n, 10)) for n in (12, 70))
     expected = reference.re_ranking(*all_squared(q, g), k1, k2, weight)
     euclidean = [np.sqrt(matrix) for matrix in all_squared(q, g)]
     np.testing.assert_allclose(re_ranking(*euclidean, k1, k2, weight), expected, atol=1e-5)
+
+
+def test_given_distances_of_several_blocks(rng):
+    x = make("clustered", 2950, 8, rng)
+    q, g = x[:1550], x[1550:]
+    expected = k_reciprocal(q, g, 6, 3, normalize=False)
+    q_g, q_q, g_g = (torch.cdist(*map(torch.from_numpy, pair)).numpy() for pair in ((q, g), (q, q), (g, g)))
+    found = re_ranking(q_g, q_q, g_g, 6, 3)
+    assert (np.abs(found - expected) > 1e-4).mean() < 1e-3  # float32 distances may order others
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e20])

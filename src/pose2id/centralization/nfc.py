@@ -24,7 +24,7 @@ from pose2id.io.checks import (
 from pose2id.io.rows import FeatureArray, Rows, unit
 from pose2id.io.whole_files import write_npy
 from pose2id.neighbors import visible_parts
-from pose2id.neighbors.search import BACKENDS, mutual, search
+from pose2id.neighbors.search import BACKENDS, NeighborSearch, mutual, neighbors_of_rows, search
 
 PART_DISTANCES = ("visible", "flattened")
 
@@ -38,6 +38,7 @@ def nfc(
     part_distance: str = "visible",
     normalize: bool = True,
     backend: str = "auto",
+    neighbors: NeighborSearch | None = None,
     max_memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> FeatureArray:
@@ -69,6 +70,8 @@ def nfc(
             out both.
         backend: "auto", "faiss" or "torch": who searches neighbours; the result is the same. faiss cannot search by the
             distance over visible parts.
+        neighbors: a search of your own in place of `backend`, exact or not: a callable `(queries, rows, k) -> (indices,
+            distances)` (`pose2id.neighbors.search.NeighborSearch`). It gets all rows in one array, as queries too.
         max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`.
         out: name of a .npy file to write the result to, block by block, instead of holding it in memory; for numpy
             features. It appears whole or not at all, and never in the place of another file. With memory-mapped
@@ -100,8 +103,9 @@ def nfc(
             "backend must be 'auto' or 'torch' for the distance over visible parts, which faiss lacks. "
             "part_distance='flattened' works with faiss."
         )
-    k = max(k1, k2)
-    nearest = search(z, k, backend, max_memory) if v is None else visible_parts.search(z, v, k, max_memory)
+    if neighbors is not None and (v is not None or backend != "auto"):
+        raise ValueError("neighbors must be None with backend, and for the distance over visible parts.")
+    nearest = _nearest(z, v, max(k1, k2), backend, neighbors, max_memory)
     is_mutual = mutual_neighbors(nearest, k1, k2)
 
     def centralized_blocks() -> Iterator[tuple[slice, Tensor]]:
@@ -115,6 +119,15 @@ def nfc(
     for block, rows in centralized_blocks():
         z.write(result, block, rows)
     return result  # type: ignore[return-value]
+
+
+def _nearest(
+    z: Rows, v: Tensor | None, k: int, backend: str, neighbors: NeighborSearch | None, max_memory: int | None
+) -> Tensor:
+    """(n, k) nearest others of each row; lists may end in -1."""
+    if neighbors is not None:
+        return neighbors_of_rows(z, k, neighbors)
+    return search(z, k, backend, max_memory) if v is None else visible_parts.search(z, v, k, max_memory)
 
 
 def mutual_neighbors(nearest: Tensor, k1: int, k2: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,16 +61,6 @@ def squared_euclidean(x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor
     |x|^2 + |y|^2 - 2 x.y as one matrix product, not clamped: rounding leaves equal rows near 0, on either side of it.
     """
     return torch.addmm(y_squares[None, :], x, y.T, alpha=-2).add_(x_squares[:, None])
-
-
-def squared_distances(x: Tensor, parts: Sequence[slice], read: Callable[[slice], Tensor]) -> Tensor:
-    """(B, n) squared Euclidean distances of x (B, D) to n rows, which `read` gives in parts, in the dtype of x."""
-    squares = x.square().sum(1)
-    result = x.new_empty((len(x), parts[-1].stop))
-    for part in parts:
-        other = read(part)
-        result[:, part] = squared_euclidean(x, other, squares, other.square().sum(1))
-    return result
 
 
 def nearest_columns(distances: Tensor, count: int) -> Tensor:

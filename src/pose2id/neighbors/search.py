@@ -1,31 +1,27 @@
-"""Exact nearest neighbours of every row among the other rows of its own set, in memory linear in the number of rows.
+"""Exact nearest neighbours, in memory linear in the number of rows, and the door for searches of your own.
 
-How a row walks through: it is centred, scaled and rounded to float32 (`_space.Space`); a backend finds more candidates
-than needed (`_candidates`); those that may be among the nearest are scored, and a bound on all rounding proves most
-lists right (`Space.rank`); what half precision leaves open is searched in float32, what that leaves open in float64.
-The order is that of float64 distances between the caller's own values, equal ones by the lower index. So the result
-does not depend on the backend, the block size or the number of threads.
+How a row walks through: it is centred, scaled and rounded to float32 (`space.Space`); an engine finds more candidates
+than needed (`engines`); they are scored, and lists proved right (`certificate`). The order is that of float64 distances
+between the caller's own values, equal ones by the lower index. So the result does not depend on the engine, the block
+size or the number of threads.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pose2id.io.checks import BLOCK_BYTES, MIN_BLOCK_BYTES, checked_choice, checked_count, checked_memory
-from pose2id.io.rows import FeatureArray, Rows, as_container, blocks
-from pose2id.neighbors.distance import full_precision, squared_distances
-from pose2id.neighbors.half import half_dtype, search_half
-from pose2id.neighbors.space import Candidates, RowSource, Space, search_float32
-
-logger = logging.getLogger(__name__)
-_logged: set[str] = set()
+from pose2id.io.rows import FeatureArray, JoinedRows, Rows, as_container, blocks, checked_pair
+from pose2id.neighbors.certificate import certified
+from pose2id.neighbors.distance import full_precision, squared_euclidean
+from pose2id.neighbors.engines import EngineMaker, Faiss, Half, Products, half_dtype, own_entry
+from pose2id.neighbors.space import RowSource, Space
 
 BACKENDS = ("auto", "faiss", "torch")
 # Where "auto" takes torch on CPUs that multiply bfloat16 fast, as measured with benchmarks/neighbors.py: elsewhere the
@@ -33,12 +29,30 @@ BACKENDS = ("auto", "faiss", "torch")
 _TORCH_MIN_ROWS, _TORCH_MIN_COLUMNS, _TORCH_MAX_K = 3000, 256, 32
 # What lists take of memory for every row: keys of equal rows, norms and bounds; and for every neighbour asked for.
 _ROW_BYTES, _NEIGHBOR_BYTES = 256, 64
-_SAMPLE = 64  # rows by which faiss's arithmetic is checked
-_FAISS_REPAIR = (
-    "Both faiss wheels install the module `faiss` and overwrite each other; repair it with "
-    "`pip uninstall -y faiss-cpu faiss-gpu` and then `pip install --force-reinstall faiss-gpu` (Linux x86-64) "
-    "or `pip install --force-reinstall faiss-cpu` (elsewhere)"
-)
+
+
+class NeighborSearch(Protocol):
+    """A search of your own, exact or not: a function with the order of arguments of `faiss.Index.search`, and rows."""
+
+    def __call__(self, queries: Any, rows: Any, k: int) -> tuple[Any, Any]:
+        """The nearest rows of each query.
+
+        Args:
+            queries: (Q, D) float32 or float64, a numpy array or torch tensor. It may be `rows` itself.
+            rows: (N, D), of the same container and dtype.
+            k: number of neighbours.
+
+        Returns:
+            (Q, k) integer indices of rows, nearest first, -1 where there are fewer, the query itself included where it
+            is one of the rows; and (Q, k) Euclidean distances. In the container of `queries`, or any array of numbers.
+        """
+
+
+class Memory(NamedTuple):
+    """Bytes for one block of temporaries, and whether there is room for copies of all rows."""
+
+    block_bytes: int
+    copies: bool
 
 
 def nearest_neighbors(
@@ -46,7 +60,7 @@ def nearest_neighbors(
     k: int,
     *,
     normalize: bool = False,
-    backend: str = "auto",
+    backend: str | Sequence[EngineMaker] = "auto",
     max_memory: int | None = None,
 ) -> FeatureArray:
     """Indices of the k nearest other rows of every row, nearest first, by Euclidean distance.
@@ -60,6 +74,7 @@ def nearest_neighbors(
         normalize: compare L2-normalised rows; a zero row stays the zero vector, at distance 1 from every other.
         backend: "faiss" or "torch" forces one; "auto" takes torch on CUDA, on macOS and Windows, and on CPUs
             that multiply bfloat16 fast for at least 3,000 rows of at least 256 columns and k up to 32; faiss elsewhere.
+            Or engines of your own, see `pose2id.neighbors.engines.Engine`, in the order in which they are asked.
         max_memory: bytes that the search may take, at least 1 MiB and half of that above what lists of neighbours
             need, N (256 + 64 k). Where it has no room for copies of all rows (6 N D bytes), rows are read again and
             again, so that memory-mapped features may be larger than memory. faiss's own memory is not in it. None:
@@ -76,32 +91,139 @@ def nearest_neighbors(
     return as_container(search(rows, checked_count(k, "k"), backend, max_memory), features)  # type: ignore[return-value]
 
 
-def search(rows: RowSource, k: int, backend: str = "auto", max_memory: int | None = None) -> Tensor:
-    """`nearest_neighbors` on checked rows: (n, min(k, n - 1)) int64 tensor on `rows.device`."""
-    checked_choice(backend, "backend", BACKENDS)
+def exact_neighbors(
+    queries: FeatureArray,
+    rows: FeatureArray,
+    k: int,
+    *,
+    backend: str | Sequence[EngineMaker] = "auto",
+    max_memory: int | None = None,
+) -> tuple[FeatureArray, FeatureArray]:
+    """The k nearest rows of each query, a `NeighborSearch`: exact, ordered as by `nearest_neighbors`.
+
+    Args:
+        queries: (Q, D) floating numpy array or torch tensor, Q at least 1; `rows` itself is searched twice as fast.
+        rows: (N, D), N at least 1, on the same device.
+        k: number of neighbours, at least 1. A query that is one of the rows is its own neighbour, at distance 0.
+        backend: as in `nearest_neighbors`.
+        max_memory: as in `nearest_neighbors`, N + Q rows.
+
+    Returns:
+        (Q, k) int64 indices, -1 where there are fewer rows, and Euclidean distances, infinite there, in float32 or, for
+        float64 input, float64; both in the container and on the device of `queries`.
+
+    Raises:
+        TypeError, ValueError: bad input, named.
+        RuntimeError: as in `nearest_neighbors`.
+    """
+    k, alike = checked_count(k, "k"), queries is rows
+    searched = Rows(rows, "rows")
+    asking = searched if alike else Rows(queries, "queries")
+    checked_pair(asking, searched, "queries", "rows")
+    count, dtype = min(k, searched.n), torch.promote_types(asking.dtype, searched.dtype)
+    indices = torch.full((asking.n, k), -1, dtype=torch.int64, device=searched.device)
+    distances = torch.full((asking.n, k), torch.inf, dtype=dtype, device=searched.device)
+    indices[:, :count], found = _search(searched, None if alike else asking, count, backend, max_memory, own=True)
+    distances[:, :count] = found()
+    return as_container(indices, queries), as_container(distances, queries)  # type: ignore[return-value]
+
+
+def neighbors_of_rows(rows: Rows, k: int, neighbors: NeighborSearch) -> Tensor:
+    """Each row's k nearest others, as a caller's search finds them: (n, min(k, n - 1)) int64 on `rows.device`.
+
+    The search is asked once for all rows, as one array in the caller's container, normalised if `rows` are. Each row is
+    dropped from its own list; where copies pushed it off, the last entry is one too many. Missing entries are -1.
+
+    Raises:
+        TypeError, ValueError: what it returns is not (n, k) indices of rows and as many distances.
+    """
     k = min(k, rows.n - 1)
-    block_bytes, keep_copy = _budget(rows, k, max_memory)
-    if backend == "faiss" and not keep_copy:
+    if k < 1:
+        return torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
+    array = as_container(rows.read(slice(None)), rows.empty(0))
+    found = neighbors(array, array, k + 1)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise TypeError(f"neighbors must return (indices, distances), got {type(found).__name__}.")
+    indices, distances = (x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in found)
+    for name, values in (("indices", indices), ("distances", distances)):
+        if tuple(values.shape) != (rows.n, k + 1):
+            raise ValueError(
+                f"neighbors must return {name} of shape {(rows.n, k + 1)}, one list for each query, got "
+                f"{tuple(values.shape)}."
+            )
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"neighbors must return integer indices first, got {indices.dtype}. Are distances first?")
+    indices = indices.to(rows.device, torch.int64)
+    if int(indices.min()) < -1 or int(indices.max()) >= rows.n:
+        raise ValueError(
+            f"neighbors must return indices in [-1, {rows.n}), got values in [{indices.min()}, {indices.max()}]."
+        )
+    in_order = indices.sort(1).values
+    if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
+        raise ValueError("neighbors must list each row at most once for a query.")
+    own = torch.arange(rows.n, device=rows.device)
+    return indices[~own_entry(indices, own)].view(rows.n, k)
+
+
+def search(
+    rows: RowSource,
+    k: int,
+    backend: str | Sequence[EngineMaker] = "auto",
+    max_memory: int | Memory | None = None,
+    *,
+    own: bool = False,
+) -> Tensor:
+    """`nearest_neighbors` on checked rows: (n, min(k, n - 1)) int64 tensor on `rows.device`.
+
+    With `own` a row counts among its neighbours, in its place by distance and index: (n, min(k, n)).
+    """
+    return _search(rows, None, min(k, rows.n - (not own)), backend, max_memory, own=own)[0]
+
+
+def _search(
+    rows: Any,
+    queries: Rows | None,
+    k: int,
+    backend: str | Sequence[EngineMaker],
+    max_memory: int | Memory | None,
+    *,
+    own: bool,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The k nearest rows of each query, of each row itself without queries, and what computes their distances."""
+    if isinstance(backend, str):
+        checked_choice(backend, "backend", BACKENDS)
+    everything = rows if queries is None else JoinedRows(rows, queries)
+    lists = everything.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k)
+    copies = 6 * everything.n * (rows.dim + 6)
+    memory = plan_memory(everything, k, max_memory, lists=lists, copies=copies)
+    if backend == "faiss" and not memory.copies:
         raise ValueError(
             f"backend='faiss' searches a float32 copy of all rows, for which max_memory={max_memory} has no room. "
             "Allow more memory, or take backend='torch'."
         )
     if k < 1:
-        return torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
+        empty = torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
+        return empty, empty.double
     with full_precision(rows.device):
-        kept, twin = distinct(rows, k + 1, block_bytes)
-        space = Space(rows, kept, block_bytes, keep_copy=keep_copy)
-        # More than k, for what rounding cannot tell apart: a group of up to so many copies at the k-th place fits in.
-        count = min(k + min(k, 16) + 2, space.n - 1)
-        found, in_half = _candidates(space, count, k, backend)
-        nearest, certain = space.rank(found, torch.arange(space.n, device=space.device), k)
-        if in_half:
-            rest = torch.nonzero(~certain).flatten()
-            nearest[rest], certain[rest] = space.rank(search_float32(space, rest, count, k), rest, k)
-        rest = torch.nonzero(~certain).flatten()
-        nearest[rest] = space.rank_in_float64(rest, k)
-        neighbors = kept[nearest]
-        return neighbors if twin is None else neighbors[twin]
+        kept, twin = distinct(rows, k + (not own), memory.block_bytes)
+        asking = torch.arange(rows.n, everything.n, device=rows.device)
+        space = Space(
+            everything,
+            torch.cat([kept, asking]),
+            memory.block_bytes,
+            keep_copy=memory.copies,
+            queries=len(asking),
+            own=own,
+        )
+        engines = _engines(space, k, backend) if isinstance(backend, str) else backend
+        found = certified(space, k, engines, Products(space, torch.float64), forced=backend == "faiss")
+    place = slice(None) if twin is None or queries is not None else twin
+
+    def distances() -> Tensor:
+        exact = space.exact(space.asking.repeat_interleave(k), found.flatten()).view(-1, k)
+        return (space.distance(exact) * space.scale)[place]
+
+    return kept[found][place], distances
 
 
 def mutual(neighbors: Tensor, k1: int, k2: int) -> Tensor:
@@ -161,22 +283,25 @@ def tying_distances(rows: RowSource, block_bytes: int = BLOCK_BYTES) -> Callable
     """
     kept, twin = distinct(rows, 1, block_bytes // 4)  # finding equal rows should not set the peak
     parts = list(blocks(len(kept), block_bytes // (32 * rows.dim)))
-    if twin is None:
-        return lambda x: squared_distances(x, parts, lambda part: rows.read(part, x.dtype))
-    return lambda x: squared_distances(x, parts, lambda part: rows.read(kept[part], x.dtype))[:, twin]
+
+    def distances(x: Tensor) -> Tensor:
+        squares, result = x.square().sum(1), x.new_empty((len(x), len(kept)))
+        with full_precision(x.device):
+            for part in parts:
+                y = rows.read(part if twin is None else kept[part], x.dtype)
+                result[:, part] = squared_euclidean(x, y, squares, y.square().sum(1))
+        return result if twin is None else result[:, twin]
+
+    return distances
 
 
-def _budget(rows: RowSource, k: int, max_memory: int | None) -> tuple[int, bool]:
-    """`plan_memory` of a search with copies in float32 and half precision."""
-    lists = rows.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k)
-    return plan_memory(rows, k, max_memory, lists=lists, copies=6 * rows.n * (rows.dim + 6))
-
-
-def plan_memory(rows: RowSource, k: int, max_memory: int | None, *, lists: int, copies: int) -> tuple[int, bool]:
-    """Bytes for one block of temporaries, and whether there is memory for copies of all rows besides the lists."""
+def plan_memory(rows: RowSource, k: int, max_memory: int | Memory | None, *, lists: int, copies: int) -> Memory:
+    """What to do with `max_memory` bytes, of which lists of neighbours need some, and copies of all rows others."""
+    if isinstance(max_memory, Memory):
+        return max_memory
     if max_memory is None:
         # A GPU wants large blocks: it takes longer to start small ones than to compute them.
-        return (16 if rows.device.type == "cuda" else 1) * BLOCK_BYTES, True
+        return Memory((16 if rows.device.type == "cuda" else 1) * BLOCK_BYTES, copies=True)
     room, least = checked_memory(max_memory) - lists, MIN_BLOCK_BYTES // 2
     if room < least:
         raise ValueError(
@@ -185,85 +310,17 @@ def plan_memory(rows: RowSource, k: int, max_memory: int | None, *, lists: int, 
         )
     # A part, because several blocks may be alive, and the allocator keeps some.
     if room - copies >= least:
-        return min((room - copies) // 4, BLOCK_BYTES), True
-    return min(room // 3, 8 * BLOCK_BYTES), False
+        return Memory(min((room - copies) // 4, BLOCK_BYTES), copies=True)
+    return Memory(min(room // 3, 8 * BLOCK_BYTES), copies=False)
 
 
-def _candidates(space: Space, count: int, k: int, backend: str) -> tuple[Candidates, bool]:
-    """`count` candidates of every row, and whether half precision found them."""
-    if backend == "faiss" or (backend == "auto" and not _takes_torch(space, k)):
-        found, problem = _search_faiss(space, count, k)
-        if found is not None:
-            return found, False
-        if backend == "faiss":
-            raise RuntimeError(f"backend='faiss' cannot be used: {problem}. {_FAISS_REPAIR}.")
-        _log_once(f"neighbours are searched with torch, faiss cannot be used: {problem}. {_FAISS_REPAIR}.")
-    dtype = half_dtype(space.device)
-    if dtype is not None:
-        found, problem = search_half(space, count, k, dtype)
-        if found is not None:
-            return found, True
-        if problem:
-            _log_once(f"neighbours are searched in float32: {problem}.")
-    return search_float32(space, torch.arange(space.n, device=space.device), count, k), False
-
-
-def _takes_torch(space: Space, k: int) -> bool:
+def _engines(space: Space, k: int, backend: str) -> Sequence[EngineMaker]:
+    torch_engines = (Half, Products)
+    if backend == "faiss":
+        return (Faiss,)
     # On macOS and Windows faiss and torch bring an OpenMP runtime each, and the process may abort. faiss needs a copy
     # of all rows, on a GPU through host memory.
-    if sys.platform != "linux" or space.copy is None or space.device.type == "cuda":
-        return True
-    return (
-        space.n >= _TORCH_MIN_ROWS
-        and space.dim >= _TORCH_MIN_COLUMNS
-        and k <= _TORCH_MAX_K
-        and half_dtype(space.device) is not None
-    )
-
-
-def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        logger.warning(message)
-
-
-def _search_faiss(space: Space, count: int, k: int) -> tuple[Candidates | None, str]:
-    """Candidates of every row by faiss's float32 distances; or None, and why faiss cannot be used."""
-    faiss, problem = _faiss(space.device.type == "cuda")
-    if faiss is None or space.copy is None:
-        return None, problem
-    rows = space.copy.cpu().numpy()
-    try:
-        if space.device.type == "cuda":
-            device = space.device.index or 0
-            found = faiss.knn_gpu(faiss.StandardGpuResources(), rows, rows, count + 1, device=device)
-        else:
-            found = faiss.knn(rows, rows, count + 1)
-    except Exception as error:  # a broken binary raises whatever it likes
-        return None, repr(error)
-    values, positions = (torch.from_numpy(array).to(space.device) for array in found)
-    is_self = positions == torch.arange(space.n, device=space.device)[:, None]
-    # Equal rows can push a row off its own list: then the last candidate is one too many.
-    is_self[:, -1] |= ~is_self.any(1)
-    values, positions = values[~is_self].view(-1, count), positions[~is_self].view(-1, count)
-    # Whatever arithmetic it used.
-    sample = torch.arange(0, space.n, math.ceil(space.n / _SAMPLE), device=space.device)
-    exact = space.exact(sample, positions[sample, -1]).square()
-    if not ((values[sample, -1] - exact).abs() <= space.bound[sample]).all():
-        return None, "its distances are further off than float32 arithmetic can be"
-    return space.candidates(values, positions, slice(None), k), ""
-
-
-def _faiss(gpu: bool) -> tuple[Any, str]:
-    """The module if it has what is needed, else None and why: a half-overwritten faiss imports without parts."""
-    try:
-        import faiss  # noqa: PLC0415 - slow to import and optional at run time
-    except Exception as error:  # a broken binary raises whatever it likes
-        return None, f"importing it failed with {error!r}"
-    wanted = ("knn_gpu", "StandardGpuResources", "get_num_gpus") if gpu else ("knn",)
-    missing = [name for name in wanted if not hasattr(faiss, name)]
-    if missing:
-        return None, f"the installed module has no {', '.join(missing)}"
-    if gpu and faiss.get_num_gpus() == 0:
-        return None, "it sees no GPU"
-    return faiss, ""
+    if backend == "torch" or sys.platform != "linux" or space.copy is None or space.device.type == "cuda":
+        return torch_engines
+    large = space.n >= _TORCH_MIN_ROWS and space.dim >= _TORCH_MIN_COLUMNS and k <= _TORCH_MAX_K
+    return torch_engines if large and half_dtype(space.device) is not None else (Faiss, *torch_engines)

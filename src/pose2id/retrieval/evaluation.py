@@ -5,7 +5,7 @@ Names at this boundary are the field's: qf, gf are query and gallery features, p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from pose2id.io.checks import checked_choice, checked_count, checked_distances, checked_labels
 from pose2id.io.rows import Rows, checked_pair
-from pose2id.neighbors.distance import full_precision
-from pose2id.neighbors.parts import mean_distances, query_blocks, query_memory
 from pose2id.neighbors.search import tying_distances
+from pose2id.neighbors.visible_parts import mean_distances, query_blocks, query_memory
 
 _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
@@ -116,7 +115,7 @@ def evaluate(
     else:
         dtype, to_gallery = torch.promote_types(q_rows.dtype, g_rows.dtype), tying_distances(g_rows, block_bytes)
         queries = query_blocks(q_rows, g_rows, block_bytes, least)
-        found = (_in_full_precision(to_gallery, q_rows.read(block, dtype)) for block in queries)
+        found = (to_gallery(q_rows.read(block, dtype)) for block in queries)
     return _measure((row for block in found for row in block.cpu().numpy()), labels, max_rank)
 
 
@@ -162,11 +161,6 @@ def evaluate_rank(
             yield row.copy()
 
     return _measure(distances(), labels, max_rank)
-
-
-def _in_full_precision(distances: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with full_precision(x.device):
-        return distances(x)
 
 
 class RankingProtocol:

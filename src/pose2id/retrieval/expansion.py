@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from pose2id.io.checks import BLOCK_BYTES, checked_count, checked_memory, checked_number
 from pose2id.io.rows import FeatureArray, JoinedRows, Rows, blocks, checked_pair
-from pose2id.neighbors.distance import full_precision, nearest_columns
+from pose2id.neighbors.distance import nearest_columns
 from pose2id.neighbors.search import search, tying_distances
 
 
@@ -66,8 +66,7 @@ def query_expansion(
     for block in blocks(query.n, max(64, BLOCK_BYTES // (16 * max(gallery.n, 2 * query.dim)))):
         unit = query.read(block, torch.float64)
         for _ in range(qe_times if count else 0):
-            with full_precision(query.device):
-                nearest = nearest_columns(to_gallery(unit.to(dtype)), count)
+            nearest = nearest_columns(to_gallery(unit.to(dtype)), count)
             unit = normalize(unit + _neighbors_sum(unit, gallery, nearest, alpha))
         query.write(result, block, unit)
     return result  # type: ignore[return-value]

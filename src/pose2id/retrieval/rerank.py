@@ -9,8 +9,7 @@ memory is linear in Q + G. All but the lists is float32; the published implement
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -99,7 +98,7 @@ def k_reciprocal(
             bytes), lists and encodings (about 4 kB an image for k1 = 20 and k2 = 6), and faiss itself.
 
     Returns:
-        topk=None: (Q, G) float32 distances d*, for `evaluate_rank`; in [0, 1], but for rounding.
+        topk=None: (Q, G) float32 distances d*, for `evaluate_rank`; in [0, 1] up to rounding.
 
         Otherwise (distances, indices): (Q, min(topk, G)) float32 distances, ascending, and the int64 gallery indices
         that they belong to, equal distances by the lower index. These are the first columns of a stable sort of that
@@ -121,13 +120,11 @@ def k_reciprocal(
     checked_pair(queries, gallery, "qf", "gf")
 
     rows = JoinedRows(queries, gallery)
-    ranking = _ranking(rows, _list_length(rows.n, k1, k2), backend, max_memory)
+    ranking = search(rows, max(k1 + 1, k2), backend, max_memory, own=True).cpu().numpy()
     images = _FeatureDistances(queries, gallery, block_bytes)
-    found = _rerank(images, ranking, k1, k2, lambda_value, block_bytes)
-    if count is None:
-        return as_container(_dense(found, images), qf)  # type: ignore[return-value]
-    distances, indices = _nearest_of_each(found, images, count)
-    return as_container(distances, qf), as_container(indices, qf)  # type: ignore[return-value]
+    distances, indices = _rerank(images, ranking, k1, k2, lambda_value, block_bytes, count)
+    found = as_container(distances, qf)
+    return found if count is None else (found, as_container(indices, qf))  # type: ignore[return-value]
 
 
 def re_ranking(
@@ -143,7 +140,7 @@ def re_ranking(
         q_g_dist: (Q, G) finite distances of queries to gallery images, numpy array or torch tensor of any real dtype.
         q_q_dist: (Q, Q) finite distances among queries.
         g_g_dist: (G, G) finite distances among gallery images.
-        k1: as in `k_reciprocal`, and so are the others.
+        k1: as in `k_reciprocal`.
         k2: as in `k_reciprocal`.
         lambda_value: as in `k_reciprocal`.
 
@@ -156,35 +153,17 @@ def re_ranking(
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     lambda_value = checked_number(lambda_value, "lambda_value", 0, 1)
     images = _GivenDistances(q_g_dist, q_q_dist, g_g_dist)
-    ranking = images.ranking(_list_length(images.n, k1, k2))
-    return as_container(_dense(_rerank(images, ranking, k1, k2, lambda_value, BLOCK_BYTES), images), q_g_dist)
-
-
-class _Distances(Protocol):
-    """Squared distances among n images, queries first, row by row divided by the row's largest.
-
-    Attributes:
-        n, num_queries: numbers of all images and of queries.
-        device: of what `to_gallery` returns.
-    """
-
-    n: int
-    num_queries: int
-    device: torch.device
-
-    def pairs(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float32]:
-        """(P,) single entries."""
-
-    def to_gallery(self, queries: slice) -> Tensor:
-        """(B, G) float32 entries of a block of queries, as a fresh tensor."""
+    ranking = images.ranking(max(k1 + 1, k2))
+    return as_container(_rerank(images, ranking, k1, k2, lambda_value, BLOCK_BYTES)[0], q_g_dist)
 
 
 class _FeatureDistances:
-    """`_Distances` from one float32 copy of the features of both sets.
+    """Squared distances among n images, queries first, row by row divided by the row's largest: from features.
 
-    The copy is moved and scaled: the mean that features of one model share would cost precision. The first row becomes
-    the origin, exactly, so that rows which are all alike stay so. No row is further from it than twice any row's
-    largest distance, so rounding stays small beside that.
+    From one float32 copy of both sets: re-ranking needs distances, which a search does not keep. The copy is scaled and
+    moved, because the mean that features of one model share would cost precision. The first row becomes the origin,
+    exactly, so that rows which are all alike stay so. No row is further from it than twice any row's largest distance,
+    so rounding stays small beside that.
     """
 
     def __init__(self, queries: Rows, gallery: Rows, block_bytes: int) -> None:
@@ -204,6 +183,7 @@ class _FeatureDistances:
         self._first_equal = None if twin is None else kept[twin]
 
     def pairs(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float32]:
+        """(P,) single entries."""
         a, b = (torch.from_numpy(index).long().to(self.device) for index in (first, second))
         squared = torch.empty(len(a), dtype=torch.float32, device=self.device)
         # Small blocks stay in a CPU's cache and are three times as fast there; a GPU would take longer to start them.
@@ -214,6 +194,7 @@ class _FeatureDistances:
         return squared.div_(self._largest[a]).cpu().numpy()
 
     def to_gallery(self, queries: slice) -> Tensor:
+        """(B, G) float32 entries of a block of queries, as a fresh tensor."""
         squared = self._squared(queries, slice(self.num_queries, self.n))
         if self._first_equal is not None:
             # A product may round equal columns differently.
@@ -236,7 +217,7 @@ class _FeatureDistances:
 
 
 class _GivenDistances:
-    """`_Distances` from the official implementation's matrices. Row i here is column i there: it divides by columns."""
+    """The same from the official implementation's matrices. Row i here is column i there: it divides by columns."""
 
     def __init__(self, q_g_dist: Any, q_q_dist: Any, g_g_dist: Any) -> None:
         self._q_g = _finite(q_g_dist, "q_g_dist")
@@ -259,7 +240,8 @@ class _GivenDistances:
         self._largest: NDArray[np.float32] = np.where(largest > 0, largest, np.float32(1))
 
     def ranking(self, length: int) -> NDArray[np.int64]:
-        """(n, length) indices of each image's nearest, ascending, equal ones by the lower index."""
+        """(n, length at most) indices of each image's nearest, ascending, equal ones by the lower index."""
+        length = min(length, self.n)
         ranking = np.empty((self.n, length), dtype=np.int64)
         size = BLOCK_BYTES // (16 * self.n)
         for part in blocks(self.num_queries, size):
@@ -312,52 +294,34 @@ def _finite(distances: Any, name: str) -> NDArray[Any]:
     return matrix
 
 
-def _list_length(n: int, k1: int, k2: int) -> int:
-    return min(n, max(k1 + 1, k2))
-
-
-def _ranking(rows: Rows, length: int, backend: str, max_memory: int | None) -> NDArray[np.int64]:
-    """(n, length) indices of each row's nearest, itself included, equal distances by the lower index; exact."""
-    # With `length` others: a row is not on its own list where that many copies have lower indices.
-    others = search(rows, length, backend, max_memory)
-    own, rank = torch.arange(rows.n, device=rows.device)[:, None], torch.arange(length, device=rows.device)
-    twin = distinct(rows, 1, min(checked_memory(max_memory), BLOCK_BYTES))[1]
-    copies_before = torch.zeros_like(own)
-    if twin is not None:
-        copies_before = ((twin[others] == twin[own]) & (others < own)).sum(1, keepdim=True)
-    others = others.gather(1, (rank - (rank > copies_before).long()).clamp(max=others.shape[1] - 1))
-    return torch.where(rank == copies_before, own, others).cpu().numpy()
-
-
 def _rerank(
-    images: _Distances, ranking: NDArray[np.int64], k1: int, k2: int, lambda_value: float, block_bytes: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of queries and their (B, G) re-ranked distances."""
-    queries, gallery = _encodings(images, ranking, k1, k2)
-    for part in blocks(images.num_queries, block_bytes // (16 * gallery.shape[0])):
-        jaccard = torch.from_numpy(_jaccard(queries[part], gallery)).to(images.device)
-        yield part, images.to_gallery(part).mul_(lambda_value).add_(jaccard, alpha=1 - lambda_value)
-
-
-def _dense(found: Iterator[tuple[slice, Tensor]], images: _Distances) -> Tensor:
-    shape = images.num_queries, images.n - images.num_queries
-    result = torch.empty(shape, dtype=torch.float32, device=images.device)
-    for part, block in found:
-        result[part] = block
-    return result
-
-
-def _nearest_of_each(found: Iterator[tuple[slice, Tensor]], images: _Distances, count: int) -> tuple[Tensor, Tensor]:
-    shape = images.num_queries, min(count, images.n - images.num_queries)
+    images: _FeatureDistances | _GivenDistances,
+    ranking: NDArray[np.int64],
+    k1: int,
+    k2: int,
+    lambda_value: float,
+    block_bytes: int,
+    count: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(Q, G) re-ranked distances, or the `count` least of each query; and then their columns."""
+    gallery_size = images.n - images.num_queries
+    shape = images.num_queries, gallery_size if count is None else min(count, gallery_size)
     distances = torch.empty(shape, dtype=torch.float32, device=images.device)
-    indices = torch.empty(shape, dtype=torch.int64, device=images.device)
-    for part, block in found:
-        indices[part] = nearest_columns(block, shape[1])
-        distances[part] = block.gather(1, indices[part])
+    indices = torch.empty(shape if count else (0,), dtype=torch.int64, device=images.device)
+    queries, gallery = _encodings(images, ranking, k1, k2)
+    for part in blocks(images.num_queries, block_bytes // (16 * gallery_size)):
+        jaccard = torch.from_numpy(_jaccard(queries[part], gallery)).to(images.device)
+        block = images.to_gallery(part).mul_(lambda_value).add_(jaccard, alpha=1 - lambda_value)
+        if count is not None:
+            indices[part] = nearest_columns(block, shape[1])
+            block = block.gather(1, indices[part])
+        distances[part] = block
     return distances, indices
 
 
-def _encodings(images: _Distances, ranking: NDArray[np.int64], k1: int, k2: int) -> tuple[Any, Any]:
+def _encodings(
+    images: _FeatureDistances | _GivenDistances, ranking: NDArray[np.int64], k1: int, k2: int
+) -> tuple[Any, Any]:
     """Sparse float32 encodings, (Q, n) of queries by row and (G, n) of gallery images by column; rows sum to 1 or 0."""
     encoding = _expanded_reciprocal(ranking, k1)
     row = np.repeat(np.arange(images.n), np.diff(encoding.indptr))
