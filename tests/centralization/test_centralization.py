@@ -13,6 +13,7 @@ from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 
 from pose2id import fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
 from pose2id.centralization import nfc as centralization
+from pose2id.neighbors.search import exact_neighbors
 
 GOLDEN_PARAMETERS = [(1, 1), (2, 2), (2, 4), (4, 2), (5, 5)]
 
@@ -276,6 +277,52 @@ class TestParts:
         found = nfc(x.cuda(), visibility=given)
         assert found.is_cuda
         np.testing.assert_allclose(found.cpu(), nfc(x, visibility=given), atol=1e-6)
+
+
+class TestOwnSearch:
+    @staticmethod
+    def searched(queries, rows, k):
+        """Distances of all pairs, sorted: numpy in, numpy out."""
+        distances = np.linalg.norm(queries[:, None].astype(float) - rows[None], axis=2)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        return order, np.take_along_axis(distances, order, 1)
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_equals_the_search_of_the_library(self, rng, normalize):
+        x = rng.standard_normal((60, 7)).astype(np.float32)
+        expected = nfc(x, 3, 2, normalize=normalize)
+        np.testing.assert_array_equal(nfc(x, 3, 2, normalize=normalize, neighbors=self.searched), expected)
+        np.testing.assert_array_equal(nfc(x, 3, 2, normalize=normalize, neighbors=exact_neighbors), expected)
+
+    def test_tensors_and_parts_in_one_vector(self, rng):
+        x = torch.from_numpy(rng.standard_normal((40, 3, 4))).float()
+
+        def search(queries, rows, k):
+            assert queries is rows
+            distances, indices = torch.cdist(queries.double(), rows.double()).topk(k, largest=False)
+            return indices, distances
+
+        found = nfc(x, 3, 3, part_distance="flattened", neighbors=search)
+        assert torch.equal(found, nfc(x, 3, 3, part_distance="flattened"))
+
+    def test_lists_may_be_shorter(self, rng):
+        x = rng.standard_normal((30, 5))
+
+        def nobody(queries, rows, k):
+            return np.full((len(queries), k), -1), np.full((len(queries), k), np.inf)
+
+        np.testing.assert_allclose(nfc(x, neighbors=nobody), x / np.linalg.norm(x, axis=1, keepdims=True), atol=1e-12)
+
+    def test_bad_searches(self, rng):
+        x = rng.standard_normal((9, 5))
+        with pytest.raises(ValueError, match="neighbors must be None with backend='torch'"):
+            nfc(x, neighbors=self.searched, backend="torch")
+        with pytest.raises(ValueError, match=r"neighbors must be None .*visible parts"):
+            nfc(x.reshape(9, 5, 1), neighbors=self.searched)
+        with pytest.raises(TypeError, match="neighbors must return integer indices first"):
+            nfc(x, neighbors=lambda *given: self.searched(*given)[::-1])
+        with pytest.raises(ValueError, match=r"neighbors must return indices of shape \(9, 3\)"):
+            nfc(x, neighbors=lambda q, r, k: self.searched(q, r, k + 1))
 
 
 class TestOut:

@@ -104,7 +104,10 @@ def nfc(
             "part_distance='flattened' works with faiss."
         )
     if neighbors is not None and (v is not None or backend != "auto"):
-        raise ValueError("neighbors must be None with backend, and for the distance over visible parts.")
+        raise ValueError(
+            f"neighbors must be None with backend={backend!r} or visible parts: a search of your own compares rows "
+            "as one vector (part_distance='flattened')."
+        )
     nearest = _nearest(z, v, max(k1, k2), backend, neighbors, max_memory)
     is_mutual = mutual_neighbors(nearest, k1, k2)
 
