@@ -57,7 +57,7 @@ class IdentityGenerator:
             classifier-free guidance in every step.
         image_size: (height, width) that pictures are generated at, in pixels.
         round_bank: round what the reference UNet wrote to float16, as the published code does. Without it images of
-            float32 networks differ from the published ones by up to 0.04/255 (docs, "How IPG works"). Half precision
+            float32 networks differ from the published ones by up to 0.04/255 (docs, "Conventions"). Half precision
             rounds anyway; float64 is never rounded. May be assigned, as may `scheduler` and `sampler`.
         sources: repository to commit, of the weights that came from the Hub.
         license: of the UNets, as the Hub names it ("mit", "other"); `save_pretrained` writes it. Default: that of all
