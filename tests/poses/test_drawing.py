@@ -16,7 +16,7 @@ from pose2id.poses import KEYPOINTS, LIMBS, PALETTE, Pose, draw, drawing, standa
 
 FACTS = json.loads((ROOT / "tests" / "golden" / "standard_poses.json").read_text(encoding="utf-8"))["poses"]
 POSES = [*standard(), *(pose.flipped() for pose in standard())]
-PINNED = "e19416ce2f73b24a1aaf6c73d6ec768fd83bb9bb72b6e485f346955031f9c058"
+PINNED = "1f16874a82f83ba1c37e8f5e9745e3a6e7b93080fc23778bdbbe0dc12875d142"
 DIAMOND = [(x, y) for x in range(-2, 3) for y in range(-2, 3) if abs(x) + abs(y) <= 2]
 
 
@@ -121,7 +121,8 @@ def random_poses(count):
         points = [[rng.uniform(low, high), rng.uniform(low, high)] for _ in KEYPOINTS]
         hidden = [j > 0 and rng.random() < 0.15 for j in range(len(KEYPOINTS))]
         pose = Pose(np.where(np.array(hidden)[:, None], np.nan, points))
-        yield pose, ((128, 64), (256, 128), (rng.randint(1, 300), rng.randint(1, 300)))[i % 4 % 3]
+        most = 3000 if i % 50 == 46 else 300
+        yield pose, ((128, 64), (256, 128), (rng.randint(1, most), rng.randint(1, most)))[i % 50 % 4 % 3]
 
 
 def test_random_poses_as_opencv_draws_them():

@@ -45,10 +45,13 @@ def draw(pose: Pose, size: tuple[int, int] = (128, 64)) -> Image.Image:
     height, width = checked_size(size)
     joints, seen = pose.keypoints * (width, height), pose.visible
     limbs = [i for i, (first, second) in enumerate(LIMBS) if seen[first] and seen[second]]
-    outlines = [_outline(*joints[list(LIMBS[i])].tolist()) for i in limbs]
+    outlines = np.array([_outline(*joints[list(LIMBS[i])].tolist()) for i in limbs], np.int64).reshape(-1, 361, 2)
+    edges = _edges(np.array(limbs, np.int64) + 1, outlines)
     canvas = np.zeros((height, width), dtype=np.uint8)  # indices into a palette: black, of limbs, of joints
-    for line, y, first, stop in _spans(np.array(outlines, np.int64).reshape(-1, 361, 2), height, width):
-        canvas[y, first:stop] = 1 + limbs[line]
+    for value, row, first, stop in _spans(*edges, height, width):
+        canvas[row, first:stop] = value
+    values, x, y = _pixels(*_clipped(*edges, height, width))
+    np.maximum.at(canvas, (y, x), values.astype(np.uint8))  # later limbs, of higher values, lie over earlier ones
     for i in np.flatnonzero(seen):
         disc = joints[i].astype(np.int64) + _DISC
         x, y = disc[((disc >= 0) & (disc < (width, height))).all(axis=1)].T
@@ -71,26 +74,38 @@ def _outline(start: list[float], end: list[float]) -> _Integers:
     return corners
 
 
-def _spans(outlines: _Integers, height: int, width: int) -> list[list[int]]:
-    """The pixels of filled outlines, one after the other: index of the outline, y, first x, and x after the last.
-
-    A convex outline is filled between the leftmost and the rightmost pixel of its lines, and of its edges: OpenCV
-    rounds these to the other side.
-    """
-    left, right = np.full((2, len(outlines), height), [[[width]], [[-1]]])
+def _edges(values: _Integers, outlines: _Integers) -> tuple[_Integers, _Integers, _Integers]:
+    """Value, start and end of the edges of outlines (L, 361, 2), outline after outline."""
     starts, ends = outlines[:, :-1].reshape(-1, 2), outlines[:, 1:].reshape(-1, 2)
     moves = np.flatnonzero((starts != ends).any(axis=1))
-    edges = moves // 360, starts[moves], ends[moves]
-    for line, x, y in (_pixels(*_clipped(*edges, height, width)), _crossings(*edges, height)):
-        np.minimum.at(left, (line, y), x)
-        np.maximum.at(right, (line, y), x)
-    line, y = np.nonzero(left <= right)
-    spans: list[list[int]] = np.column_stack([line, y, left[line, y].clip(0), right[line, y] + 1]).tolist()
+    return values[moves // 360], starts[moves], ends[moves]
+
+
+def _spans(values: _Integers, starts: _Integers, ends: _Integers, height: int, width: int) -> list[list[int]]:
+    """What lies between the edges of convex outlines: value, y, first x, and x after the last, in order of values.
+
+    An edge counts in the rows from its upper end to above its lower end, where the next one begins.
+    """
+    upwards = (starts[:, 1] > ends[:, 1])[:, None]
+    starts, ends = np.where(upwards, ends, starts), np.where(upwards, starts, ends)
+    across, down = (ends - starts).T
+    bottoms = np.full(1 + len(LIMBS), np.iinfo(np.int64).min)
+    np.maximum.at(bottoms, values, ends[:, 1])
+    slope = np.trunc((2 * _ONE * across + down) / np.maximum(2 * down, 1)).astype(np.int64)
+    edge, row = _steps(np.where(down > 0, down + (ends[:, 1] == bottoms[values]), 0))
+    x, y = starts[edge, 0] + (slope[edge] * row + _ONE // 2) // _ONE, starts[edge, 1] + row
+    inside = (y >= 0) & (y < height)
+    place = values[edge][inside], y[inside]
+    left, right = np.full((2, 1 + len(LIMBS), height), [[[width]], [[-1]]])
+    np.minimum.at(left, place, x[inside])
+    np.maximum.at(right, place, x[inside])
+    value, y = np.nonzero(left <= right)
+    spans: list[list[int]] = np.column_stack([value, y, left[value, y].clip(0), right[value, y] + 1]).tolist()
     return spans
 
 
-def _pixels(owner: _Integers, starts: _Integers, ends: _Integers) -> tuple[_Integers, _Integers, _Integers]:
-    """Owner, x and y of the pixels of lines, by Bresenham's rule: halves are rounded back to the left end."""
+def _pixels(values: _Integers, starts: _Integers, ends: _Integers) -> tuple[_Integers, _Integers, _Integers]:
+    """Value, x and y of the pixels of lines, by Bresenham's rule: halves are rounded back to the left end."""
     backwards = (starts[:, 0] > ends[:, 0])[:, None]
     starts, ends = np.where(backwards, ends, starts), np.where(backwards, starts, ends)
     way = ends - starts
@@ -98,19 +113,7 @@ def _pixels(owner: _Integers, starts: _Integers, ends: _Integers) -> tuple[_Inte
     line, step = _steps(length + 1)
     twice = 2 * np.maximum(length, 1)[line, None]
     x, y = (starts[line] - np.sign(way)[line] * ((twice // 2 - 2 * np.abs(way)[line] * step[:, None]) // twice)).T
-    return owner[line], x, y
-
-
-def _crossings(owner: _Integers, starts: _Integers, ends: _Integers, height: int) -> tuple[_Integers, ...]:
-    """Owner, x and y of the edges in the rows that they cross, halves rounded up."""
-    upwards = (starts[:, 1] > ends[:, 1])[:, None]
-    starts, ends = np.where(upwards, ends, starts), np.where(upwards, starts, ends)
-    across, down = (ends - starts).T
-    slope = np.trunc((2 * _ONE * across + down) / np.maximum(2 * down, 1)).astype(np.int64)
-    edge, row = _steps(np.where(down > 0, down + 1, 0))
-    x, y = starts[edge, 0] + (slope[edge] * row + _ONE // 2) // _ONE, starts[edge, 1] + row
-    inside = (y >= 0) & (y < height)
-    return owner[edge][inside], x[inside], y[inside]
+    return values[line], x, y
 
 
 def _steps(counts: _Integers) -> tuple[_Integers, _Integers]:
@@ -120,15 +123,15 @@ def _steps(counts: _Integers) -> tuple[_Integers, _Integers]:
 
 
 def _clipped(
-    owner: _Integers, starts: _Integers, ends: _Integers, height: int, width: int
+    values: _Integers, starts: _Integers, ends: _Integers, height: int, width: int
 ) -> tuple[_Integers, _Integers, _Integers]:
     """The lines inside the canvas; an end beyond a border moves to it, by whole pixels across."""
     for axis, last in ((1, height - 1), (0, width - 1)):
         inside = (np.maximum(starts, ends)[:, axis] >= 0) & (np.minimum(starts, ends)[:, axis] <= last)
-        owner, starts, ends = owner[inside], starts[inside], ends[inside]
+        values, starts, ends = values[inside], starts[inside], ends[inside]
         for near, far in ((starts, ends), (ends, starts)):
             beyond = (near[:, axis] < 0) | (near[:, axis] > last)
             way, moved = (far - near)[beyond], (near[:, axis].clip(0, last) - near[:, axis])[beyond]
             near[beyond, 1 - axis] += np.trunc(moved * way[:, 1 - axis] / way[:, axis]).astype(np.int64)
             near[beyond, axis] += moved
-    return owner, starts, ends
+    return values, starts, ends
