@@ -17,7 +17,17 @@ from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 from torch import nn
 from tqdm import tqdm
 
-from pose2id import Centralizer, Extractor, GeneratedPictures, extractor, fuse, generation_diagnostics, nfc, poses
+from pose2id import (
+    Centralizer,
+    Extractor,
+    GeneratedPictures,
+    PictureFolder,
+    extractor,
+    fuse,
+    generation_diagnostics,
+    nfc,
+    poses,
+)
 from pose2id.centralization import nfc as centralization
 from pose2id.io import decoding
 from pose2id.io.decoding import decoding_once
@@ -610,6 +620,12 @@ class TestParts:
         assert source.generator.asked[0].items() >= wanted.items()
         with pytest.raises(TypeError, match="'seed'"):
             GeneratedPictures(FakeGenerator(), sampling=Settings(), seed=4)
+
+    def test_poses_of_a_generator_are_known(self):
+        with pytest.raises(TypeError, match="poses must be 'standard' or a sequence of poses, got None"):
+            GeneratedPictures(FakeGenerator(), None)
+        assert PictureFolder(".").poses == (None,) * 8
+        assert PictureFolder(".", pose_inputs={"xy": len}).poses == poses.standard()
 
     def test_options_may_be_called_generator(self):
         source = GeneratedPictures(FakeGenerator(), generator=torch.Generator())
