@@ -13,11 +13,11 @@ The stages, each of which leaves files in OUT; started again, the script goes on
 The default size is meant for one data-centre GPU; it has not been measured on one. --size small has the networks of
 the tiny weights, which a CPU trains in an hour or two (docs/results.md). Beside pose2id[train] it needs onnxruntime.
 
-The data are pictures of real people. They are no part of this project and must not be redistributed; neither must what
+The data are images of real people. They are no part of this project and must not be redistributed; neither must what
 is made of them: OUT is for looking at, and hides from git. Every setting was decided before anything was measured; eta
 is not chosen on the test people, three values are reported. So is a control of each: the mean of everybody's generated
-features in place of a person's own. It tells nobody apart, and still moves the figures; only what is gained above it is
-due to the pictures.
+features in place of a person's own. It carries no identity, yet changes the scores; only a gain above it is due to the
+images.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class RunDirectory:
         origin: str,
         longer: bool,
     ) -> None:
-        """Make the directory this run's, or see that it is; nobody else may train in it until `release`.
+        """Make the directory this run's, or see that it is; it is locked until `release`.
 
         `longer`: the number of steps may be another than before. `run.json` of a run that goes on is written later, by
         `write`, when nothing else has gone wrong.
@@ -147,7 +147,7 @@ class RunDirectory:
         """Have the model card of this step's checkpoint, if any, say what its validation found."""
         known = checkpoints.found(self.path)
         published = self.content["published"] == step and not new  # with that on its card
-        lost = not math.isfinite(metrics.recent_loss())  # somebody removed the log
+        lost = not math.isfinite(metrics.recent_loss())  # the log was removed
         if not known or checkpoints.step_of(known[-1]) != step or published or lost:
             return
         self.content["published"] = None
