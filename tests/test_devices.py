@@ -20,6 +20,7 @@ from pose2id.cli import main
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
 from pose2id.ipg import IdentityGenerator
+from pose2id.neighbors.search import exact_neighbors
 from pose2id.poses import standard
 from pose2id.training import table
 
@@ -74,6 +75,7 @@ CALLS = {
         f["q_parts"], f["g_parts"], *r["labels"], q_visibility=r["visible"][0], g_visibility=r["visible"][1]
     ),
     "evaluate_rank": lambda f, r: pose2id.evaluate_rank(f["qg"], *r["labels"]),
+    "exact_neighbors": lambda f, r: exact_neighbors(f["q"], f["g"], 5),
     "fuse": lambda f, r: pose2id.fuse(f["q"], f["q_generated"]),
     "fuse, parts": lambda f, r: pose2id.fuse(f["q_parts"], f["q_part_generated"], visibility=r["shown_generated"]),
     "generation_diagnostics": lambda f, r: pose2id.generation_diagnostics(f["q"], f["q_generated"]),
@@ -213,6 +215,7 @@ def test_another_default_device(name, place, rng, gpu_by_default):
 PAIRS = {
     "aqe": ("q", "g"),
     "evaluate": ("q", "g"),
+    "exact_neighbors": ("q", "g"),
     "k_reciprocal": ("q", "g"),
     "part_distances": ("q_parts", "g_parts"),
     "query_expansion": ("q", "g"),
@@ -242,6 +245,7 @@ def test_generated_features_may_be_elsewhere(places, rng):
 
 BOUNDED = {
     "database_augmentation": lambda x, y, **memory: pose2id.database_augmentation(y, **memory),
+    "exact_neighbors": lambda x, y, **memory: exact_neighbors(x, y, 5, **memory)[0],
     "nearest_neighbors": lambda x, y, **memory: pose2id.nearest_neighbors(y, 5, **memory),
     "nfc": lambda x, y, **memory: pose2id.nfc(y, **memory),
     "nfc, parts": lambda x, y, **memory: pose2id.nfc(y.view(len(y), 8, -1), **memory),

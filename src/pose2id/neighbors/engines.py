@@ -21,7 +21,7 @@ from pose2id.neighbors.space import FLOAT32_ROUNDING, Centred, Space
 
 # From a slice of the rows that are searched to their (C, B) scores.
 Scores = Callable[[slice], Tensor]
-_SAMPLE = 128
+_SAMPLE = 128  # rows that show whether half precision decides enough
 _GROUP = 8  # scores of which only the largest is looked at first
 _EXTRA = 6  # columns that hold squared norms
 _FASTER = 1.5  # than float32 must products in half precision be, to pay for what comes on top
@@ -43,7 +43,7 @@ class Engine(Protocol):
 
     Attributes:
         trial: whether a sample of rows must show first that it decides most lists.
-        sample: of how many rows its bounds are compared with exact distances.
+        sample: by how many rows it is judged.
     """
 
     trial: bool
@@ -70,12 +70,11 @@ class Blocks:
         rows_at_a_time: how many rows should be compared with all columns at a time.
     """
 
-    trial = False
+    trial, sample = False, 32
 
     def __init__(self, space: Centred, side: int) -> None:
         self._searched = space
         self._side = max(1, side)
-        self.sample = max(1, min(_SAMPLE, space.block_bytes // (16 * (space.dim + _EXTRA))))
         self.columns = even_blocks(space.n, self._side)
         self.rows_at_a_time = max(1, space.block_bytes // (40 * max(space.dim, self.columns[0].stop)))
 
@@ -201,6 +200,7 @@ class Half(Blocks):
         width = space.dim + _EXTRA
         super().__init__(space, min(math.isqrt(space.block_bytes // 8), space.block_bytes // (8 * width)))
         self._space, self._dtype, self.trial = space, found, trial
+        self.sample = max(1, min(_SAMPLE, space.block_bytes // (16 * width)))
         total = len(space.squares)
         self._rows = None
         if space.copy is not None:

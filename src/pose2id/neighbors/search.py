@@ -181,20 +181,13 @@ def search(
 
 
 def _search(
-    rows: Any,
-    queries: Rows | None,
-    k: int,
-    backend: str | Sequence[EngineMaker],
-    max_memory: int | Memory | None,
-    *,
-    own: bool,
+    rows: Any, queries: Rows | None, k: int, backend: Any, max_memory: int | Memory | None, *, own: bool
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """The k nearest rows of each query, of each row itself without queries, and what computes their distances."""
     if isinstance(backend, str):
         checked_choice(backend, "backend", BACKENDS)
     everything = rows if queries is None else JoinedRows(rows, queries)
-    lists = everything.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k)
-    copies = 6 * everything.n * (rows.dim + 6)
+    lists, copies = everything.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k), 6 * everything.n * (rows.dim + 6)
     memory = plan_memory(everything, k, max_memory, lists=lists, copies=copies)
     if backend == "faiss" and not memory.copies:
         raise ValueError(
@@ -207,14 +200,8 @@ def _search(
     with full_precision(rows.device):
         kept, twin = distinct(rows, k + (not own), memory.block_bytes)
         asking = torch.arange(rows.n, everything.n, device=rows.device)
-        space = Space(
-            everything,
-            torch.cat([kept, asking]),
-            memory.block_bytes,
-            keep_copy=memory.copies,
-            queries=len(asking),
-            own=own,
-        )
+        chosen = torch.cat([kept, asking])
+        space = Space(everything, chosen, *memory, queries=len(asking), own=own)
         engines = _engines(space, k, backend) if isinstance(backend, str) else backend
         found = certified(space, k, engines, Products(space, torch.float64), forced=backend == "faiss")
     place = slice(None) if twin is None or queries is not None else twin
@@ -249,10 +236,8 @@ def distinct(rows: RowSource, copies: int, block_bytes: int) -> tuple[Tensor, Te
     """
     everything = torch.arange(rows.n, device=rows.device)
     keys = torch.empty(rows.n, dtype=torch.int64, device=rows.device)
-    weights = (
-        torch.randint(2**62, (rows.dim,), generator=torch.Generator().manual_seed(0), device="cpu").to(rows.device) * 2
-        + 1
-    )
+    drawn = torch.Generator().manual_seed(0)
+    weights = torch.randint(2**62, (rows.dim,), generator=drawn, device="cpu").to(rows.device) * 2 + 1
     for block in rows.blocks(block_bytes):
         # Adding zero makes -0.0 and 0.0 one. Integer sums wrap around and do not depend on their order.
         bits = (rows.read(block, torch.float64) + 0.0).view(torch.int64)

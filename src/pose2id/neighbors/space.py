@@ -135,8 +135,8 @@ class Space(Centred):
         rows: RowSource,
         kept: Tensor,
         block_bytes: int,
-        *,
         keep_copy: bool = True,
+        *,
         queries: int = 0,
         own: bool = False,
     ) -> None:
