@@ -325,7 +325,7 @@ def test_what_is_wrong_in_exif_does_not_matter(tmp_path, pictures):
         ([], ValueError, "at least one image"),
         ("a.jpg", TypeError, "Wrap one image"),
         (Image.new("RGB", (2, 2)), TypeError, "Wrap one image"),
-        (np.zeros((4, 4, 3), np.uint8), TypeError, r"sequence of images, got shape \(4, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.uint8), TypeError, r"sequence of images, got ndarray of shape \(4, 4, 3\)"),
         (None, TypeError, "sequence of images"),
         ((x for x in "ab"), TypeError, r"an iterator in list\(\)"),
         ([Image.new("RGB", (2, 2)), "missing.jpg"], ValueError, r"images\[1\] cannot be read.*missing.jpg"),
