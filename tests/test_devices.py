@@ -22,7 +22,7 @@ from pose2id.extractor import Preprocess
 from pose2id.ipg import IdentityGenerator
 from pose2id.neighbors.search import exact_neighbors
 from pose2id.poses import standard
-from pose2id.training import table
+from pose2id.demo import write_people
 
 Q, G, P, D, M = 20, 90, 4, 16, 3
 pytestmark = pytest.mark.gpu
@@ -457,7 +457,7 @@ def fresh_accelerate():
 
 
 def test_train(folder, capsys, fresh_accelerate):
-    table.write_people(SyntheticPedestrians(3, num_cameras=1, images_per_camera=2), "cameras", progress=False)
+    write_people(SyntheticPedestrians(3, num_cameras=1, images_per_camera=2), "cameras", progress=False)
     command = ["train", "cameras/table.csv", "--out", "run", "--weights", "tiny", "--steps", "2", "--batch-size", "2"]
     command += ["--validation-images", "2", "--validation-steps", "1", "--checkpoint-every", "1", "--device", "cuda"]
     assert main(command) == 0, capsys.readouterr().err

@@ -20,7 +20,7 @@ from pose2id.io.decoding import decoding_once
 from pose2id.io.images import checked_images
 from pose2id.io.rows import FeatureArray, Rows, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
-from pose2id.neighbors.search import BACKENDS
+from pose2id.neighbors.search import BACKENDS, NeighborSearch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pose2id.poses import Pose
 
 
-_OF_NFC = ("k1", "k2", "part_distance", "backend", "max_memory")
+_OF_NFC = ("k1", "k2", "part_distance", "backend", "neighbors", "max_memory")
 
 
 class _OfExtractor(TypedDict, total=False):
@@ -76,6 +76,7 @@ class Centralizer:
         eta: weight of generated images in eq. 9: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
         part_distance: how features in parts find neighbours: "visible" or "flattened" (see `nfc`).
         backend: "auto", "faiss" or "torch": who searches neighbours.
+        neighbors: a search of your own in its place (see `nfc`).
         max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
         **shortcuts: transform, inputs, batch_size, device and flip, for an `Extractor` of the model; generator with
             generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a `PictureFolder`;
@@ -95,6 +96,7 @@ class Centralizer:
         eta: float = 2.0,
         part_distance: str = "visible",
         backend: str = "auto",
+        neighbors: NeighborSearch | None = None,
         max_memory: int | None = None,
         **shortcuts: Unpack[Shortcuts],
     ) -> None:
@@ -103,6 +105,7 @@ class Centralizer:
         self.eta = checked_number(eta, "eta", 0, 1e6)
         self.part_distance = checked_choice(part_distance, "part_distance", PART_DISTANCES)
         self.backend = checked_choice(backend, "backend", BACKENDS)
+        self.neighbors = neighbors
         checked_memory(max_memory)
         self.max_memory = max_memory
         given = {name: value for name, value in shortcuts.items() if value is not None}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import parts as literal
 from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 
-from pose2id import fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
+from pose2id import Centralizer, fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
 from pose2id.centralization import nfc as centralization
 from pose2id.neighbors.search import exact_neighbors
 
@@ -293,6 +293,19 @@ class TestOwnSearch:
         expected = nfc(x, 3, 2, normalize=normalize)
         np.testing.assert_array_equal(nfc(x, 3, 2, normalize=normalize, neighbors=self.searched), expected)
         np.testing.assert_array_equal(nfc(x, 3, 2, normalize=normalize, neighbors=exact_neighbors), expected)
+
+    def test_a_centralizer_asks_it(self, rng):
+        q, g = rng.standard_normal((9, 7)), rng.standard_normal((30, 7))
+        asked = []
+
+        def search(queries, rows, k):
+            asked.append(len(rows))
+            return self.searched(queries, rows, k)
+
+        found = Centralizer(neighbors=search).enhance(q, g)
+        assert asked == [9, 30]
+        for enhanced, x in zip(found, (q, g), strict=True):
+            np.testing.assert_array_equal(enhanced, nfc(x))
 
     def test_tensors_and_parts_in_one_vector(self, rng):
         x = torch.from_numpy(rng.standard_normal((40, 3, 4))).float()
