@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import pose2id
 from pose2id import Centralizer, Extractor, GeneratedPictures
 from pose2id.cli import main
+from pose2id.demo import write_people
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
 from pose2id.ipg import IdentityGenerator
 from pose2id.neighbors.search import exact_neighbors
 from pose2id.poses import standard
-from pose2id.demo import write_people
 
 Q, G, P, D, M = 20, 90, 4, 16, 3
 pytestmark = pytest.mark.gpu

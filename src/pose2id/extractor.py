@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag, checked_size
+from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag, checked_size, first_few
 from pose2id.io.images import checked_images, load_image
 from pose2id.io.rows import FLOAT_DTYPES, Rows, blocks
 
@@ -261,7 +261,7 @@ class Extraction:
         if bad:
             raise ValueError(
                 f"extractor output must be finite; {len(bad)} of {len(rows)} features hold NaN or infinity "
-                f"({', '.join(map(images.name, bad[:5]))}{', ...' if len(bad) > 5 else ''})."
+                f"({first_few(map(images.name, bad), most=5)})."
             )
         features, visibility = (x if x is None else x.reshape(n, *images.each, *x.shape[1:]) for x in outputs)
         return features, visibility

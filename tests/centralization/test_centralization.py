@@ -375,17 +375,17 @@ class TestOut:
         os.symlink("x.npy", "link.npy")
         os.symlink("nowhere.npy", "dangling.npy")
         for out in ("x.npy", tmp_path / "link.npy", "dangling.npy"):
-            with pytest.raises(FileExistsError, match=r"out must not exist, got .*npy\. Choose another name"):
+            with pytest.raises(FileExistsError, match=r"npy exists\. Choose another name"):
                 nfc(np.load("x.npy", mmap_mode="r"), out=out)
         assert (tmp_path / "x.npy").read_bytes() == before
 
     @pytest.mark.parametrize(
         ("features", "out", "error", "message"),
         [
-            (np.ones((3, 2)), "x.npz", ValueError, "out must end in .npy"),
-            (np.ones((3, 2)), "x", ValueError, "out must end in .npy"),
-            (np.ones((3, 2)), "nowhere/x.npy", FileNotFoundError, "out must be in a folder that exists"),
-            (np.ones((3, 2)), 3, TypeError, "out must be the name of a file, got int"),
+            (np.ones((3, 2)), "x.npz", ValueError, "must end in .npy"),
+            (np.ones((3, 2)), "x", ValueError, "must end in .npy"),
+            (np.ones((3, 2)), "nowhere/x.npy", FileNotFoundError, "There is no folder nowhere"),
+            (np.ones((3, 2)), 3, TypeError, "not int"),
             (torch.ones((3, 2)), "x.npy", TypeError, "out must be None for tensors"),
             ([[1.0]], "x.npy", TypeError, "features must be a numpy array"),
         ],

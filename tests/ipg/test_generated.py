@@ -92,7 +92,7 @@ def test_missing_pictures_are_named_together(tmp_path):
     images = [f"/data/{i}.jpg" for i in range(7)]
     message = (
         r"2 pictures of every image; they are missing for 6 of 7: images\[1\] \(/data/1.jpg\), "
-        r"images\[2\] \(/data/2.jpg\), images\[3\] \(/data/3.jpg\), \.\.\.\. Looked for .*pose1\.\.pose2"
+        r"images\[2\] \(/data/2.jpg\), images\[3\] \(/data/3.jpg\), \.\.\. and 3 more\. Looked for .*pose1\.\.pose2"
     )
     with pytest.raises(ValueError, match=message):
         find(tmp_path, images, 2)

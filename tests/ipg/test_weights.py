@@ -570,9 +570,9 @@ def test_saving_replaces_nothing(tmp_path):
     tiny.generator().save_pretrained(tmp_path / "empty")
     assert len(list((tmp_path / "empty").iterdir())) == 8
     for target in (tmp_path / "empty", tmp_path / "empty" / "README.md"):
-        with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
+        with pytest.raises(FileExistsError, match="exists and is not empty"):
             tiny.generator().save_pretrained(target)
-        with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
+        with pytest.raises(FileExistsError, match="exists and is not empty"):
             convert("somebody/weights", target)
 
 
@@ -640,7 +640,7 @@ def test_conversion_of_published_weights(tmp_path, capsys):
     convert(tmp_path / "half", tmp_path / "same")
     assert load_file(tmp_path / "same" / "vae.safetensors")["quant_conv.bias"].dtype == torch.float16
     assert main(["convert", str(source), str(tmp_path / "half")]) == 2
-    assert "exists and is not an empty directory" in capsys.readouterr().err
+    assert "exists and is not empty" in capsys.readouterr().err
 
 
 def test_conversion_of_full_size_parts(tmp_path, monkeypatch, published):

@@ -22,7 +22,7 @@ from pose2id.io.checks import (
     checked_memory,
 )
 from pose2id.io.rows import FeatureArray, Rows, unit
-from pose2id.io.whole_files import write_npy
+from pose2id.io.whole_files import new_file, write_npy
 from pose2id.neighbors import visible_parts
 from pose2id.neighbors.search import BACKENDS, NeighborSearch, mutual, neighbors_of_rows, search
 
@@ -172,18 +172,12 @@ def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) 
 
 
 def _checked_out(out: Any, features: Any) -> Path:
-    if not isinstance(out, (str, os.PathLike)):
-        raise TypeError(f"out must be the name of a file, got {type(out).__name__}.")
     if isinstance(features, Tensor):
         raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
-    path = Path(out)
-    if path.suffix.lower() != ".npy":
-        raise ValueError(f"out must end in .npy, got {os.fspath(out)!r}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"out must be in a folder that exists, got {path}.")
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"out must not exist, got {path}. Choose another name.")
-    return path
+    new_file(out, suffixes=(".npy",))
+    if os.path.islink(out):  # to nothing: the file would take the link's place
+        raise FileExistsError(f"{out} exists. Choose another name.")
+    return Path(out)
 
 
 def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]]) -> Any:

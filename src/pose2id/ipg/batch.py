@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from pose2id.io.checks import first_few
 from pose2id.io.images import content_key, image_files, load_image
 from pose2id.io.whole_files import whole_file
 from pose2id.ipg.folder import NOTE, read_note
@@ -28,7 +29,6 @@ from pose2id.ipg.weights import PARTS
 
 SHEETS = "sheets"
 _GAP = 4  # pixels between the pictures of a contact sheet
-_SHOWN = 10  # broken images that an error lists
 _SAMPLED = 256  # values of each tensor that a fingerprint looks at
 
 
@@ -334,8 +334,7 @@ def _content_keys(images: Mapping[str, Path], references: References) -> list[st
         except ValueError as error:
             broken.append(str(error))
     if broken:
-        more = f"\nand {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
-        raise ValueError("\n".join(broken[:_SHOWN]) + more)
+        raise ValueError(first_few(broken, most=10, separator="\n"))
     return keys
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from pose2id.io.checks import checked_count
+from pose2id.io.checks import checked_count, first_few
 from pose2id.io.images import SUFFIXES, content_key, image_files, load_image
 from pose2id.poses import Pose
 
 NOTE = "pose2id"  # the PNG text that records what a generated picture was made from
-_SHOWN = 3
 
 
 def find(directory: str | os.PathLike[str], images: Sequence[Any], count: int) -> list[list[Path]]:
@@ -53,10 +52,10 @@ def find(directory: str | os.PathLike[str], images: Sequence[Any], count: int) -
         looked_for = f"{count} pictures in {root}{os.sep}<the image's name without its extension>"
     missing = [i for i, files in enumerate(found) if len(files) < count]
     if missing:
-        shown = ", ".join(f"images[{i}] ({os.fspath(images[i])})" for i in missing[:_SHOWN])
+        shown = first_few(f"images[{i}] ({os.fspath(images[i])})" for i in missing)
         raise ValueError(
             f"{root} must hold {count} pictures of every image; they are missing for {len(missing)} of {len(images)}: "
-            f"{shown}{', ...' if len(missing) > _SHOWN else ''}. Looked for {looked_for}."
+            f"{shown}. Looked for {looked_for}."
         )
     return found
 

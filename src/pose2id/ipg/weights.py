@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pose2id.io.checks import first_few
+from pose2id.io.whole_files import new_directory
 from pose2id.ipg.hub import MissingFilesError, Place
 from pose2id.ipg.identity import IdentityTokens, TransReID
 from pose2id.ipg.pose_encoder import PoseEncoder
@@ -42,7 +44,6 @@ CONFIG_FILE, CARD = "pose2id.json", "README.md"
 OPENRAIL = "creativeml-openrail-m"
 OTHER = "other"
 _FORMAT = 1
-_SHOWN = 10  # keys of one kind that an error lists
 
 
 @dataclass(frozen=True)
@@ -363,10 +364,7 @@ def checked_license(name: Any) -> str:
 
 def checked_target(directory: str | os.PathLike[str]) -> Path:
     """A directory that is new or empty."""
-    target = Path(directory).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty directory. Choose another, or remove it.")
-    return target
+    return new_directory(Path(directory).expanduser())
 
 
 def config_of(name: str, part: nn.Module) -> dict[str, Any]:
@@ -520,11 +518,7 @@ def _mismatch(module: nn.Module, tensors: Mapping[str, Tensor], unused: str) -> 
         ],
         "not floating": [key for key in wanted if key in tensors and not tensors[key].is_floating_point()],
     }
-    return "; ".join(
-        f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
-        for kind, keys in kinds.items()
-        if keys
-    )
+    return "; ".join(f"{len(keys)} {kind}: {first_few(keys, most=10)}" for kind, keys in kinds.items() if keys)
 
 
 def model_card(sources: Mapping[str, str], name: str, notes: str = "") -> str:
