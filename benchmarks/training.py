@@ -99,7 +99,7 @@ def counted(batch_size: int) -> dict[str, int]:
     """Bytes of everything that training at the published size holds, in float32."""
     with torch.device("meta"):
         generator = _full_size()
-        trained = TrainedParts(generator).train()
+        trained = TrainedParts(generator.networks).train()
         latents, images = (torch.empty(batch_size, *shape) for shape in (generator.latent_shape, (3, 512, 256)))
         timesteps = torch.empty(batch_size, dtype=torch.int64)
         features = torch.empty(batch_size, generator.identity_encoder.feature_dim)

@@ -74,7 +74,7 @@ def state(directory, step):
 
 def average(directory, step):
     """The tensors of a checkpoint's EMA, by name."""
-    names = [name for name, _ in TrainedParts(miniature()).named_parameters()]
+    names = [name for name, _ in TrainedParts(miniature().networks).named_parameters()]
     return dict(zip(names, state(directory, step)["average"]["shadow_params"], strict=True))
 
 

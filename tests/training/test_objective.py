@@ -75,7 +75,7 @@ def sampled():
 
 @pytest.fixture
 def parts(sampled):
-    parts = TrainedParts(sampled.generator).train()
+    parts = TrainedParts(sampled.generator.networks).train()
     yield parts
     parts.eval().requires_grad_(False)
 

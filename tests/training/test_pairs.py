@@ -248,7 +248,7 @@ def test_latents_are_those_of_the_pictures(selection, tmp_path):
         computed = {
             "target_latents": generator.encode_images(sample["target"][None]),
             "reference_latents": generator.encode_images(sample["reference"][None]),
-            "features": identity_features(generator, sample["identity"][None]),
+            "features": identity_features(generator.networks, sample["identity"][None]),
         }
         for name, value in computed.items():
             torch.testing.assert_close(other[name], value[0], atol=1e-5, rtol=1e-5)

@@ -117,7 +117,7 @@ def stepped(images, kind, settings):
     drawn = {name: getattr(given, name) for name in ("seed", "unconditional_ratio", "noise_offset", "flip", "erase")}
     sizes = {"image_size": (16, 8), "identity_size": (16, 8), "latent_shape": (4, 8, 4)}
     pairs = Pairs(select(images), PairSettings(**drawn, **sizes, variants=given.reference_variants))
-    parts = TrainedParts(generator).train()
+    parts = TrainedParts(generator.networks).train()
     trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
     optimizer = kind(trained, lr=0, weight_decay=given.weight_decay)
     average = None
@@ -134,7 +134,7 @@ def stepped(images, kind, settings):
             timesteps,
             batch["pose"],
             generator.encode_images(batch["reference"]),
-            identity_features(generator, batch["identity"]),
+            identity_features(generator.networks, batch["identity"]),
             batch["unconditional"],
         )
         errors = (prediction - objective.target(latents, noise, timesteps)).square().mean((1, 2, 3))
@@ -178,7 +178,7 @@ def test_the_defaults_are_the_papers():
 
 def test_what_is_trained(whole, run, tmp_path):
     before = miniature()
-    parts = TrainedParts(before)
+    parts = TrainedParts(before.networks)
     frozen = {name for name, parameter in parts.named_parameters() if not parameter.requires_grad}
     assert frozen
     assert all(name.startswith("reference_unet.up_blocks.0.attentions.1.") for name in frozen)

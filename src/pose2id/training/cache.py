@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from pose2id.io.whole_files import whole_file, write_npy
 from pose2id.ipg.batch import fingerprint
 from pose2id.ipg.generator import IdentityGenerator
+from pose2id.ipg.networks import Networks
 from pose2id.training.checkpoints import to_disk
 from pose2id.training.pairs import Pairs
 
@@ -77,7 +78,7 @@ def build(
     targets = _Images(pairs, "target", [(i, 0) for i in selection.targets])
     seen = [(i, variant) for i in range(len(selection.images)) for variant in range(variants)]
     references, identities = _Images(pairs, "reference", seen), _Images(pairs, "identity", seen)
-    encode_identity = partial(identity_features, generator)
+    encode_identity = partial(identity_features, generator.networks)
     files: list[tuple[str, _Images, tuple[int, ...], Callable[[Tensor], Tensor]]] = [
         (_TARGETS, targets, shape, generator.encode_images),
         (_REFERENCES, references, shape, generator.encode_images),
@@ -116,9 +117,9 @@ def _is_whole(directory: Path, content: str, shapes: Mapping[str, tuple[int, ...
 
 
 @torch.no_grad()
-def identity_features(generator: IdentityGenerator, images: Tensor) -> Tensor:
+def identity_features(networks: Networks, images: Tensor) -> Tensor:
     """Features (B, F) of images (B, 3, h', w') in [0, 1], from the identity encoder."""
-    features: Tensor = generator.identity_encoder((images * 2 - 1).to(generator.dtype))
+    features: Tensor = networks.identity_encoder((images * 2 - 1).to(networks.dtype))
     return features
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pose2id.ipg import reference
-from pose2id.ipg.generator import IdentityGenerator
+from pose2id.ipg.networks import Networks
 
 TRAINED = ("reference_unet", "denoising_unet", "identity_tokens", "pose_encoder")
 PREDICTIONS = ("v_prediction", "epsilon")
@@ -26,25 +26,25 @@ class TrainedParts(nn.Module):
     Parameters that the loss does not depend on are frozen: the reference UNet behind its last self-attention's input.
 
     Args:
-        generator: whose networks; its identity encoder gives the unconditional feature, that of a grey image.
+        networks: of a generator; the identity encoder gives the unconditional feature, that of a grey image.
     """
 
     unconditional_feature: Tensor
 
-    def __init__(self, generator: IdentityGenerator) -> None:
+    def __init__(self, networks: Networks) -> None:
         super().__init__()
-        self.reference_unet = generator.reference_unet
-        self.denoising_unet = generator.denoising_unet
-        self.identity_tokens = generator.identity_tokens
-        self.pose_encoder = generator.pose_encoder
-        like: dict[str, Any] = {"device": generator.device, "dtype": generator.dtype}
-        grey = torch.zeros(1, 3, *generator.identity_encoder.image_size, **like)
+        self.reference_unet = networks.reference_unet
+        self.denoising_unet = networks.denoising_unet
+        self.identity_tokens = networks.identity_tokens
+        self.pose_encoder = networks.pose_encoder
+        like: dict[str, Any] = {"device": networks.device, "dtype": networks.dtype}
+        grey = torch.zeros(1, 3, *networks.identity_encoder.image_size, **like)
         with torch.no_grad():
-            self.register_buffer("unconditional_feature", generator.identity_encoder(grey), persistent=False)
+            self.register_buffer("unconditional_feature", networks.identity_encoder(grey), persistent=False)
         if any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()):
             raise ValueError("unet must have a dropout of 0: a resumed run would draw other units.")
         self.requires_grad_(True)
-        self._freeze_unread(torch.zeros(1, *generator.latent_shape, **like))
+        self._freeze_unread(torch.zeros(1, *networks.latent_shape, **like))
 
     def forward(
         self,

@@ -185,7 +185,7 @@ class _Run:
             self.pairs.latents = cache.Latents(directory.path, self.pairs)
         self.people = people_shown(selection.images if validation is None else validation, settings.validation_images)
         self.objective = Objective(generator.scheduler, settings.snr_gamma)
-        networks = TrainedParts(generator).train()
+        networks = TrainedParts(generator.networks).train()
         checkpoint_gradients(networks, settings.gradient_checkpointing)
         # diffusers' default decay: the average forgets its first steps.
         self.average = None if settings.ema is None else diffusers.EMAModel(networks.parameters(), decay=settings.ema)
@@ -254,7 +254,7 @@ class _Run:
         if "target" in sample:
             sample["target_latents"] = self.generator.encode_images(sample["target"])
             sample["reference_latents"] = self.generator.encode_images(sample["reference"])
-            sample["features"] = cache.identity_features(self.generator, sample["identity"])
+            sample["features"] = cache.identity_features(self.generator.networks, sample["identity"])
         latents, noise, timesteps = sample["target_latents"], sample["noise"], sample["timestep"]
         prediction = self.networks(
             self.objective.noisy(latents, noise, timesteps),

@@ -55,7 +55,7 @@ def validate(
 
     def features(images: Sequence[Image.Image]) -> Tensor:
         seen = torch.stack([pixels(image, size) for image in images]).to(generator.device)
-        return identity_features(generator, seen)
+        return identity_features(generator.networks, seen)
 
     of_people = torch.stack([features(row) for row in generated])
     return stacked(sheets), generation_diagnostics(features(references), of_people)
