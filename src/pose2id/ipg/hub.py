@@ -138,8 +138,8 @@ class Place:
             ) from error
         except RepositoryNotFoundError as error:
             raise FileNotFoundError(
-                f"{self._argument} must be a directory or a repository; there is no directory {self.name!r} and no "
-                "repository that you may read. Check the name, log in with `hf auth login`, accept its terms if any."
+                f"{self._argument} must be a directory or a repository of the Hub; there is no directory {self.name!r} "
+                "and no repository that you may read. Check the name, log in with `hf auth login`, accept its terms."
             ) from error
         except (OSError, _HTTP_ERROR) as error:
             if getattr(error, "errno", None) is not None:
