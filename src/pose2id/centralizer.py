@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pose2id.centralization.diagnostics import GenerationDiagnostics, generation_diagnostics
 from pose2id.centralization.fusion import fuse
-from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc
+from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, with_neighbors
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
 from pose2id.io.checks import checked_choice, checked_count, checked_memory, checked_number
 from pose2id.io.decoding import decoding_once
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pose2id.poses import Pose
 
 
-_OF_NFC = ("k1", "k2", "part_distance", "backend", "neighbors", "max_memory")
+_OF_NFC = ("k1", "k2", "backend", "neighbors", "max_memory")
 
 
 class _OfExtractor(TypedDict, total=False):
@@ -81,9 +81,6 @@ class Centralizer:
         **shortcuts: transform, inputs, batch_size, device and flip, for an `Extractor` of the model; generator with
             generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a `PictureFolder`;
             poses, num_poses and pose_inputs for either. None: as by default.
-
-    Raises:
-        TypeError, ValueError: a parameter is out of range, or does not go with another; named.
     """
 
     def __init__(
@@ -138,9 +135,6 @@ class Centralizer:
             (N, D) L2-normalised features, or (N, P, D) parts, each L2-normalised, in the container, dtype and device
             that the model returns. A part's generated mean is taken over the images that show it, where the model
             returns visibility. With num_poses=0: the normalised features of the originals.
-
-        Raises:
-            TypeError, ValueError: no extractor or no pictures, or as in `Extractor.__call__`.
         """
         if getattr(self.pictures, "num_poses", None) == 0:
             return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
@@ -181,21 +175,15 @@ class Centralizer:
         Returns:
             (query, gallery), L2-normalised, parts each by itself, each in the shape, container, dtype and device it
             came in.
-
-        Raises:
-            TypeError, ValueError: bad input, named; an empty set, or a row that is not finite.
         """
-        query = Rows(query_feats, "query_feats", parts=True)
-        gallery = Rows(gallery_feats, "gallery_feats", parts=True)
+        query = Rows(query_feats, "query_feats", normalize=not joint, parts=True)
+        gallery = Rows(gallery_feats, "gallery_feats", normalize=not joint, parts=True)
         checked_pair(query, gallery, "query_feats", "gallery_feats")
-        checked_weights(query, query_visibility, "query_visibility", self.part_distance)
-        checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance)
+        of_query = checked_weights(query, query_visibility, "query_visibility", self.part_distance)
+        of_gallery = checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance)
         settings: dict[str, Any] = {name: getattr(self, name) for name in _OF_NFC}
         if not joint:
-            return (
-                nfc(query_feats, visibility=query_visibility, **settings),
-                nfc(gallery_feats, visibility=gallery_visibility, **settings),
-            )
+            return with_neighbors(query, of_query, **settings), with_neighbors(gallery, of_gallery, **settings)
         dtype = torch.promote_types(query.dtype, gallery.dtype)
         both = torch.cat([rows.read(slice(None), dtype) for rows in (query, gallery)])
         if query.in_parts:
@@ -204,7 +192,7 @@ class Centralizer:
         if query_visibility is not None or gallery_visibility is not None:
             shown = query.visibility(query_visibility, "query_visibility")
             visibility = torch.cat([shown, gallery.visibility(gallery_visibility, "gallery_visibility")])
-        enhanced = nfc(both, visibility=visibility, **settings).flatten(1)
+        enhanced = nfc(both, visibility=visibility, part_distance=self.part_distance, **settings).flatten(1)
         results = query.empty(), gallery.empty()
         query.write(results[0], slice(None), enhanced[: query.n])
         gallery.write(results[1], slice(None), enhanced[query.n :])
@@ -256,10 +244,8 @@ class Centralizer:
         """The model at work, the images, and their generated images, after all checks that need no model."""
         extractor, originals = self._given_extractor(), Images(images, side_inputs)
         if self.pictures is None:
-            raise ValueError(
-                "pictures must be given to fuse images with generated ones: Centralizer(my_model, transform=..., "
-                "generator=IdentityGenerator.from_pretrained(...)), or generated=DIR. Else use extract, then enhance."
-            )
+            remedy = "generator=IdentityGenerator.from_pretrained(...) or generated=DIR"
+            raise ValueError(f"pictures must be given to fuse images with generated ones: pass {remedy}.")
         of_pose: dict[str, Any] = {}
         if isinstance(self.pictures, PosedPictures):
             of_pose = self.pictures.side_inputs(originals.side_inputs.get)
@@ -304,10 +290,7 @@ def _check_fit(extractor: Extractor | None, pictures: Pictures | None) -> None:
     if extractor is None or not isinstance(pictures, PosedPictures):
         return
     if extractor.transform is None and extractor.inputs == "batch":
-        raise ValueError(
-            "transform must be given with generated pictures, which become the model's tensors by it. For a model that "
-            "reads images itself pass inputs='images'."
-        )
+        raise ValueError("transform, or inputs='images', must be given with generated pictures.")
     if extractor.flip and pictures.pose_inputs:
         raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 

@@ -167,7 +167,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     ("images", "error", "message"),
     [
         ([], ValueError, "images must hold at least one image, got none"),
-        (["a.png"], TypeError, r"images\[0\] must be a PersonImage, got str"),
+        (["a.png"], TypeError, r"images\[0\] must be a PersonImage .*got str"),
         (
             [PersonImage(Path("a.png"), "1"), PersonImage(Path("b/../a.png"), "2")],
             ValueError,
@@ -185,10 +185,10 @@ def test_what_no_table_can_hold(images, error, message, tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "error", "message"),
     [
-        (("a.png", "1"), TypeError, "path must be a Path, got 'a.png'"),
-        ((Path("a.png"), 1), TypeError, "identity must be a str, got 1"),
-        ((Path("a.png"), "1", 2), TypeError, "camera must be a str, got 2"),
-        ((Path("a.png"), "1", "2", np.zeros((18, 2))), TypeError, "pose must be a Pose or None, got ndarray"),
+        (("a.png", "1"), TypeError, "path must be Path, got str"),
+        ((Path("a.png"), 1), TypeError, "identity must be str, got int"),
+        ((Path("a.png"), "1", 2), TypeError, "camera must be str, got int"),
+        ((Path("a.png"), "1", "2", np.zeros((18, 2))), TypeError, r"pose must be Pose \| None, got ndarray"),
         ((Path("a.png"), " "), ValueError, r"identity must not be empty, got ' ' for a\.png"),
     ],
 )

@@ -55,9 +55,6 @@ def generation_diagnostics(features: Any, generated: Any) -> GenerationDiagnosti
 
     Returns:
         The similarities of `GenerationDiagnostics`; of parts: their means over the parts, whether visible or not.
-
-    Raises:
-        TypeError, ValueError: bad input, named, as in `fuse`.
     """
     rows, poses = stacked_rows(features, generated)
     n, parts, count = rows.n, rows.parts, len(poses)
@@ -144,9 +141,6 @@ def nfc_diagnostics(
 
     Returns:
         The shares and similarities of `NFCDiagnostics`.
-
-    Raises:
-        TypeError, ValueError: bad input, named, as in `nfc`.
     """
     rows = Rows(features, "features", normalize=True)
     if rows.n < 2:

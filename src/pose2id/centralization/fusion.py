@@ -35,9 +35,6 @@ def fuse(
 
     Returns:
         Features, each, or each part, L2-normalised, in the shape, container, dtype and device of `features`.
-
-    Raises:
-        TypeError, ValueError: bad input, named; so is the row that is not finite.
     """
     eta = checked_number(eta, "eta", 0, 1e6)
     originals, poses = stacked_rows(features, generated)

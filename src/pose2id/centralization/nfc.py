@@ -98,16 +98,26 @@ def nfc(
     target = None if out is None else _checked_out(out, features)
     z = Rows(features, "features", normalize=normalize, parts=True)
     v = checked_weights(z, visibility, "visibility", part_distance)
+    return with_neighbors(z, v, k1, k2, normalize, backend, neighbors, max_memory, target)  # type: ignore[no-any-return]
+
+
+def with_neighbors(
+    z: Rows,
+    v: Tensor | None,
+    k1: int,
+    k2: int,
+    normalize: bool = True,
+    backend: str = "auto",
+    neighbors: NeighborSearch | None = None,
+    max_memory: int | None = None,
+    target: Path | None = None,
+) -> Any:
+    """`nfc` of checked rows, with the visibility that `checked_weights` gives."""
     if v is not None and checked_choice(backend, "backend", BACKENDS) == "faiss":
-        raise ValueError(
-            "backend must be 'auto' or 'torch' for the distance over visible parts, which faiss lacks. "
-            "part_distance='flattened' works with faiss."
-        )
+        raise ValueError("backend must be 'auto' or 'torch' for visible parts. faiss takes part_distance='flattened'.")
     if neighbors is not None and (v is not None or backend != "auto"):
-        raise ValueError(
-            f"neighbors must be None with backend={backend!r} or visible parts: a search of your own compares rows "
-            "as one vector (part_distance='flattened')."
-        )
+        rule = f"None with backend={backend!r} or visible parts"
+        raise ValueError(f"neighbors must be {rule}: it searches whole rows (part_distance='flattened').")
     nearest = _nearest(z, v, max(k1, k2), backend, neighbors, max_memory)
     is_mutual = mutual_neighbors(nearest, k1, k2)
 
@@ -117,11 +127,11 @@ def nfc(
             yield block, unit(z.by_part(sums)) if normalize else sums
 
     if target is not None:
-        return _written(target, z, centralized_blocks())  # type: ignore[no-any-return]
+        return _written(target, z, centralized_blocks())
     result = z.empty()
     for block, rows in centralized_blocks():
         z.write(result, block, rows)
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _nearest(
@@ -162,10 +172,7 @@ def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) 
     checked_choice(part_distance, "part_distance", PART_DISTANCES)
     flattened = part_distance == "flattened"
     if flattened and visibility is not None:
-        raise ValueError(
-            f"{name} must be None with part_distance='flattened', which compares and adds all parts. Take "
-            "part_distance='visible'."
-        )
+        raise ValueError(f"{name} must be None with part_distance='flattened'. Take part_distance='visible'.")
     if flattened or (rows.parts == 1 and visibility is None):
         return None
     return rows.visibility(visibility, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,15 @@ def checked_flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value
+
+
+def require_extra(extra: str, user: str, *modules: str) -> None:
+    """Raise an ImportError with the pip command if modules of an extra, which `user` needs, cannot be imported."""
+    try:
+        for module in modules:
+            import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{user} the extra "{extra}": pip install "pose2id[{extra}]" ({error}).') from error
 
 
 def first_few(names: Iterable[Any], total: int | None = None, most: int = 3, separator: str = ", ") -> str:

@@ -171,10 +171,8 @@ class IdentityGenerator:
         own = {"identity_encoder": identity_encoder, "identity_tokens": identity_tokens}
         own = {name: network for name, network in own.items() if network is not None}
         if len(own) == 1:
-            raise ValueError(
-                f"identity_encoder and identity_tokens must be given together, got {next(iter(own))} alone: tokens are "
-                "trained on the features of one encoder."
-            )
+            pair = f"got {next(iter(own))} alone: tokens are trained with an encoder"
+            raise ValueError(f"identity_encoder and identity_tokens must be given together, {pair}.")
         source = weights.open_weights(
             repo_or_dir,
             revision=revision,
@@ -258,9 +256,6 @@ class IdentityGenerator:
 
         Args:
             **changes: arguments of `IdentityGenerator`, by name. With another UNet, `license` has its default again.
-
-        Raises:
-            TypeError, ValueError: as `IdentityGenerator`.
         """
         settings = ["scheduler", "sampler", "image_size", "round_bank", "sources"]
         if not changes.keys() & {"reference_unet", "denoising_unet"}:
@@ -321,8 +316,6 @@ class IdentityGenerator:
             CPU.
 
         Raises:
-            TypeError, ValueError: bad input, named, before anything is generated; pictures that are not finite, which
-                half precision can cause.
             torch.cuda.OutOfMemoryError: half the batch is too large as well.
         """
         results = self.generate_iter(
@@ -363,10 +356,8 @@ class IdentityGenerator:
         sampling = self.checked_sampling(sampling, **settings)
         checked_choice(output, "output", OUTPUTS)
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator, got {type(generator).__name__}. For a seed pass seed=, or for "
-                "torch's order of noise torch.Generator().manual_seed(seed)."
-            )
+            given = type(generator).__name__
+            raise TypeError(f"generator must be a torch.Generator, got {given}. For a seed pass seed=.")
         if latents is not None:
             check_shape(latents, "latents", (len(references), len(drawn), *self.latent_shape))
             if not torch.isfinite(latents).all():
@@ -410,10 +401,9 @@ class IdentityGenerator:
                         generated = self.sample(*batch, sampling=sampling, generator=steps_draw, batch_size=batch_size)
                     except torch.cuda.OutOfMemoryError as error:
                         if halved or batch_size == 1:
-                            raise torch.cuda.OutOfMemoryError(
-                                f"{self.device} has too little memory for batch_size={batch_size}. Pass a smaller one, "
-                                "use weights in half precision, or enable_model_cpu_offload()."
-                            ) from error
+                            lacking = f"{self.device} has too little memory for batch_size={batch_size}"
+                            remedy = "Pass a smaller one, or enable_model_cpu_offload()"
+                            raise torch.cuda.OutOfMemoryError(f"{lacking}. {remedy}.") from error
                         batch_size, halved = batch_size // 2, True
                         logger.warning("%s ran out of memory; going on with batch_size=%d", self.device, batch_size)
                 for in_poses in generated:
@@ -447,9 +437,6 @@ class IdentityGenerator:
 
         Returns:
             (R, P, 3, *image_size) in [0, 1].
-
-        Raises:
-            TypeError, ValueError: shapes or numbers that do not fit.
         """
         networks, count = self.networks, len(references)
         check_shape(identity_images, "identity_images", (count, 3, *networks.identity_encoder.image_size))
@@ -503,10 +490,8 @@ def _check_scheduler(scheduler: Any) -> None:
     needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
     lacking = [name for name in needed if not hasattr(scheduler, name)]
     if lacking:
-        raise TypeError(
-            f"scheduler must be a diffusers scheduler for noise prediction, such as DDIMScheduler; "
-            f"{type(scheduler).__name__} has no {', '.join(lacking)}."
-        )
+        given = f"{type(scheduler).__name__} without {', '.join(lacking)}"
+        raise TypeError(f"scheduler must be a diffusers scheduler for noise prediction, got {given}.")
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

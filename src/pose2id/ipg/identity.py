@@ -51,10 +51,8 @@ class TransReID(nn.Module):
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}.")
         if patches % groups or patches < parts:
-            raise ValueError(
-                f"image_size, patch_size and stride must give patches in a multiple of groups={groups} and at least "
-                f"parts={parts} of them, got {patches}."
-            )
+            rule = f"a multiple of groups={groups}, at least parts={parts}"
+            raise ValueError(f"image_size, patch_size and stride must give patches in {rule}, got {patches}.")
         self.config = {
             "image_size": [height, width],
             "patch_size": patch_size,

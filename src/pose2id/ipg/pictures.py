@@ -38,9 +38,6 @@ class PosedPictures:
         pose_inputs: keywords of the model that depend on the pose: functions of a `Pose` which give a generated image's
             value in place of its original's, as for a model that takes keypoints
             `{"keypoints_xyc": lambda pose: pose.to_coco(size=(384, 128))}`.
-
-    Raises:
-        TypeError, ValueError: a parameter is out of range, named.
     """
 
     _origin: str
@@ -193,10 +190,9 @@ def _stacked(values: list[Any], like: Any, name: str) -> Any:
     wanted = arrays[0].shape if like is None else tuple(like.shape[1:])
     for m, array in enumerate(arrays):
         if array.shape != wanted:
-            raise ValueError(
-                f"pose_inputs[{name!r}] must give values of shape {wanted}, as for the "
-                f"{'other poses' if like is None else 'original images'}, got {array.shape} for pose {m + 1}."
-            )
+            others = "other poses" if like is None else "original images"
+            given = f"as for the {others}, got {array.shape} for pose {m + 1}"
+            raise ValueError(f"pose_inputs[{name!r}] must give values of shape {wanted}, {given}.")
     if like is None:
         return torch.stack(values) if isinstance(values[0], Tensor) else np.stack(arrays)
     stacked = np.stack(arrays)

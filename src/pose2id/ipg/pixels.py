@@ -60,10 +60,8 @@ def load_reference(item: Any, name: str) -> Image.Image:
     """A reference image as an RGB picture (`pose2id.io.images.load_image`), of 8 x 8 pixels at least."""
     picture = load_image(item, name)
     if min(picture.size) < LEAST_SIDE:
-        raise ValueError(
-            f"{name} must be at least {LEAST_SIDE} pixels wide and high to show a person, got "
-            f"{picture.width} x {picture.height}."
-        )
+        given = f"{picture.width} x {picture.height}"
+        raise ValueError(f"{name} must be at least {LEAST_SIDE} pixels wide and high, got {given}.")
     return picture
 
 
@@ -75,11 +73,8 @@ def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
     if isinstance(poses, str) and poses == "standard":
         poses = standard()
     if isinstance(poses, (str, Pose)) or not hasattr(poses, "__len__"):
-        given = "one Pose" if isinstance(poses, Pose) else repr(poses)
-        raise ValueError(
-            f"poses must be 'standard' or a sequence of pose2id.poses.Pose or of drawings, got {given}. "
-            "Wrap one pose in a list; pose2id.poses.read(path) reads a file of poses."
-        )
+        given = "one Pose; wrap it in a list" if isinstance(poses, Pose) else repr(poses)
+        raise ValueError(f"poses must be 'standard' or a sequence of Pose or drawings, got {given}.")
     loaded = []
     for i, pose in enumerate(checked_images(poses, "poses")):
         picture = draw(pose) if isinstance(pose, Pose) else load_image(pose, f"poses[{i}]")
@@ -107,10 +102,8 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "gener
     """
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
-        raise ValueError(
-            f"{name} must be finite, got NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}: half "
-            "precision overflowed, or a weight is not finite. Try dtype=torch.bfloat16 or torch.float32."
-        )
+        given = f"NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}"
+        raise ValueError(f"{name} must be finite, got {given}. Try dtype=torch.bfloat16 or torch.float32.")
     arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     pictures = [Image.fromarray(array) for array in arrays]
     return pictures if size is None else [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in pictures]

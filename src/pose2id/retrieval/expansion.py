@@ -51,9 +51,6 @@ def query_expansion(
 
     Returns:
         (Q, D) L2-normalised features in the container, dtype and device of `query_feats`; a zero row stays zero.
-
-    Raises:
-        TypeError, ValueError: bad input, named; an empty set, or a row that is not finite.
     """
     qe_k, alpha, qe_times = _checked(qe_k, alpha, qe_times)
     query = Rows(query_feats, "query_feats", normalize=True)
@@ -101,7 +98,6 @@ def database_augmentation(
         (N, D) L2-normalised features in the container, dtype and device of `gallery_feats`; a zero row stays zero.
 
     Raises:
-        TypeError, ValueError: bad input, named; or a row that is not finite.
         RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     qe_k, alpha, qe_times = _checked(qe_k, alpha, qe_times)
@@ -147,7 +143,6 @@ def aqe(
         (query, gallery), not normalised, each in the container, dtype and device it came in.
 
     Raises:
-        TypeError, ValueError: bad input, named; an empty set, or a row that is not finite.
         RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     qe_k, alpha, qe_times = _checked(qe_k, alpha, qe_times)

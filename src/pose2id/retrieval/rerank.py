@@ -109,7 +109,6 @@ def k_reciprocal(
         devices. Equal gallery rows have equal original distances.
 
     Raises:
-        TypeError, ValueError: bad input, named.
         RuntimeError: backend="faiss" and faiss cannot do it; the message names the repair.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
@@ -146,9 +145,6 @@ def re_ranking(
 
     Returns:
         (Q, G) float32 distances in the container and on the device of `q_g_dist`.
-
-    Raises:
-        TypeError, ValueError: bad input, named.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     lambda_value = checked_number(lambda_value, "lambda_value", 0, 1)

@@ -113,9 +113,8 @@ class Objective:
     def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"scheduler.config.prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}."
-            )
+            wanted = f"one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
+            raise ValueError(f"scheduler.config.prediction_type must be {wanted}.")
         # Whatever scheduler the generator samples with: DDIM's has the formulas of training.
         self._scheduler: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
         self._gamma = snr_gamma

@@ -30,9 +30,7 @@ def require_optimizer(settings: TrainingSettings) -> None:
         try:
             import_module("bitsandbytes")
         except ImportError as error:
-            raise ImportError(
-                f"optimizer={settings.optimizer!r} needs bitsandbytes: pip install bitsandbytes ({error})."
-            ) from error
+            raise ImportError("optimizer='adamw8bit' needs bitsandbytes: pip install bitsandbytes") from error
 
 
 def rate(step: int, settings: TrainingSettings) -> float:
