@@ -17,7 +17,6 @@ from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, wit
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
 from pose2id.io.checks import checked_choice, checked_count, checked_memory, checked_number
 from pose2id.io.decoding import decoding_once
-from pose2id.io.images import checked_images
 from pose2id.io.rows import FeatureArray, Rows, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
 from pose2id.neighbors.search import BACKENDS, NeighborSearch
@@ -230,8 +229,6 @@ class Centralizer:
         Arguments and errors are those of `__call__`, for at least 2 images. All features are held; a few hundred images
         of different people are enough.
         """
-        if len(checked_images(images)) < 2:
-            raise ValueError("images must be at least 2, to compare with other images' pictures, got 1.")
         with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
             everything = slice(0, len(images))
             features, generated = (model.features(some, everything)[0] for some in (originals, pictures))

@@ -188,7 +188,7 @@ def test_people_of_whom_nothing_is_visible_are_left_out(file):
         ),
         ({"poses": [{"keypoints": [[30, 60]] * 18}]}, r"poses\[0\]\.keypoints: keypoints\[0\] \(nose\).*divide pixels"),
         ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": "../a"}]}, r"poses\[0\].*: name must be fit for a file"),
-        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": 1}]}, r"poses\[0\].*: name must be a string"),
+        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": 1}]}, r"poses\[0\].*: expected string"),
         ({"poses": [7]}, r"poses\[0\] must be an object with a list 'keypoints', got int"),
         ({"poses": 7}, "with a list 'poses'"),
     ],

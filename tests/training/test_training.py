@@ -886,7 +886,7 @@ def test_a_run_keeps_what_is_not_its_own(short, run, tmp_path):
 
 def test_a_file_in_place_of_a_directory(run, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match=f"{tmp_path / 'file'} is a file"):
+    with pytest.raises(FileExistsError, match=f"{tmp_path / 'file'} must be new, empty, or the directory of a run"):
         run(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 

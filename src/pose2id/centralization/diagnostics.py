@@ -121,13 +121,7 @@ class NFCDiagnostics:
 
 
 def nfc_diagnostics(
-    features: Any,
-    k1: int = 2,
-    k2: int = 2,
-    *,
-    camids: Any = None,
-    backend: str = "auto",
-    max_memory: int | None = None,
+    features: Any, k1: int = 2, k2: int = 2, *, camids: Any = None, backend: str = "auto", max_memory: int | None = None
 ) -> NFCDiagnostics:
     """Measure, without labels, what `nfc(features, k1, k2)` would do: to choose k1 and k2.
 

@@ -15,12 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import (
-    BLOCK_BYTES,
-    checked_choice,
-    checked_count,
-    checked_memory,
-)
+from pose2id.io.checks import BLOCK_BYTES, checked_choice, checked_count, checked_memory
 from pose2id.io.rows import FeatureArray, Rows, unit
 from pose2id.io.whole_files import new_file, write_npy
 from pose2id.neighbors import visible_parts
@@ -95,7 +90,11 @@ def nfc(
         RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
-    target = None if out is None else _checked_out(out, features)
+    if out is not None and isinstance(features, Tensor):
+        raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
+    if out is not None and os.path.islink(out):  # to nothing: the file would take the link's place
+        raise FileExistsError(f"{out} exists. Choose another name.")
+    target = None if out is None else new_file(out, suffixes=(".npy",))
     z = Rows(features, "features", normalize=normalize, parts=True)
     v = checked_weights(z, visibility, "visibility", part_distance)
     return with_neighbors(z, v, k1, k2, normalize, backend, neighbors, max_memory, target)  # type: ignore[no-any-return]
@@ -176,15 +175,6 @@ def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) 
     if flattened or (rows.parts == 1 and visibility is None):
         return None
     return rows.visibility(visibility, name)
-
-
-def _checked_out(out: Any, features: Any) -> Path:
-    if isinstance(features, Tensor):
-        raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
-    new_file(out, suffixes=(".npy",))
-    if os.path.islink(out):  # to nothing: the file would take the link's place
-        raise FileExistsError(f"{out} exists. Choose another name.")
-    return Path(out)
 
 
 def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]]) -> Any:

@@ -87,7 +87,11 @@ class IdentityGenerator:
         sources: Mapping[str, str] | None = None,
         license: str = weights.OPENRAIL,  # noqa: A002 - what the Hub calls it
     ) -> None:
-        _check_scheduler(scheduler)
+        needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
+        lacking = [name for name in needed if not hasattr(scheduler, name)]
+        if lacking:
+            given = f"{type(scheduler).__name__} without {', '.join(lacking)}"
+            raise TypeError(f"scheduler must be a diffusers scheduler for noise prediction, got {given}.")
         self.networks = Networks(
             identity_encoder=identity_encoder,
             identity_tokens=identity_tokens,
@@ -189,11 +193,7 @@ class IdentityGenerator:
             for name in weights.PARTS
         }
         loaded = cls(
-            **networks,
-            scheduler=source.scheduler(),
-            **source.settings,
-            sources=source.sources,
-            license=source.license,
+            **networks, scheduler=source.scheduler(), **source.settings, sources=source.sources, license=source.license
         )
         loaded.networks.lay_out()
         if compile:
@@ -484,14 +484,6 @@ class IdentityGenerator:
     def _tensor(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
         # Not in half precision: networks get it after scaling to their range, which would round once more.
         return torch.stack([pixels(picture, size) for picture in pictures]).to(self.device, self.networks.wide_dtype)
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
-    lacking = [name for name in needed if not hasattr(scheduler, name)]
-    if lacking:
-        given = f"{type(scheduler).__name__} without {', '.join(lacking)}"
-        raise TypeError(f"scheduler must be a diffusers scheduler for noise prediction, got {given}.")
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

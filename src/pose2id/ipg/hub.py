@@ -47,8 +47,6 @@ class Place:
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> None:
-        if not isinstance(repo_or_dir, (str, os.PathLike)):
-            raise TypeError(f"{argument} must be a directory or 'user/name', got {type(repo_or_dir).__name__}.")
         self.name = os.fspath(repo_or_dir)
         self.commit: str | None = None
         self._argument = argument

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pose2id.io.checks import checked_count
 from pose2id.ipg.folder import check_notes, checked_directory, find
-from pose2id.poses import Pose, standard
+from pose2id.ipg.pixels import checked_poses
+from pose2id.poses import Pose
 
 Pictures = Callable[[Any], Iterable[Sequence[Any]]]
 
@@ -49,11 +50,7 @@ class PosedPictures:
         if not isinstance(self.pose_inputs, Mapping) or not all(map(callable, self.pose_inputs.values())):
             raise TypeError(f"pose_inputs must map keywords of the model to functions of a Pose, got {pose_inputs!r}.")
         count = None if num_poses is None else checked_count(num_poses, "num_poses", least=0)
-        if isinstance(poses, str) and poses == "standard":
-            poses = standard()
-        if isinstance(poses, (str, Mapping)) or not hasattr(poses, "__len__"):
-            error = ValueError if isinstance(poses, str) else TypeError
-            raise error(f"poses must be 'standard' or a sequence of poses, got {poses!r}.")
+        poses = checked_poses(poses)
         if count is not None and count > len(poses):
             raise ValueError(f"num_poses must be at most {len(poses)}, the number of poses, got {count}.")
         self.poses = tuple(poses[m] for m in range(len(poses) if count is None else count))

@@ -6,7 +6,7 @@ Pixels are made and read as the published code does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,18 +65,23 @@ def load_reference(item: Any, name: str) -> Image.Image:
     return picture
 
 
+def checked_poses(poses: Any) -> Any:
+    """A sequence of poses or drawings; the standard ones by name."""
+    if isinstance(poses, str) and poses == "standard":
+        return standard()
+    if isinstance(poses, (str, Mapping, Pose)) or not hasattr(poses, "__len__"):
+        given = "one Pose; wrap it in a list" if isinstance(poses, Pose) else repr(poses)
+        raise ValueError(f"poses must be 'standard' or a sequence of poses, got {given}.")
+    return poses
+
+
 def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
     """(key, drawing) of poses: "standard", or a sequence of `Pose` and of drawings, which are images of any kind.
 
     A pose's key is that of its keypoints, a drawing's its `content_key`.
     """
-    if isinstance(poses, str) and poses == "standard":
-        poses = standard()
-    if isinstance(poses, (str, Pose)) or not hasattr(poses, "__len__"):
-        given = "one Pose; wrap it in a list" if isinstance(poses, Pose) else repr(poses)
-        raise ValueError(f"poses must be 'standard' or a sequence of Pose or drawings, got {given}.")
     loaded = []
-    for i, pose in enumerate(checked_images(poses, "poses")):
+    for i, pose in enumerate(checked_images(checked_poses(poses), "poses")):
         picture = draw(pose) if isinstance(pose, Pose) else load_image(pose, f"poses[{i}]")
         loaded.append((pose.key if isinstance(pose, Pose) else content_key(picture), picture))
     return loaded

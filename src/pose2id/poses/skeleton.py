@@ -79,8 +79,6 @@ class Pose:
     def __post_init__(self) -> None:
         keypoints = checked_numbers(self.keypoints, "keypoints")
         _check_keypoints(keypoints)
-        if not isinstance(self.name, str):
-            raise TypeError(f"name must be a string, got {type(self.name).__name__}.")
         if not _NAME.fullmatch(self.name):
             rule = "fit for a file name: letters, digits, _, and spaces, dots, hyphens in between"
             raise ValueError(f"name must be {rule}, got {self.name!r}.")

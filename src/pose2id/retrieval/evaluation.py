@@ -115,13 +115,7 @@ def evaluate(
 
 
 def evaluate_rank(
-    distmat: Any,
-    q_pids: Any,
-    g_pids: Any,
-    q_camids: Any = None,
-    g_camids: Any = None,
-    *,
-    max_rank: int = 50,
+    distmat: Any, q_pids: Any, g_pids: Any, q_camids: Any = None, g_camids: Any = None, *, max_rank: int = 50
 ) -> EvaluationResult:
     """`evaluate` from given distances, for example re-ranked or part-based ones. Same protocol, same tie rule.
 

@@ -26,12 +26,7 @@ from pose2id.neighbors.search import search, tying_distances
 
 
 def query_expansion(
-    query_feats: FeatureArray,
-    gallery_feats: FeatureArray,
-    *,
-    qe_k: int = 5,
-    alpha: float = 3.0,
-    qe_times: int = 1,
+    query_feats: FeatureArray, gallery_feats: FeatureArray, *, qe_k: int = 5, alpha: float = 3.0, qe_times: int = 1
 ) -> FeatureArray:
     """Add to every query its nearest gallery features, weighted by similarity (AQE with alpha=0, else alpha-QE).
 

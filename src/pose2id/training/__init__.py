@@ -13,15 +13,7 @@ if TYPE_CHECKING:
     from pose2id.training.settings import TrainingSettings
     from pose2id.training.table import PersonImage, read_table, table_of_folder, write_table
 
-__all__ = [
-    "PersonImage",
-    "TrainingResult",
-    "TrainingSettings",
-    "read_table",
-    "table_of_folder",
-    "train",
-    "write_table",
-]
+__all__ = ["PersonImage", "TrainingResult", "TrainingSettings", "read_table", "table_of_folder", "train", "write_table"]
 
 _HOME = {
     "PersonImage": "table",

@@ -202,12 +202,9 @@ class RunDirectory:
 def require_directory(directory: str | os.PathLike[str]) -> None:
     """Raise a FileExistsError if the directory of a run would be where something else is."""
     path = Path(directory).expanduser()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"directory must be one to train in, and {path} is a file.")
-    if not path.exists() or (path / RUN_FILE).exists():
-        return
     # A first start that was killed may have left an unfinished run file and its lock, and nothing else.
-    if any(other.name != LOCK and not other.match(f".{RUN_FILE}.*") for other in path.iterdir()):
+    others = [file for file in path.glob("*") if file.name != LOCK and not file.match(f".{RUN_FILE}.*")]
+    if path.is_file() or (others and not (path / RUN_FILE).exists()):
         raise FileExistsError(f"{path} must be new, empty, or the directory of a run. Choose another.")
 
 

@@ -126,10 +126,13 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
     rows: dict[str, list[str]] = {}
     check_people(images)
     for i, image in enumerate(images):
-        written = _written_path(image.path, folder)
+        absolute = Path(os.path.abspath(image.path))
+        written = (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
         if written in rows:
             raise ValueError(f"images must hold each image once, got {image.path} again as images[{i}].")
-        rows[written] = [written, image.identity, image.camera, _written_pose(image.pose)]
+        # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
+        entries = image.pose and json.dumps(to_entries(np.rint(image.pose.keypoints * 1e6) / 1e6 + 0.0))
+        rows[written] = [written, image.identity, image.camera, entries or ""]
     if not rows:
         raise ValueError("images must hold at least one image, got none.")
     text = io.StringIO(newline="")
@@ -239,16 +242,6 @@ def _pose(text: str, where: str) -> Pose:
         rule = f"be empty or a JSON list of {len(KEYPOINTS)} entries [x, y] or null"
         raise ValueError(f"{where} must {rule}, got {_shortened(text)} ({error}).") from error
     return from_entries(entries, where)
-
-
-def _written_pose(pose: Pose | None) -> str:
-    # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
-    return "" if pose is None else json.dumps(to_entries(np.rint(pose.keypoints * 1e6) / 1e6 + 0.0))
-
-
-def _written_path(path: Path, folder: Path) -> str:
-    absolute = Path(os.path.abspath(path))
-    return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
 
 
 def _shortened(text: str) -> str:
