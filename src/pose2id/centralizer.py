@@ -110,7 +110,11 @@ class Centralizer:
         of_extractor = {name: given.pop(name) for name in _OfExtractor.__annotations__ if name in given}
         self.extractor = _extractor(extractor, of_extractor)
         self.pictures = _pictures(pictures, given)
-        _check_fit(self.extractor, self.pictures)
+        if self.extractor and isinstance(self.pictures, PosedPictures):
+            if self.extractor.transform is None and self.extractor.inputs == "batch":
+                raise ValueError("transform, or inputs='images', must be given with generated pictures.")
+            if self.extractor.flip and self.pictures.pose_inputs:
+                raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 
     def __call__(
         self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
@@ -281,15 +285,6 @@ def _pictures(given: Pictures | None, parameters: dict[str, Any]) -> Pictures | 
     if given is not None and not callable(given):
         raise TypeError(f"pictures must be callable, such as GeneratedPictures, got {type(given).__name__}.")
     return given
-
-
-def _check_fit(extractor: Extractor | None, pictures: Pictures | None) -> None:
-    if extractor is None or not isinstance(pictures, PosedPictures):
-        return
-    if extractor.transform is None and extractor.inputs == "batch":
-        raise ValueError("transform, or inputs='images', must be given with generated pictures.")
-    if extractor.flip and pictures.pose_inputs:
-        raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 
 
 class _Generated(Images):

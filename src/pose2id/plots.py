@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pose2id.io.checks import checked_count, checked_labels, require_extra
+from pose2id.io.checks import checked_count, checked_labels, require_modules
 from pose2id.io.rows import Rows
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ RIGHT, WRONG = "#1a9850", "#d73027"
 
 def require_plots() -> None:
     """Raise an ImportError with the pip command unless matplotlib and scikit-learn can be imported."""
-    require_extra("plots", "Plots need", "matplotlib", "sklearn")
+    require_modules('Plots need the extra "plots"', '"pose2id[plots]"', "matplotlib", "sklearn")
 
 
 def new_figure(width: float, height: float) -> Figure:

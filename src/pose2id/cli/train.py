@@ -130,9 +130,9 @@ def size(text: str, name: str) -> tuple[int, int]:
 def _from_file(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
-    from pose2id.io.checks import require_extra  # noqa: PLC0415
+    from pose2id.io.checks import require_modules  # noqa: PLC0415
 
-    require_extra("train", "--config needs", "yaml")
+    require_modules('--config needs the extra "train"', '"pose2id[train]"', "yaml")
     import yaml  # noqa: PLC0415
 
     try:

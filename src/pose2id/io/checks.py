@@ -82,8 +82,8 @@ def checked_distances(distances: Any, name: str) -> NDArray[Any]:
         distances = (distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances).numpy()
     if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {_kind(distances)}.")
-    if distances.ndim != 2:
-        raise ValueError(f"{name} must have two dimensions, got shape {distances.shape}.")
+    if distances.ndim != 2 or 0 in distances.shape:
+        raise ValueError(f"{name} must have two dimensions with at least one entry, got shape {distances.shape}.")
     return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
 
 
@@ -120,13 +120,13 @@ def checked_flag(value: Any, name: str) -> bool:
     return value
 
 
-def require_extra(extra: str, user: str, *modules: str) -> None:
-    """Raise an ImportError with the pip command if modules of an extra, which `user` needs, cannot be imported."""
+def require_modules(need: str, install: str, *modules: str) -> None:
+    """Import modules, or raise an ImportError: what needs them, and the pip command."""
     try:
         for module in modules:
             import_module(module)
     except ImportError as error:
-        raise ImportError(f'{user} the extra "{extra}": pip install "pose2id[{extra}]" ({error}).') from error
+        raise ImportError(f"{need}: pip install {install} ({error}).") from error
 
 
 def first_few(names: Iterable[Any], total: int | None = None, most: int = 3, separator: str = ", ") -> str:

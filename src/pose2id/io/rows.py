@@ -129,9 +129,7 @@ class Rows:
         bad = ~(norms <= MAX_NORM)  # NaN compares false
         if bad.any():
             places = [f"{row} part {part}" if self.parts > 1 else row for row, part in bad.nonzero()[:5].tolist()]
-            given = (
-                f"{int(bad.any(1).sum())} of {self.n} rows are not (row {first_few(places, int(bad.sum()), most=5)})"
-            )
+            given = f"{bad.any(1).sum()} of {self.n} rows are not (row {first_few(places, int(bad.sum()), most=5)})"
             raise ValueError(f"{name} must be finite; {given}. Drop them and their labels, or set hidden parts to 0.")
         return norms
 
@@ -231,7 +229,8 @@ def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
     elif isinstance(features, np.ndarray) and not isinstance(features, np.ma.MaskedArray):
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
     else:
-        raise TypeError(f"{name} must be a numpy array or a torch tensor, got {type(features).__name__}. Convert it.")
+        given = type(features).__name__
+        raise TypeError(f"{name} must be a numpy array or a torch tensor, got {given}. Try numpy.asarray.")
     if not floating:
         raise TypeError(f"{name} must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}.")
     if features.ndim != 2 and not (parts and features.ndim == 3):

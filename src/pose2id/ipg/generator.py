@@ -211,17 +211,19 @@ class IdentityGenerator:
             FileExistsError: the directory holds something.
             TypeError: a network of another class than the published one's, whose configuration the JSON can't hold.
         """
-        networks = self.parts
-        described = weights.Weights(
+        states = ((name, network.state_dict()) for name, network in self.parts.items())
+        weights.save(directory, self.described(), states, notes=notes)
+
+    def described(self) -> weights.Weights:
+        """What `save_pretrained` writes, without tensors and files; its TypeError if it cannot."""
+        return weights.Weights(
             files={},
-            configs={name: weights.config_of(name, network) for name, network in networks.items()},
+            configs={name: weights.config_of(name, network) for name, network in self.parts.items()},
             scheduler_config=weights.scheduler_config(self.scheduler),
             settings={"image_size": list(self.image_size), "round_bank": self.round_bank},
             sources=self.sources,
             license=self.license,
         )
-        states = ((name, network.state_dict()) for name, network in networks.items())
-        weights.save(directory, described, states, notes=notes)
 
     def push_to_hub(
         self,

@@ -132,11 +132,10 @@ class Place:
             rule = f"a branch, tag or commit of {self.name}"
             raise FileNotFoundError(f"revision must be {rule}, got {self._revision!r}.") from error
         except RepositoryNotFoundError as error:
+            rule = f"{self._argument} must be a directory or a repository of the Hub"
             given = f"there is no directory {self.name!r} and no repository that you may read"
             remedy = "Check the name, log in with `hf auth login`, accept its terms"
-            raise FileNotFoundError(
-                f"{self._argument} must be a directory or a repository of the Hub; {given}. {remedy}."
-            ) from error
+            raise FileNotFoundError(f"{rule}; {given}. {remedy}.") from error
         except (OSError, _HTTP_ERROR) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # of the disk, not of the connection

@@ -258,7 +258,7 @@ class Networks(nn.Module):
                 continue  # a network of the caller's own need not tell
             given, needed = attrgetter(first)(self), attrgetter(second)(self)
             if given != needed:
-                raise ValueError(f"{first} and {second} must be equal, got {given} and {needed}. Mix no models.")
+                raise ValueError(f"{first} and {second} must be equal, got {given} and {needed}. Take networks of one.")
         if any(side % self.vae_scale_factor for side in self.image_size):
             raise ValueError(f"image_size must be in multiples of {self.vae_scale_factor}, got {self.image_size}.")
         computing = {name: next(network.parameters(), None) for name, network in self.named_children()}

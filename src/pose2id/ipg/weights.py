@@ -348,8 +348,7 @@ def json_object(path: Path, argument: str = "") -> dict[str, Any]:
 def checked_dtype(dtype: Any) -> torch.dtype:
     """One of the dtypes that networks compute in."""
     if dtype not in _DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        raise TypeError(f"dtype must be one of torch's {names}, got {dtype!r}.")
+        raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}.")
     return cast("torch.dtype", dtype)
 
 
@@ -376,13 +375,6 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
         given = f"{kind.__module__}.{kind.__name__}"
         raise TypeError(f"scheduler must be one of diffusers to be saved, got {given}: assign it after loading.")
     return {"_class_name": kind.__name__, **_public(scheduler.config)}
-
-
-def require_saveable(parts: Mapping[str, nn.Module], scheduler: Any) -> None:
-    """Raise the TypeError of a generator that `save_pretrained` can't write."""
-    for name, part in parts.items():
-        config_of(name, part)
-    scheduler_config(scheduler)
 
 
 def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> Weights:

@@ -80,8 +80,6 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
         FileExistsError: the file exists, and `overwrite` is False.
         OSError: the file cannot be written.
     """
-    if isinstance(poses, Pose):
-        raise TypeError("poses must be a sequence of poses, got one Pose. Wrap it in a list.")
     for i, pose in enumerate(poses):
         if not isinstance(pose, Pose):
             raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")

@@ -134,8 +134,6 @@ def evaluate_rank(
     if isinstance(distmat, tuple):
         raise TypeError("distmat must be a whole matrix, got a tuple. Call k_reciprocal without topk.")
     matrix = checked_distances(distmat, "distmat")
-    if 0 in matrix.shape:
-        raise ValueError(f"distmat must hold at least one query and one gallery image, got shape {matrix.shape}.")
     labels = RankingProtocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
 
     def distances() -> Iterator[NDArray[Any]]:
@@ -191,7 +189,7 @@ def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_ran
         if ranks[0] <= max_rank:
             first_match[ranks[0] - 1] += 1
     if not penalties:
-        given = f"none of {len(labels.q_pids)} queries has a match (in another camera, where cameras are given)"
+        given = f"none of the {len(labels.q_pids)} queries has a match (in another camera, where cameras are given)"
         raise ValueError(f"q_pids must share an identity with g_pids, but {given}. Check pids and camids.")
     valid = len(penalties)
     return EvaluationResult(

@@ -220,8 +220,6 @@ class _GivenDistances:
         self._q_q = _finite(q_q_dist, "q_q_dist")
         self._g_g = _finite(g_g_dist, "g_g_dist")
         self.num_queries, num_gallery = self._q_g.shape
-        if 0 in self._q_g.shape:
-            raise ValueError(f"q_g_dist must hold at least one query and one gallery image, got {self._q_g.shape}.")
         for name, matrix, size in (("q_q_dist", self._q_q, self.num_queries), ("g_g_dist", self._g_g, num_gallery)):
             if matrix.shape != (size, size):
                 raise ValueError(f"{name} must have shape ({size}, {size}) to fit q_g_dist, got {matrix.shape}.")
@@ -285,7 +283,7 @@ def _finite(distances: Any, name: str) -> NDArray[Any]:
     for row in range(len(matrix)):
         if not np.isfinite(matrix[row]).all():
             raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity.")
-    if matrix.size and matrix.min() < -1e-3 * abs(matrix.max()):
+    if matrix.min() < -1e-3 * abs(matrix.max()):
         raise ValueError(f"{name} must hold distances, got values down to {matrix.min():g}. Are they similarities?")
     return matrix
 

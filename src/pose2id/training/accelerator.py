@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pose2id.io.checks import require_extra
+from pose2id.io.checks import require_modules
 from pose2id.training.settings import TrainingSettings
 
 _DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names
@@ -16,7 +16,7 @@ _DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names
 
 def require_accelerate(device: str | None) -> None:
     """Raise if the extra is not installed, or the device is not there."""
-    require_extra("train", "Training needs", "accelerate", "tensorboard")
+    require_modules('Training needs the extra "train"', '"pose2id[train]"', "accelerate", "tensorboard")
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be 'cpu', 'cuda' or None, got {device!r}. CUDA_VISIBLE_DEVICES chooses a GPU.")
     if device == "cuda" and not torch.cuda.is_available():

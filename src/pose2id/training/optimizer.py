@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pose2id.io.checks import require_modules
 from pose2id.training.settings import TrainingSettings
 
 
@@ -27,10 +28,7 @@ def new_optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) ->
 def require_optimizer(settings: TrainingSettings) -> None:
     """Raise an ImportError that names the pip command if the optimizer's package is not installed."""
     if settings.optimizer == "adamw8bit":
-        try:
-            import_module("bitsandbytes")
-        except ImportError as error:
-            raise ImportError("optimizer='adamw8bit' needs bitsandbytes: pip install bitsandbytes") from error
+        require_modules("optimizer='adamw8bit' needs bitsandbytes", "bitsandbytes", "bitsandbytes")
 
 
 def rate(step: int, settings: TrainingSettings) -> float:

@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 
 from pose2id.centralization.diagnostics import GenerationDiagnostics
 from pose2id.ipg.generator import IdentityGenerator
-from pose2id.ipg.weights import require_saveable
 from pose2id.training import cache, checkpoints
 from pose2id.training.accelerator import new_accelerator, require_accelerate
 from pose2id.training.log import Metrics
@@ -106,7 +105,7 @@ def train(
     given = TrainingSettings(**settings)
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
-    require_saveable(generator.parts, generator.scheduler)  # not when the first checkpoint is due
+    generator.described()  # what cannot be saved is told now, not when the first checkpoint is due
     require_ready(given, images, directory, device)
     place = RunDirectory(Path(directory).expanduser())
     accelerator = new_accelerator(given, place.path, device)
