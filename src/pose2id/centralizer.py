@@ -112,7 +112,7 @@ class Centralizer:
         self.pictures = _pictures(pictures, given)
         if self.extractor and isinstance(self.pictures, PosedPictures):
             if self.extractor.transform is None and self.extractor.inputs == "batch":
-                raise ValueError("transform, or inputs='images', must be given with generated pictures.")
+                raise ValueError("transform must be given with generated pictures, or inputs='images'.")
             if self.extractor.flip and self.pictures.pose_inputs:
                 raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 

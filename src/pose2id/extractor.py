@@ -277,7 +277,8 @@ class Extraction:
         self._form = self._form or forms
         for found, first in zip(forms, self._form, strict=True):
             if found != first:
-                raise ValueError(f"extractor must return one form of output, got {found} from {names[0]} on.")
+                given = f"{found} from {names[0]} on, after {first}"
+                raise ValueError(f"extractor must return one form of output, got {given}.")
         return outputs
 
 

@@ -611,7 +611,9 @@ def test_conversion_writes_what_loading_and_saving_writes(tmp_path, own):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "float16"])
 def test_conversion_to_dtypes_that_hold_no_weights(tmp_path, own, dtype):
-    with pytest.raises(TypeError, match="dtype must be one of torch.float32, torch.float16, torch.bfloat16, torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"dtype must be one of torch\.float32, torch\.float16, torch\.bfloat16, torch\.float64"
+    ):
         convert(own, tmp_path / "converted", dtype=dtype)
     with pytest.raises(TypeError, match="dtype must be one of"):
         IdentityGenerator.from_pretrained(own, dtype=dtype)

@@ -31,7 +31,7 @@ def checked_images(images: Any, name: str = "images") -> Any:
     single = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
     single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != 4
     if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
-        raise TypeError(f"{name} must be a sequence of images, got {_given(images)}. Wrap one image in a list.")
+        raise TypeError(f"{name} must be a sequence of images, got {_given(images)}. Wrap it in [] or list().")
     if len(images) == 0:
         raise ValueError(f"{name} must hold at least one image, got none.")
     if not isinstance(images, (np.ndarray, Tensor)):

@@ -110,9 +110,6 @@ def exact_neighbors(
     Returns:
         (Q, k) int64 indices, -1 where there are fewer rows, and Euclidean distances, infinite there, in float32 or, for
         float64 input, float64; both in the container and on the device of `queries`.
-
-    Raises:
-        RuntimeError: as in `nearest_neighbors`.
     """
     k, alike = checked_count(k, "k"), queries is rows
     searched = Rows(rows, "rows")
