@@ -97,7 +97,7 @@ def nfc(
     target = None if out is None else new_file(out, suffixes=(".npy",))
     z = Rows(features, "features", normalize=normalize, parts=True)
     v = checked_weights(z, visibility, "visibility", part_distance)
-    return with_neighbors(z, v, k1, k2, normalize, backend, neighbors, max_memory, target)  # type: ignore[no-any-return]
+    return with_neighbors(z, v, k1, k2, normalize, backend, neighbors, max_memory, target)
 
 
 def with_neighbors(

@@ -95,8 +95,7 @@ class Networks(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the denoising UNet computes in."""
-        dtype: torch.dtype = self.denoising_unet.dtype
-        return dtype
+        return self.denoising_unet.dtype
 
     @property
     def wide_dtype(self) -> torch.dtype:

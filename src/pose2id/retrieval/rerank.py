@@ -258,8 +258,7 @@ class _GivenDistances:
                     result[at] = self._q_q[b, a] if b_query else self._q_g[a, b]
                 else:
                     result[at] = self._q_g[b, a] if b_query else self._g_g[b, a]
-        relative: NDArray[np.float32] = self._squared(result) / self._largest[first]
-        return relative
+        return self._squared(result) / self._largest[first]
 
     def to_gallery(self, queries: slice) -> Tensor:
         return self._relative([self._q_g[queries]], queries)
@@ -274,8 +273,7 @@ class _GivenDistances:
 
 def _extent(matrix: NDArray[Any], axis: int) -> NDArray[Any]:
     """The largest absolute values along an axis, without a copy of the matrix."""
-    largest: NDArray[Any] = np.maximum(matrix.max(axis), -matrix.min(axis))
-    return largest
+    return np.maximum(matrix.max(axis), -matrix.min(axis))
 
 
 def _finite(distances: Any, name: str) -> NDArray[Any]:

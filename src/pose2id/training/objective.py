@@ -121,15 +121,13 @@ class Objective:
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(a) latents + sqrt(1 - a) noise, (B, C, h, w)."""
-        result: Tensor = self._scheduler.add_noise(latents, noise, timesteps)
-        return result
+        return self._scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What is to be predicted: v = sqrt(a) noise - sqrt(1 - a) latents, or the noise."""
         if self.prediction == "epsilon":
             return noise
-        result: Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
-        return result
+        return self._scheduler.get_velocity(latents, noise, timesteps)
 
     def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """Eq. 6: the mean squared error of the prediction, over samples weighted by `weights`."""
@@ -144,8 +142,7 @@ class Objective:
         ratio = signal / (1 - signal)
         whole = ratio + 1 if self.prediction == "v_prediction" else ratio
         # 1 in the limit of an epsilon-prediction, where there is nothing but noise.
-        result: Tensor = torch.where(whole > 0, whole.clamp(max=self._gamma) / whole, 1.0)
-        return result
+        return torch.where(whole > 0, whole.clamp(max=self._gamma) / whole, 1.0)
 
 
 def checkpoint_gradients(networks: Any, wanted: bool) -> None:

@@ -21,8 +21,7 @@ def new_optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) ->
         kind = import_module("bitsandbytes").optim.AdamW8bit
     elif parameters[0].is_cuda:
         options["fused"] = True  # otherwise a step's temporaries take twice the weights' memory
-    optimizer: torch.optim.Optimizer = kind(parameters, **options)
-    return optimizer
+    return kind(parameters, **options)
 
 
 def require_optimizer(settings: TrainingSettings) -> None:
