@@ -56,7 +56,8 @@ def load_image(item: Any, name: str) -> Image.Image:
             return Image.fromarray(np.ascontiguousarray(array))
         if array.dtype.kind == "f" and array.shape[0] == 3:
             if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-                raise ValueError(f"{name} must be a float image in [0, 1], got up to {array.max():g}. Divide by 255.")
+                given = f"values in [{array.min():g}, {array.max():g}]"
+                raise ValueError(f"{name} must be a float image in [0, 1], got {given}. Divide by 255.")
             return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
     wanted = "a path, a PIL picture, an (H, W, 3) uint8 RGB array or a (3, H, W) float tensor in [0, 1]"
     raise TypeError(f"{name} must be {wanted}, got {_given(item)}.")
