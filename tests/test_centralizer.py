@@ -622,7 +622,7 @@ class TestParts:
             GeneratedPictures(FakeGenerator(), sampling=Settings(), seed=4)
 
     def test_poses_of_a_generator_are_known(self):
-        with pytest.raises(TypeError, match="poses must be 'standard' or a sequence of poses, got None"):
+        with pytest.raises(ValueError, match="poses must be 'standard' or a sequence of poses, got None"):
             GeneratedPictures(FakeGenerator(), None)
         assert PictureFolder(".").poses == (None,) * 8
         assert PictureFolder(".", pose_inputs={"xy": len}).poses == poses.standard()
@@ -837,7 +837,7 @@ class TestFailures:
                 method(images)
 
     def test_one_image_has_no_others_to_compare_with(self, images):
-        with pytest.raises(ValueError, match="images must be at least 2"):
+        with pytest.raises(ValueError, match="must hold at least 2 images"):
             centralizer_of(Model()).diagnose(images[:1])
 
 
@@ -890,7 +890,7 @@ def test_bad_features(q, g, error, message):
             "num_poses must be at most 4, the number of poses, got 8",
         ),
         ({"poses": "mine", **GENERATED}, ValueError, "poses must be 'standard' or a sequence of poses, got 'mine'"),
-        ({"poses": 3, **GENERATED}, TypeError, "poses must be 'standard' or a sequence"),
+        ({"poses": 3, **GENERATED}, ValueError, "poses must be 'standard' or a sequence"),
         ({"flip": 1}, TypeError, "flip must be True or False"),
         ({"generator": nfc}, TypeError, r"generator must have a method generate_iter.*got function"),
         ({"generated": "."}, ValueError, r"transform must be given with generated pictures.*inputs='images'"),

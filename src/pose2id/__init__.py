@@ -62,33 +62,28 @@ __all__ = [
     "re_ranking",
 ]
 
-_HOME = {
-    "Centralizer": "centralizer",
-    "EvaluationResult": "retrieval.evaluation",
-    "Extractor": "extractor",
-    "GeneratedPictures": "ipg.pictures",
-    "GenerationDiagnostics": "centralization.diagnostics",
-    "IdentityDensity": "centralization.id2",
-    "IdentityGenerator": "ipg.generator",
-    "NFCDiagnostics": "centralization.diagnostics",
-    "Sampling": "ipg.sampling",
-    "PictureFolder": "ipg.pictures",
-    "aqe": "retrieval.expansion",
-    "database_augmentation": "retrieval.expansion",
-    "evaluate": "retrieval.evaluation",
-    "evaluate_rank": "retrieval.evaluation",
-    "fuse": "centralization.fusion",
-    "generation_diagnostics": "centralization.diagnostics",
-    "id2_score": "centralization.id2",
-    "identity_density": "centralization.id2",
-    "k_reciprocal": "retrieval.rerank",
-    "nearest_neighbors": "neighbors.search",
-    "nfc": "centralization.nfc",
-    "nfc_diagnostics": "centralization.diagnostics",
-    "part_distances": "neighbors.visible_parts",
-    "query_expansion": "retrieval.expansion",
-    "re_ranking": "retrieval.rerank",
+_MODULES = {
+    "centralizer": ("Centralizer",),
+    "retrieval.evaluation": ("EvaluationResult", "evaluate", "evaluate_rank"),
+    "extractor": ("Extractor",),
+    "ipg.pictures": ("GeneratedPictures", "PictureFolder"),
+    "centralization.diagnostics": (
+        "GenerationDiagnostics",
+        "NFCDiagnostics",
+        "generation_diagnostics",
+        "nfc_diagnostics",
+    ),
+    "centralization.id2": ("IdentityDensity", "id2_score", "identity_density"),
+    "ipg.generator": ("IdentityGenerator",),
+    "ipg.sampling": ("Sampling",),
+    "retrieval.expansion": ("aqe", "database_augmentation", "query_expansion"),
+    "centralization.fusion": ("fuse",),
+    "retrieval.rerank": ("k_reciprocal", "re_ranking"),
+    "neighbors.search": ("nearest_neighbors",),
+    "centralization.nfc": ("nfc",),
+    "neighbors.visible_parts": ("part_distances",),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 _SUBMODULES = ("demo", "extractor", "ipg", "plots", "poses", "report", "training")
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from pose2id.centralization.diagnostics import GenerationDiagnostics, generation_diagnostics
 from pose2id.centralization.fusion import fuse
-from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc
+from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, with_neighbors
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
 from pose2id.io.checks import checked_choice, checked_count, checked_memory, checked_number
 from pose2id.io.decoding import decoding_once
-from pose2id.io.images import checked_images
 from pose2id.io.rows import FeatureArray, Rows, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
 from pose2id.neighbors.search import BACKENDS, NeighborSearch
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from pose2id.poses import Pose
 
 
-_OF_NFC = ("k1", "k2", "part_distance", "backend", "neighbors", "max_memory")
+_OF_NFC = ("k1", "k2", "backend", "neighbors", "max_memory")
 
 
 class _OfExtractor(TypedDict, total=False):
@@ -81,9 +80,6 @@ class Centralizer:
         **shortcuts: transform, inputs, batch_size, device and flip, for an `Extractor` of the model; generator with
             generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a `PictureFolder`;
             poses, num_poses and pose_inputs for either. None: as by default.
-
-    Raises:
-        TypeError, ValueError: a parameter is out of range, or does not go with another; named.
     """
 
     def __init__(
@@ -114,7 +110,11 @@ class Centralizer:
         of_extractor = {name: given.pop(name) for name in _OfExtractor.__annotations__ if name in given}
         self.extractor = _extractor(extractor, of_extractor)
         self.pictures = _pictures(pictures, given)
-        _check_fit(self.extractor, self.pictures)
+        if self.extractor and isinstance(self.pictures, PosedPictures):
+            if self.extractor.transform is None and self.extractor.inputs == "batch":
+                raise ValueError("transform must be given with generated pictures, or inputs='images'.")
+            if self.extractor.flip and self.pictures.pose_inputs:
+                raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 
     def __call__(
         self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
@@ -138,9 +138,6 @@ class Centralizer:
             (N, D) L2-normalised features, or (N, P, D) parts, each L2-normalised, in the container, dtype and device
             that the model returns. A part's generated mean is taken over the images that show it, where the model
             returns visibility. With num_poses=0: the normalised features of the originals.
-
-        Raises:
-            TypeError, ValueError: no extractor or no pictures, or as in `Extractor.__call__`.
         """
         if getattr(self.pictures, "num_poses", None) == 0:
             return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
@@ -181,21 +178,15 @@ class Centralizer:
         Returns:
             (query, gallery), L2-normalised, parts each by itself, each in the shape, container, dtype and device it
             came in.
-
-        Raises:
-            TypeError, ValueError: bad input, named; an empty set, or a row that is not finite.
         """
-        query = Rows(query_feats, "query_feats", parts=True)
-        gallery = Rows(gallery_feats, "gallery_feats", parts=True)
+        query = Rows(query_feats, "query_feats", normalize=not joint, parts=True)
+        gallery = Rows(gallery_feats, "gallery_feats", normalize=not joint, parts=True)
         checked_pair(query, gallery, "query_feats", "gallery_feats")
-        checked_weights(query, query_visibility, "query_visibility", self.part_distance)
-        checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance)
+        of_query = checked_weights(query, query_visibility, "query_visibility", self.part_distance)
+        of_gallery = checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance)
         settings: dict[str, Any] = {name: getattr(self, name) for name in _OF_NFC}
         if not joint:
-            return (
-                nfc(query_feats, visibility=query_visibility, **settings),
-                nfc(gallery_feats, visibility=gallery_visibility, **settings),
-            )
+            return with_neighbors(query, of_query, **settings), with_neighbors(gallery, of_gallery, **settings)
         dtype = torch.promote_types(query.dtype, gallery.dtype)
         both = torch.cat([rows.read(slice(None), dtype) for rows in (query, gallery)])
         if query.in_parts:
@@ -204,7 +195,7 @@ class Centralizer:
         if query_visibility is not None or gallery_visibility is not None:
             shown = query.visibility(query_visibility, "query_visibility")
             visibility = torch.cat([shown, gallery.visibility(gallery_visibility, "gallery_visibility")])
-        enhanced = nfc(both, visibility=visibility, **settings).flatten(1)
+        enhanced = nfc(both, visibility=visibility, part_distance=self.part_distance, **settings).flatten(1)
         results = query.empty(), gallery.empty()
         query.write(results[0], slice(None), enhanced[: query.n])
         gallery.write(results[1], slice(None), enhanced[query.n :])
@@ -242,8 +233,6 @@ class Centralizer:
         Arguments and errors are those of `__call__`, for at least 2 images. All features are held; a few hundred images
         of different people are enough.
         """
-        if len(checked_images(images)) < 2:
-            raise ValueError("images must be at least 2, to compare with other images' pictures, got 1.")
         with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
             everything = slice(0, len(images))
             features, generated = (model.features(some, everything)[0] for some in (originals, pictures))
@@ -256,10 +245,8 @@ class Centralizer:
         """The model at work, the images, and their generated images, after all checks that need no model."""
         extractor, originals = self._given_extractor(), Images(images, side_inputs)
         if self.pictures is None:
-            raise ValueError(
-                "pictures must be given to fuse images with generated ones: Centralizer(my_model, transform=..., "
-                "generator=IdentityGenerator.from_pretrained(...)), or generated=DIR. Else use extract, then enhance."
-            )
+            remedy = "generator=IdentityGenerator.from_pretrained(...) or generated=DIR"
+            raise ValueError(f"pictures must be given to fuse images with generated ones: pass {remedy}.")
         of_pose: dict[str, Any] = {}
         if isinstance(self.pictures, PosedPictures):
             of_pose = self.pictures.side_inputs(originals.side_inputs.get)
@@ -298,18 +285,6 @@ def _pictures(given: Pictures | None, parameters: dict[str, Any]) -> Pictures | 
     if given is not None and not callable(given):
         raise TypeError(f"pictures must be callable, such as GeneratedPictures, got {type(given).__name__}.")
     return given
-
-
-def _check_fit(extractor: Extractor | None, pictures: Pictures | None) -> None:
-    if extractor is None or not isinstance(pictures, PosedPictures):
-        return
-    if extractor.transform is None and extractor.inputs == "batch":
-        raise ValueError(
-            "transform must be given with generated pictures, which become the model's tensors by it. For a model that "
-            "reads images itself pass inputs='images'."
-        )
-    if extractor.flip and pictures.pose_inputs:
-        raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 
 
 class _Generated(Images):

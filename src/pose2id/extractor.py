@@ -111,9 +111,6 @@ class Extractor:
             what the transform returns.
         flip: the feature is f(x) + f(mirror(x)), with the image mirrored left to right: a second call with the same
             side inputs. Tensors are mirrored after the transform; for `inputs="images"` files are read for it.
-
-    Raises:
-        TypeError, ValueError: a parameter is out of range, named.
     """
 
     def __init__(
@@ -192,11 +189,7 @@ class Extractor:
 
 
 class Images:
-    """Images in order, each with its name and its side inputs.
-
-    Raises:
-        TypeError, ValueError: not a sequence of images, a missing file, side inputs of another length.
-    """
+    """Images in order, each with its name and its side inputs."""
 
     each: tuple[int, ...] = ()  # (M,) for M pictures of each image
 
@@ -215,11 +208,7 @@ class Images:
 
 
 class SideInputs:
-    """Keywords for a model: those with one entry for each of n rows follow the rows, the others stay as they are.
-
-    Raises:
-        ValueError: a tensor, array or list of another length, named.
-    """
+    """Keywords for a model: those with one entry for each of n rows follow the rows, the others stay as they are."""
 
     def __init__(self, values: Mapping[str, Any], n: int) -> None:
         self._values = dict(values)
@@ -259,10 +248,8 @@ class Extraction:
         # Checked last: reading the flags waits for the GPU.
         bad = [row for row, fine in zip(rows, finite.tolist(), strict=True) if not fine]
         if bad:
-            raise ValueError(
-                f"extractor output must be finite; {len(bad)} of {len(rows)} features hold NaN or infinity "
-                f"({first_few(map(images.name, bad), most=5)})."
-            )
+            shown = f"{len(bad)} of {len(rows)} features hold NaN or infinity ({first_few(map(images.name, bad))})"
+            raise ValueError(f"extractor output must be finite; {shown}.")
         features, visibility = (x if x is None else x.reshape(n, *images.each, *x.shape[1:]) for x in outputs)
         return features, visibility
 
@@ -290,9 +277,8 @@ class Extraction:
         self._form = self._form or forms
         for found, first in zip(forms, self._form, strict=True):
             if found != first:
-                raise ValueError(
-                    f"extractor must return one form of output, got {found} from {names[0]} on, after {first}."
-                )
+                given = f"{found} from {names[0]} on, after {first}"
+                raise ValueError(f"extractor must return one form of output, got {given}.")
         return outputs
 
 
@@ -304,8 +290,7 @@ def _batch(items: list[Any], names: list[str], transform: Callable[[Image.Image]
         else:
             tensor = torch.as_tensor(item) if isinstance(item, np.ndarray) else item
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                given = type(item).__name__
-                raise TypeError(f"{name} must be a float tensor (3, H, W), got {given}. Pass transform= for pictures.")
+                raise TypeError(f"{name} must be a float tensor (3, H, W), got {type(item).__name__}. Pass transform=.")
         shape = tuple(getattr(tensor, "shape", ()))
         if not isinstance(tensor, Tensor) or len(shape) != 3:
             given = f"{type(tensor).__name__} of shape {shape}"
@@ -375,8 +360,8 @@ def _is_per_image(value: Any, name: str, n: int) -> bool:
     if not isinstance(value, list) and not (isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0):
         return False
     if len(value) != n:
-        remedy = "Bind constants with functools.partial."
-        raise ValueError(f"{name} must have one entry for each of the {n} images, got {len(value)}. {remedy}")
+        rule = f"have one entry for each of the {n} images, got {len(value)}"
+        raise ValueError(f"{name} must {rule}. Bind constants with functools.partial.")
     return True
 
 
@@ -405,17 +390,13 @@ def _unpack(output: Any, count: int) -> tuple[Any, Any]:
         floating = features.is_floating_point() and features.layout == torch.strided
     else:
         given = f"keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
-        raise TypeError(
-            "extractor must return features as a tensor or array, first in a tuple, or under 'features' in a dict, got "
-            f"{given}."
-        )
+        wanted = "features as a tensor or array, first in a tuple, or under 'features' in a dict"
+        raise TypeError(f"extractor must return {wanted}, got {given}.")
     if not floating:
         raise TypeError(f"extractor output must be dense, of dtype float16 to float64, got {features.dtype}.")
     if features.ndim not in (2, _PARTS_NDIM) or len(features) != count or 0 in features.shape:
-        raise ValueError(
-            f"extractor must return features (B, D) or parts (B, P, D) with B = {count}, got shape "
-            f"{tuple(features.shape)}."
-        )
+        wanted = f"features (B, D) or parts (B, P, D) with B = {count}"
+        raise ValueError(f"extractor must return {wanted}, got shape {tuple(features.shape)}.")
     shape = tuple(features.shape[:2])
     if visibility is not None and tuple(visibility.shape) != shape:
         raise ValueError(f"extractor must return visibility of shape (B, P) = {shape}, got {tuple(visibility.shape)}.")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pose2id.io.checks import checked_count, checked_labels
+from pose2id.io.checks import checked_count, checked_labels, require_modules
 from pose2id.io.rows import Rows
 
 if TYPE_CHECKING:
@@ -20,12 +20,8 @@ RIGHT, WRONG = "#1a9850", "#d73027"
 
 
 def require_plots() -> None:
-    """Raise an ImportError that names the pip command unless matplotlib and scikit-learn can be imported."""
-    try:
-        import matplotlib  # noqa: F401, PLC0415
-        import sklearn  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise ImportError(f'Plots need the extra "plots": pip install "pose2id[plots]" ({error}).') from error
+    """Raise an ImportError with the pip command unless matplotlib and scikit-learn can be imported."""
+    require_modules('Plots need the extra "plots"', '"pose2id[plots]"', "matplotlib", "sklearn")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -144,7 +140,6 @@ def feature_maps(
 
     Raises:
         ImportError: the extra is not installed.
-        TypeError, ValueError: bad input, named.
     """
     require_plots()
     from sklearn.manifold import TSNE  # noqa: PLC0415

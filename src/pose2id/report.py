@@ -163,10 +163,8 @@ def _pair(features: FeatureFile) -> Pair:
 def _number(generated: Pair) -> int:
     of_query, of_gallery = (int(x.shape[1]) for x in generated)
     if of_query != of_gallery:
-        raise ValueError(
-            f"generated must have as many images of a query as of a gallery image, got {of_query} and {of_gallery}. "
-            f"Pass the first {min(of_query, of_gallery)} of each."
-        )
+        wanted = f"as many images of a query as of a gallery image, got {of_query} and {of_gallery}"
+        raise ValueError(f"generated must have {wanted}. Pass the first {min(of_query, of_gallery)} of each.")
     return of_query
 
 

@@ -388,10 +388,10 @@ def test_a_dry_run_writes_nothing(command, tmp_path, capsys, monkeypatch):
     [
         (["--size", "256"], "--size must be HEIGHTxWIDTH"),
         (["--size", "0x10"], "size must be at least 1"),
-        (["--steps", "0", "--weights", "/no/weights"], "--steps must be at least 1"),
-        (["--guidance", "-1", "--weights", "/no/weights"], "--guidance must be in"),
+        (["--steps", "0", "--weights", "/no/weights"], "steps (num_inference_steps) must be at least 1"),
+        (["--guidance", "-1", "--weights", "/no/weights"], "guidance (guidance_scale) must be in"),
         (["--batch-size", "0", "--weights", "/no/weights"], "--batch-size must be at least 1"),
-        (["--seed", "-5", "--weights", "/no/weights"], "--seed must be at least 0"),
+        (["--seed", "-5", "--weights", "/no/weights"], "seed must be at least 0"),
         (["--poses", "nowhere.json"], "nowhere.json"),
         (["--weights", "/no/weights"], "/no/weights"),
         (["--device", "gpu"], "device must be"),

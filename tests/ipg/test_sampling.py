@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,8 +145,8 @@ def opened(monkeypatch, people):
     counts, open_image = Counter(), Image.open
 
     def counting(path, *args, **options):
-        if path in people:
-            counts[path.name] += 1
+        if Path(path) in people:
+            counts[Path(path).name] += 1
         return open_image(path, *args, **options)
 
     monkeypatch.setattr(Image, "open", counting)

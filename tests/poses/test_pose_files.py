@@ -115,7 +115,7 @@ def test_only_poses_are_written(tmp_path):
         write([ONE, ONE.keypoints], tmp_path / "poses.json")
     with pytest.raises(ValueError, match="at least one pose"):
         write([], tmp_path / "poses.json")
-    with pytest.raises(TypeError, match="Wrap it in a list"):
+    with pytest.raises(TypeError, match="not iterable"):
         write(ONE, tmp_path / "poses.json")
     assert not list(tmp_path.iterdir())
 
@@ -148,14 +148,14 @@ def test_people_of_whom_nothing_is_visible_are_left_out(file):
         ("{", "Expecting property name"),
         ("", "Expecting value"),
         ("[" * 100_000, "recursion|nested"),
-        ({"people": []}, "at least one person with a visible keypoint, got none"),
-        ([], "at least one person"),
-        ({"poses": []}, "at least one person"),
-        ({"people": [{"pose_keypoints_2d": [0] * 54}]}, "at least one person"),
-        ({}, r"the file must be an object with a list 'people', got an object with \[\]"),
+        ({"people": []}, "no person with a visible keypoint"),
+        ([], "no person with a visible keypoint"),
+        ({"poses": []}, "no person with a visible keypoint"),
+        ({"people": [{"pose_keypoints_2d": [0] * 54}]}, "no person with a visible keypoint"),
+        ({}, r"the file must be an object with a list 'people', got \[\]"),
         (7, "the file must be an object with a list 'people', got int"),
         ([7], r"\[0\] must be an object with a list 'people', got int"),
-        ({"persons": []}, r"with a list 'people', got an object with \['persons'\]"),
+        ({"persons": []}, r"with a list 'people', got \['persons'\]"),
         ({"people": {}}, "with a list 'people'"),
         ({"people": [{"pose_keypoints_2d": None}]}, r"people\[0\] must be an object with a list 'pose_keypoints_2d'"),
         ([{"people": []}, {"people": [person(ONE), {}]}], r"\[1\]\.people\[1\] must be an object with a list"),
@@ -168,7 +168,7 @@ def test_people_of_whom_nothing_is_visible_are_left_out(file):
         ({"people": [{"pose_keypoints_2d": [0.5] * 53 + [None]}]}, r"people\[0\] must be an array of numbers"),
         ({"people": [{"pose_keypoints_2d": [[0.5]] * 54}]}, r"people\[0\] must have .*got shape \(54, 1\)"),
         ({"people": [{"pose_keypoints_2d": [10**400] * 54}]}, r"people\[0\] must be an array of numbers"),
-        ({"people": [person(ONE, pixels=True)]}, r"is in pixels and names no canvas.*Pass size=\(height, width\)"),
+        ({"people": [person(ONE, pixels=True)]}, r"is in pixels without canvas.*Pass size="),
         ([{"people": [person(ONE, pixels=True)]}], r"\[0\] is in pixels"),
         ({"people": [person(ONE, pixels=True)], "canvas_width": 0, "canvas_height": 9}, "canvas must be at least 1"),
         ({"people": [person(ONE, pixels=True)], "canvas_width": "9", "canvas_height": 9}, "canvas must be an integer"),
@@ -188,7 +188,7 @@ def test_people_of_whom_nothing_is_visible_are_left_out(file):
         ),
         ({"poses": [{"keypoints": [[30, 60]] * 18}]}, r"poses\[0\]\.keypoints: keypoints\[0\] \(nose\).*divide pixels"),
         ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": "../a"}]}, r"poses\[0\].*: name must be fit for a file"),
-        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": 1}]}, r"poses\[0\].*: name must be a string"),
+        ({"poses": [{"keypoints": [[0.5, 0.5]] * 18, "name": 1}]}, r"poses\[0\].*: expected string"),
         ({"poses": [7]}, r"poses\[0\] must be an object with a list 'keypoints', got int"),
         ({"poses": 7}, "with a list 'poses'"),
     ],

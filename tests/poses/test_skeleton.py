@@ -85,7 +85,7 @@ def changed(index, value):
 @pytest.mark.parametrize(
     ("keypoints", "error", "message"),
     [
-        (SCHEME[:17], ValueError, r"shape \(18, 2\), .* got \(17, 2\)\. Pose\.from_coco"),
+        (SCHEME[:17], ValueError, r"shape \(18, 2\), got \(17, 2\)\. Pose\.from_coco"),
         (np.zeros((18, 3)), ValueError, r"got \(18, 3\)"),
         (
             changed(3, (0.5, np.inf)),
@@ -121,7 +121,7 @@ def test_names_cannot_leave_their_folder(name):
 
 
 def test_names_are_strings():
-    with pytest.raises(TypeError, match="name must be a string, got int"):
+    with pytest.raises(TypeError, match="expected string"):
         Pose(SCHEME, 1)
 
 

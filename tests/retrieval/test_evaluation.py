@@ -318,7 +318,7 @@ def test_bad_input(arguments, error, message):
         ("x", TypeError, "distmat must be a numpy array"),
         (np.array([["a", "b"]]), TypeError, "distmat"),
         (np.ones(2), ValueError, "distmat must have two dimensions"),
-        (np.ones((0, 2)), ValueError, "at least one query"),
+        (np.ones((0, 2)), ValueError, "at least one entry"),
         (np.ones((2, 3)), ValueError, r"g_pids must have shape \(3,\)"),
         (np.array([[0.0, 1.0], [np.nan, 1.0]]), ValueError, "row 1"),
     ],

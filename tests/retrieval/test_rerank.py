@@ -362,7 +362,7 @@ def test_bad_input(arguments, error, message):
         ((np.ones((2, 3)), np.ones((2, 2)), np.full((3, 3), np.nan)), ValueError, "g_g_dist must be finite; row 0"),
         ((np.ones(3), ONES, ONES), ValueError, "q_g_dist must have two dimensions"),
         ((-ONES, np.ones((2, 2)), np.ones((3, 3))), ValueError, "q_g_dist must hold distances.*similarities"),
-        ((np.ones((0, 3)), np.ones((0, 0)), np.ones((3, 3))), ValueError, "at least one query"),
+        ((np.ones((0, 3)), np.ones((0, 0)), np.ones((3, 3))), ValueError, "at least one entry"),
     ],
 )
 def test_bad_distances(matrices, error, message):

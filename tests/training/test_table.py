@@ -167,7 +167,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     ("images", "error", "message"),
     [
         ([], ValueError, "images must hold at least one image, got none"),
-        (["a.png"], TypeError, r"images\[0\] must be a PersonImage, got str"),
+        (["a.png"], TypeError, r"images\[0\] must be a PersonImage .*got str"),
         (
             [PersonImage(Path("a.png"), "1"), PersonImage(Path("b/../a.png"), "2")],
             ValueError,
@@ -185,10 +185,10 @@ def test_what_no_table_can_hold(images, error, message, tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "error", "message"),
     [
-        (("a.png", "1"), TypeError, "path must be a Path, got 'a.png'"),
-        ((Path("a.png"), 1), TypeError, "identity must be a str, got 1"),
-        ((Path("a.png"), "1", 2), TypeError, "camera must be a str, got 2"),
-        ((Path("a.png"), "1", "2", np.zeros((18, 2))), TypeError, "pose must be a Pose or None, got ndarray"),
+        (("a.png", "1"), TypeError, "path must be Path, got str"),
+        ((Path("a.png"), 1), TypeError, "identity must be str, got int"),
+        ((Path("a.png"), "1", 2), TypeError, "camera must be str, got int"),
+        ((Path("a.png"), "1", "2", np.zeros((18, 2))), TypeError, r"pose must be Pose \| None, got ndarray"),
         ((Path("a.png"), " "), ValueError, r"identity must not be empty, got ' ' for a\.png"),
     ],
 )
@@ -318,7 +318,7 @@ def test_folders_in_folders_that_would_make_one_person_of_two(folder):
 
 def test_folders_at_different_depths(folder):
     root = folder("anna/cam1/a.jpg", "anna/cam2/a.jpg", "bert/a.jpg")
-    with pytest.raises(ValueError, match=r"must all be at one depth, .* got .*anna.cam2.a\.jpg, .*bert.a\.jpg\. Move"):
+    with pytest.raises(ValueError, match=r"must all be at one depth .* got .*anna.cam2.a\.jpg, .*bert.a\.jpg\. Move"):
         table_of_folder(root, identity="folder")
     assert [image.identity for image in table_of_folder(root / "anna", identity="folder")] == ["cam1", "cam2"]
 

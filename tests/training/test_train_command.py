@@ -417,7 +417,7 @@ def test_tables_and_directories_are_checked_before_anything_is_downloaded(comman
     assert "2 images of which none can be used: 0 have a valid pose, 1 people" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert command(directory=tmp_path / "file") == 2
-    assert "directory must be one to train in" in capsys.readouterr().err
+    assert "must be new, empty, or the directory of a run" in capsys.readouterr().err
     assert taken == {}
 
 

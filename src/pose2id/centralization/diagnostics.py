@@ -55,9 +55,6 @@ def generation_diagnostics(features: Any, generated: Any) -> GenerationDiagnosti
 
     Returns:
         The similarities of `GenerationDiagnostics`; of parts: their means over the parts, whether visible or not.
-
-    Raises:
-        TypeError, ValueError: bad input, named, as in `fuse`.
     """
     rows, poses = stacked_rows(features, generated)
     n, parts, count = rows.n, rows.parts, len(poses)
@@ -124,13 +121,7 @@ class NFCDiagnostics:
 
 
 def nfc_diagnostics(
-    features: Any,
-    k1: int = 2,
-    k2: int = 2,
-    *,
-    camids: Any = None,
-    backend: str = "auto",
-    max_memory: int | None = None,
+    features: Any, k1: int = 2, k2: int = 2, *, camids: Any = None, backend: str = "auto", max_memory: int | None = None
 ) -> NFCDiagnostics:
     """Measure, without labels, what `nfc(features, k1, k2)` would do: to choose k1 and k2.
 
@@ -144,9 +135,6 @@ def nfc_diagnostics(
 
     Returns:
         The shares and similarities of `NFCDiagnostics`.
-
-    Raises:
-        TypeError, ValueError: bad input, named, as in `nfc`.
     """
     rows = Rows(features, "features", normalize=True)
     if rows.n < 2:

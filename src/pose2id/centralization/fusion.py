@@ -35,9 +35,6 @@ def fuse(
 
     Returns:
         Features, each, or each part, L2-normalised, in the shape, container, dtype and device of `features`.
-
-    Raises:
-        TypeError, ValueError: bad input, named; so is the row that is not finite.
     """
     eta = checked_number(eta, "eta", 0, 1e6)
     originals, poses = stacked_rows(features, generated)
@@ -47,7 +44,7 @@ def fuse(
         f = originals.by_part(originals.read(block, torch.float64))
         f_m = (pose.by_part(pose.read(block, torch.float64)).to(f.device) for pose in poses)
         originals.write(result, block, centralized(f, f_m, weights[block].to(f.device).movedim(1, 0), eta))
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def centralized(f: Tensor, f_m: Iterable[Tensor], w_m: Iterable[Tensor], eta: float) -> Tensor:

@@ -57,9 +57,6 @@ def id2_score(features: Any, pids: Any, *, convention: str = "published", count_
     Returns:
         The score, in [0, 1] if published and [0, 2) if printed. Identities with one feature have density 0:
         `identity_density` says how many there are.
-
-    Raises:
-        TypeError, ValueError: bad input, named; or no feature is left to measure.
     """
     return identity_density(features, pids, convention=convention, count_distractors=count_distractors).score
 

@@ -15,12 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import (
-    BLOCK_BYTES,
-    checked_choice,
-    checked_count,
-    checked_memory,
-)
+from pose2id.io.checks import BLOCK_BYTES, checked_choice, checked_count, checked_memory
 from pose2id.io.rows import FeatureArray, Rows, unit
 from pose2id.io.whole_files import new_file, write_npy
 from pose2id.neighbors import visible_parts
@@ -95,19 +90,33 @@ def nfc(
         RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
-    target = None if out is None else _checked_out(out, features)
+    if out is not None and isinstance(features, Tensor):
+        raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
+    if out is not None and os.path.islink(out):  # to nothing: the file would take the link's place
+        raise FileExistsError(f"{out} exists. Choose another name.")
+    target = None if out is None else new_file(out, suffixes=(".npy",))
     z = Rows(features, "features", normalize=normalize, parts=True)
     v = checked_weights(z, visibility, "visibility", part_distance)
+    return with_neighbors(z, v, k1, k2, normalize, backend, neighbors, max_memory, target)
+
+
+def with_neighbors(
+    z: Rows,
+    v: Tensor | None,
+    k1: int,
+    k2: int,
+    normalize: bool = True,
+    backend: str = "auto",
+    neighbors: NeighborSearch | None = None,
+    max_memory: int | None = None,
+    target: Path | None = None,
+) -> Any:
+    """`nfc` of checked rows, with the visibility that `checked_weights` gives."""
     if v is not None and checked_choice(backend, "backend", BACKENDS) == "faiss":
-        raise ValueError(
-            "backend must be 'auto' or 'torch' for the distance over visible parts, which faiss lacks. "
-            "part_distance='flattened' works with faiss."
-        )
+        raise ValueError("backend must be 'auto' or 'torch' for visible parts. faiss takes part_distance='flattened'.")
     if neighbors is not None and (v is not None or backend != "auto"):
-        raise ValueError(
-            f"neighbors must be None with backend={backend!r} or visible parts: a search of your own compares rows "
-            "as one vector (part_distance='flattened')."
-        )
+        rule = f"None with backend={backend!r} or visible parts"
+        raise ValueError(f"neighbors must be {rule}: it searches whole rows (part_distance='flattened').")
     nearest = _nearest(z, v, max(k1, k2), backend, neighbors, max_memory)
     is_mutual = mutual_neighbors(nearest, k1, k2)
 
@@ -117,11 +126,11 @@ def nfc(
             yield block, unit(z.by_part(sums)) if normalize else sums
 
     if target is not None:
-        return _written(target, z, centralized_blocks())  # type: ignore[no-any-return]
+        return _written(target, z, centralized_blocks())
     result = z.empty()
     for block, rows in centralized_blocks():
         z.write(result, block, rows)
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _nearest(
@@ -162,22 +171,10 @@ def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) 
     checked_choice(part_distance, "part_distance", PART_DISTANCES)
     flattened = part_distance == "flattened"
     if flattened and visibility is not None:
-        raise ValueError(
-            f"{name} must be None with part_distance='flattened', which compares and adds all parts. Take "
-            "part_distance='visible'."
-        )
+        raise ValueError(f"{name} must be None with part_distance='flattened'. Take part_distance='visible'.")
     if flattened or (rows.parts == 1 and visibility is None):
         return None
     return rows.visibility(visibility, name)
-
-
-def _checked_out(out: Any, features: Any) -> Path:
-    if isinstance(features, Tensor):
-        raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
-    new_file(out, suffixes=(".npy",))
-    if os.path.islink(out):  # to nothing: the file would take the link's place
-        raise FileExistsError(f"{out} exists. Choose another name.")
-    return Path(out)
 
 
 def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]]) -> Any:

@@ -53,14 +53,10 @@ def add_commands(commands: Any) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     # Before gigabytes are downloaded.
-    from pose2id.io.checks import checked_count, checked_number  # noqa: PLC0415
+    from pose2id.io.checks import checked_count  # noqa: PLC0415
+    from pose2id.ipg.sampling import Sampling  # noqa: PLC0415
 
-    settings: dict[str, Any] = {
-        "num_inference_steps": checked_count(args.steps, "--steps"),
-        "guidance_scale": checked_number(args.guidance, "--guidance", 0, 1000),
-        "seed": checked_count(args.seed, "--seed", least=0),
-        "size": train.size(args.size, "--size"),
-    }
+    sampling = Sampling(args.steps, args.guidance, args.seed, train.size(args.size, "--size"))
     batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
     from pose2id import poses  # noqa: PLC0415
     from pose2id.ipg import batch as files  # noqa: PLC0415
@@ -68,7 +64,7 @@ def _generate(args: argparse.Namespace) -> None:
     images = files.collect_images(args.images, args.out)
     chosen = poses.standard() if args.poses == "standard" else poses.read(args.poses)
     generator = _generator(args)
-    job: Any = {"poses": chosen, "overwrite": args.overwrite, **settings}
+    job: Any = {"poses": chosen, "overwrite": args.overwrite, "sampling": sampling}
     if args.dry_run:
         count = files.missing_pictures(generator, args.images, args.out, **job)
         print(
@@ -76,7 +72,7 @@ def _generate(args: argparse.Namespace) -> None:
         )
         if count:
             image = next(iter(images.values()))
-            seconds = files.seconds_per_picture(generator, image, chosen, batch_size=batch_size, **settings)
+            seconds = files.seconds_per_picture(generator, image, chosen, sampling=sampling, batch_size=batch_size)
             print(f"about {_duration(count * seconds)} on {generator.device}: {1 / seconds:.3g} pictures/s")
         return
     done = files.generate_files(generator, args.images, args.out, grid=args.grid, batch_size=batch_size, **job)

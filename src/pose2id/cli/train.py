@@ -82,12 +82,12 @@ def run(args: argparse.Namespace) -> None:
     from pose2id.training import log  # noqa: PLC0415 - takes seconds, as the others
     from pose2id.training import run as training  # noqa: PLC0415
     from pose2id.training import start as starting  # noqa: PLC0415
-    from pose2id.training.settings import checked_settings  # noqa: PLC0415
+    from pose2id.training.settings import TrainingSettings  # noqa: PLC0415
     from pose2id.training.table import read_table  # noqa: PLC0415
 
     for module in ("run", "run_directory", "cache"):  # what is trained on, left out and done meanwhile
         logging.getLogger(f"pose2id.training.{module}").setLevel(logging.INFO)
-    checked = checked_settings(settings)
+    checked = TrainingSettings(**settings)
     images = read_table(args.table)
     validation, device = given.pop("validation", None), given.pop("device", None)
     shown = None if validation is None else read_table(validation)
@@ -120,11 +120,7 @@ def _origin(weights: str, unet: Any) -> str:
 
 
 def size(text: str, name: str) -> tuple[int, int]:
-    """(height, width) of `HEIGHTxWIDTH`.
-
-    Raises:
-        ValueError: another text; named.
-    """
+    """(height, width) of `HEIGHTxWIDTH`."""
     height, by, width = text.partition("x")
     if not by or not height.isdecimal() or not width.isdecimal():
         raise ValueError(f"{name} must be HEIGHTxWIDTH in pixels, such as 256x128, got {text!r}.")
@@ -134,10 +130,11 @@ def size(text: str, name: str) -> tuple[int, int]:
 def _from_file(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        import yaml  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(f'--config needs the extra "train": pip install "pose2id[train]" ({error}).') from error
+    from pose2id.io.checks import require_modules  # noqa: PLC0415
+
+    require_modules('--config needs the extra "train"', '"pose2id[train]"', "yaml")
+    import yaml  # noqa: PLC0415
+
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,8 @@ def checked_distances(distances: Any, name: str) -> NDArray[Any]:
         distances = (distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances).numpy()
     if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {_kind(distances)}.")
-    if distances.ndim != 2:
-        raise ValueError(f"{name} must have two dimensions, got shape {distances.shape}.")
+    if distances.ndim != 2 or 0 in distances.shape:
+        raise ValueError(f"{name} must have two dimensions with at least one entry, got shape {distances.shape}.")
     return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
 
 
@@ -117,6 +118,15 @@ def checked_flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value
+
+
+def require_modules(need: str, install: str, *modules: str) -> None:
+    """Import modules, or raise an ImportError: what needs them, and the pip command."""
+    try:
+        for module in modules:
+            import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{need}: pip install {install} ({error}).") from error
 
 
 def first_few(names: Iterable[Any], total: int | None = None, most: int = 3, separator: str = ", ") -> str:

@@ -31,10 +31,7 @@ def checked_images(images: Any, name: str = "images") -> Any:
     single = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
     single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != 4
     if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
-        raise TypeError(
-            f"{name} must be a sequence of images, got {_given(images)}. Wrap one image in a list, "
-            "an iterator in list()."
-        )
+        raise TypeError(f"{name} must be a sequence of images, got {_given(images)}. Wrap it in [] or list().")
     if len(images) == 0:
         raise ValueError(f"{name} must hold at least one image, got none.")
     if not isinstance(images, (np.ndarray, Tensor)):
@@ -59,13 +56,11 @@ def load_image(item: Any, name: str) -> Image.Image:
             return Image.fromarray(np.ascontiguousarray(array))
         if array.dtype.kind == "f" and array.shape[0] == 3:
             if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-                given = f"[{array.min():g}, {array.max():g}]"
-                raise ValueError(f"{name} must be a float image in [0, 1], got values in {given}. Divide by 255.")
+                given = f"values in [{array.min():g}, {array.max():g}]"
+                raise ValueError(f"{name} must be a float image in [0, 1], got {given}. Divide by 255.")
             return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
-    raise TypeError(
-        f"{name} must be a path, a PIL picture, an (H, W, 3) uint8 RGB array or a (3, H, W) float tensor in [0, 1], "
-        f"got {_given(item)}."
-    )
+    wanted = "a path, a PIL picture, an (H, W, 3) uint8 RGB array or a (3, H, W) float tensor in [0, 1]"
+    raise TypeError(f"{name} must be {wanted}, got {_given(item)}.")
 
 
 def content_key(picture: Image.Image) -> str:

@@ -128,13 +128,9 @@ class Rows:
             norms[block] = row_norms(self.by_part(rows).flatten(0, 1)).view(-1, self.parts)
         bad = ~(norms <= MAX_NORM)  # NaN compares false
         if bad.any():
-            places = bad.nonzero()[:5].tolist()
-            shown = [f"{row} part {part}" if self.parts > 1 else f"{row}" for row, part in places]
-            repair = "Set hidden parts to 0" if self.parts > 1 else "Drop these rows and their labels"
-            raise ValueError(
-                f"{name} must be finite; {int(bad.any(1).sum())} of {self.n} rows hold NaN or infinity "
-                f"(row {first_few(shown, int(bad.sum()), most=5)}). {repair}."
-            )
+            places = [f"{row} part {part}" if self.parts > 1 else row for row, part in bad.nonzero()[:5].tolist()]
+            given = f"{bad.any(1).sum()} of {self.n} rows are not (row {first_few(places, int(bad.sum()), most=5)})"
+            raise ValueError(f"{name} must be finite; {given}. Drop them and their labels, or set hidden parts to 0.")
         return norms
 
 
@@ -233,15 +229,10 @@ def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
     elif isinstance(features, np.ndarray) and not isinstance(features, np.ma.MaskedArray):
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
     else:
-        raise TypeError(
-            f"{name} must be a numpy array or a torch tensor, got {type(features).__name__}. Try numpy.asarray or "
-            "torch.stack."
-        )
+        given = type(features).__name__
+        raise TypeError(f"{name} must be a numpy array or a torch tensor, got {given}. Try numpy.asarray.")
     if not floating:
-        raise TypeError(
-            f"{name} must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}. Check the "
-            "order of the arguments."
-        )
+        raise TypeError(f"{name} must be dense, of dtype float16, bfloat16, float32 or float64, got {features.dtype}.")
     if features.ndim != 2 and not (parts and features.ndim == 3):
         wanted = "(N, D), one feature per row" + (", or (N, P, D) for features in parts" if parts else "")
         hint = " Try reshape(N, -1), or pose2id.part_distances." if features.ndim == 3 else ""

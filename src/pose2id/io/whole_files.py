@@ -42,7 +42,7 @@ def new_directory(path: str | os.PathLike[str]) -> Path:
     Raises:
         FileExistsError: it is neither.
     """
-    target = Path(path)
+    target = Path(path).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty. Choose another.")
     return target

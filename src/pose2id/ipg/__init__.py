@@ -30,17 +30,16 @@ __all__ = [
     "generate_files",
 ]
 
-_HOME = {
-    "IdentityEncoder": "networks",
-    "IdentityGenerator": "generator",
-    "IdentityTokens": "identity",
-    "Networks": "networks",
-    "PoseEncoder": "pose_encoder",
-    "Sampling": "sampling",
-    "TransReID": "identity",
-    "convert": "weights",
-    "generate_files": "batch",
+_MODULES = {
+    "networks": ("IdentityEncoder", "Networks"),
+    "generator": ("IdentityGenerator",),
+    "identity": ("IdentityTokens", "TransReID"),
+    "pose_encoder": ("PoseEncoder",),
+    "sampling": ("Sampling",),
+    "weights": ("convert",),
+    "batch": ("generate_files",),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:

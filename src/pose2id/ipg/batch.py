@@ -55,10 +55,7 @@ def collect_images(
         for path in _files_of(given, without):
             name = path.relative_to(given if given.is_dir() else given.parent).with_suffix("").as_posix()
             if name in found:
-                raise ValueError(
-                    f"images must have different names, got {found[name]} and {path}. Pass the directory above both, "
-                    "or generate them into two directories."
-                )
+                raise ValueError(f"images must have different names, got {found[name]} and {path}. Pass their folder.")
             found[name] = path
     if not found:
         raise ValueError("images must name at least one file or directory, got none.")
@@ -282,10 +279,8 @@ class _Job:
         """Files that are what they should be; raises if others are in their place, or pictures in more poses."""
         more = self.directory / f"pose{len(self.poses) + 1}"
         if more.exists():
-            raise FileExistsError(
-                f"{self.directory} must not hold pictures in more than {len(self.poses)} poses, got {more.name}. "
-                "Choose another directory, or remove the folders."
-            )
+            rule = f"must not hold pictures in more than {len(self.poses)} poses, got {more.name}"
+            raise FileExistsError(f"{self.directory} {rule}. Choose another, or remove the folders.")
         there, others = set(), []
         for i in range(len(self.names)):
             for target, note in [*self._pictures(i).items(), *([self._sheet(i)] if grid else [])]:

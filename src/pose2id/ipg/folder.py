@@ -53,27 +53,20 @@ def find(directory: str | os.PathLike[str], images: Sequence[Any], count: int) -
     missing = [i for i, files in enumerate(found) if len(files) < count]
     if missing:
         shown = first_few(f"images[{i}] ({os.fspath(images[i])})" for i in missing)
-        raise ValueError(
-            f"{root} must hold {count} pictures of every image; they are missing for {len(missing)} of {len(images)}: "
-            f"{shown}. Looked for {looked_for}."
-        )
+        given = f"they are missing for {len(missing)} of {len(images)}: {shown}"
+        raise ValueError(f"{root} must hold {count} pictures of every image; {given}. Looked for {looked_for}.")
     return found
 
 
-def checked_directory(directory: Any, count: int) -> Path:
+def checked_directory(directory: str | os.PathLike[str], count: int) -> Path:
     """A directory; if it has pose folders, with pose1 to pose{count}."""
-    if not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(f"directory must be a path, got {type(directory).__name__}.")
-    root = Path(directory)
+    root, there = Path(directory), 0
     if not root.is_dir():
         raise ValueError(f"directory must exist, got {root}.")
-    there = 0
     while (root / f"pose{there + 1}").is_dir():
         there += 1
     if 0 < there < count:
-        raise ValueError(
-            f"num_poses must be at most {there}, the number of folders pose1, pose2, ... in {root}, got {count}."
-        )
+        raise ValueError(f"num_poses must be at most {there}, the number of folders pose1, ... in {root}, got {count}.")
     return root
 
 
@@ -111,10 +104,8 @@ def _names_in(known: Mapping[str, Any], paths: list[Path]) -> list[str | None]:
         name = next((end for end in ends if end in known), None)
         names.append(name)
         if name is not None and paths[owners.setdefault(name, i)] != path:
-            raise ValueError(
-                f"images must have pictures of their own, but images[{owners[name]}] ({paths[owners[name]]}) and "
-                f"images[{i}] ({path}) would both get those of {name}. Keep the images' folders among the pictures."
-            )
+            both = f"images[{owners[name]}] ({paths[owners[name]]}) and images[{i}] ({path})"
+            raise ValueError(f"images must have pictures of their own, but {both} would both get those of {name}.")
     return names
 
 
@@ -145,9 +136,6 @@ def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: S
         images: paths of the originals.
         poses: M, of the pictures; None for one that is not known, but the same for all images. Pictures without a note
             are taken as they are.
-
-    Raises:
-        ValueError: the first such picture, named.
     """
     keys = [_key(pose, f"poses[{m}]") for m, pose in enumerate(poses)]
     for i, (files, image) in enumerate(zip(found, images, strict=True)):
@@ -158,10 +146,8 @@ def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: S
                 continue
             original = original or content_key(load_image(image, f"images[{i}]"))
             if note["image"] != original:
-                raise ValueError(
-                    f"pictures must be of images[{i}] ({os.fspath(image)}), and {file} was made from another image. "
-                    "Generate pictures of this one into another directory."
-                )
+                given = f"{file} was made from another image"
+                raise ValueError(f"pictures must be of images[{i}] ({os.fspath(image)}), and {given}. Generate anew.")
             keys[m] = keys[m] or note.get("pose")
             if note.get("pose") != keys[m]:
                 others = "those of other images in its folder" if poses[m] is None else f"poses[{m}]"
@@ -177,10 +163,8 @@ def _key(pose: Any, name: str) -> str | None:
 def _one_of(files: list[str], path: Path, i: int) -> Path:
     named_alike = [file for file in files if os.path.splitext(file)[1] == path.suffix]
     if len(files) > 1 and not named_alike:
-        raise ValueError(
-            f"pose folders must have one picture for images[{i}] ({path}), got {', '.join(sorted(files))}. Remove all "
-            "but one."
-        )
+        given = ", ".join(sorted(files))
+        raise ValueError(f"pose folders must have one picture for images[{i}], got {given}. Remove all but one.")
     return Path(named_alike[0] if named_alike else files[0])
 
 

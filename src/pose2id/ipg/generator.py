@@ -87,7 +87,11 @@ class IdentityGenerator:
         sources: Mapping[str, str] | None = None,
         license: str = weights.OPENRAIL,  # noqa: A002 - what the Hub calls it
     ) -> None:
-        _check_scheduler(scheduler)
+        needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
+        lacking = [name for name in needed if not hasattr(scheduler, name)]
+        if lacking:
+            given = f"{type(scheduler).__name__} without {', '.join(lacking)}"
+            raise TypeError(f"scheduler must be a diffusers scheduler for noise prediction, got {given}.")
         self.networks = Networks(
             identity_encoder=identity_encoder,
             identity_tokens=identity_tokens,
@@ -171,10 +175,8 @@ class IdentityGenerator:
         own = {"identity_encoder": identity_encoder, "identity_tokens": identity_tokens}
         own = {name: network for name, network in own.items() if network is not None}
         if len(own) == 1:
-            raise ValueError(
-                f"identity_encoder and identity_tokens must be given together, got {next(iter(own))} alone: tokens are "
-                "trained on the features of one encoder."
-            )
+            pair = f"got {next(iter(own))} alone: tokens are trained with an encoder"
+            raise ValueError(f"identity_encoder and identity_tokens must be given together, {pair}.")
         source = weights.open_weights(
             repo_or_dir,
             revision=revision,
@@ -191,11 +193,7 @@ class IdentityGenerator:
             for name in weights.PARTS
         }
         loaded = cls(
-            **networks,
-            scheduler=source.scheduler(),
-            **source.settings,
-            sources=source.sources,
-            license=source.license,
+            **networks, scheduler=source.scheduler(), **source.settings, sources=source.sources, license=source.license
         )
         loaded.networks.lay_out()
         if compile:
@@ -213,17 +211,19 @@ class IdentityGenerator:
             FileExistsError: the directory holds something.
             TypeError: a network of another class than the published one's, whose configuration the JSON can't hold.
         """
-        networks = self.parts
-        described = weights.Weights(
+        states = ((name, network.state_dict()) for name, network in self.parts.items())
+        weights.save(directory, self.described(), states, notes=notes)
+
+    def described(self) -> weights.Weights:
+        """What `save_pretrained` writes, without tensors and files; its TypeError if it cannot."""
+        return weights.Weights(
             files={},
-            configs={name: weights.config_of(name, network) for name, network in networks.items()},
+            configs={name: weights.config_of(name, network) for name, network in self.parts.items()},
             scheduler_config=weights.scheduler_config(self.scheduler),
             settings={"image_size": list(self.image_size), "round_bank": self.round_bank},
             sources=self.sources,
             license=self.license,
         )
-        states = ((name, network.state_dict()) for name, network in networks.items())
-        weights.save(directory, described, states, notes=notes)
 
     def push_to_hub(
         self,
@@ -258,9 +258,6 @@ class IdentityGenerator:
 
         Args:
             **changes: arguments of `IdentityGenerator`, by name. With another UNet, `license` has its default again.
-
-        Raises:
-            TypeError, ValueError: as `IdentityGenerator`.
         """
         settings = ["scheduler", "sampler", "image_size", "round_bank", "sources"]
         if not changes.keys() & {"reference_unet", "denoising_unet"}:
@@ -321,8 +318,6 @@ class IdentityGenerator:
             CPU.
 
         Raises:
-            TypeError, ValueError: bad input, named, before anything is generated; pictures that are not finite, which
-                half precision can cause.
             torch.cuda.OutOfMemoryError: half the batch is too large as well.
         """
         results = self.generate_iter(
@@ -363,10 +358,8 @@ class IdentityGenerator:
         sampling = self.checked_sampling(sampling, **settings)
         checked_choice(output, "output", OUTPUTS)
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator, got {type(generator).__name__}. For a seed pass seed=, or for "
-                "torch's order of noise torch.Generator().manual_seed(seed)."
-            )
+            given = type(generator).__name__
+            raise TypeError(f"generator must be a torch.Generator, got {given}. For a seed pass seed=.")
         if latents is not None:
             check_shape(latents, "latents", (len(references), len(drawn), *self.latent_shape))
             if not torch.isfinite(latents).all():
@@ -410,10 +403,9 @@ class IdentityGenerator:
                         generated = self.sample(*batch, sampling=sampling, generator=steps_draw, batch_size=batch_size)
                     except torch.cuda.OutOfMemoryError as error:
                         if halved or batch_size == 1:
-                            raise torch.cuda.OutOfMemoryError(
-                                f"{self.device} has too little memory for batch_size={batch_size}. Pass a smaller one, "
-                                "use weights in half precision, or enable_model_cpu_offload()."
-                            ) from error
+                            lacking = f"{self.device} has too little memory for batch_size={batch_size}"
+                            remedy = "Pass a smaller one, or enable_model_cpu_offload()"
+                            raise torch.cuda.OutOfMemoryError(f"{lacking}. {remedy}.") from error
                         batch_size, halved = batch_size // 2, True
                         logger.warning("%s ran out of memory; going on with batch_size=%d", self.device, batch_size)
                 for in_poses in generated:
@@ -447,9 +439,6 @@ class IdentityGenerator:
 
         Returns:
             (R, P, 3, *image_size) in [0, 1].
-
-        Raises:
-            TypeError, ValueError: shapes or numbers that do not fit.
         """
         networks, count = self.networks, len(references)
         check_shape(identity_images, "identity_images", (count, 3, *networks.identity_encoder.image_size))
@@ -497,16 +486,6 @@ class IdentityGenerator:
     def _tensor(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
         # Not in half precision: networks get it after scaling to their range, which would round once more.
         return torch.stack([pixels(picture, size) for picture in pictures]).to(self.device, self.networks.wide_dtype)
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
-    lacking = [name for name in needed if not hasattr(scheduler, name)]
-    if lacking:
-        raise TypeError(
-            f"scheduler must be a diffusers scheduler for noise prediction, such as DDIMScheduler; "
-            f"{type(scheduler).__name__} has no {', '.join(lacking)}."
-        )
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

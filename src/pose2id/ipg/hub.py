@@ -47,8 +47,6 @@ class Place:
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> None:
-        if not isinstance(repo_or_dir, (str, os.PathLike)):
-            raise TypeError(f"{argument} must be a directory or 'user/name', got {type(repo_or_dir).__name__}.")
         self.name = os.fspath(repo_or_dir)
         self.commit: str | None = None
         self._argument = argument
@@ -63,10 +61,8 @@ class Place:
                 validate_repo_id(self.name)
                 if "/" in self.name:  # without a user, a mistyped directory is likelier
                     return
-            raise FileNotFoundError(
-                f"{argument} must be a directory or a repository such as 'user/name'; there is no directory "
-                f"{self.name!r}."
-            )
+            rule = "a directory or a repository such as 'user/name'"
+            raise FileNotFoundError(f"{argument} must be {rule}; there is no directory {self.name!r}.")
 
     def __str__(self) -> str:
         return f"directory {self.name}" if self._directory else f"repository {self.name} at {self._revision!r}"
@@ -133,21 +129,19 @@ class Place:
         except EntryNotFoundError as error:
             raise MissingFilesError("no such file in the repository") from error
         except RevisionNotFoundError as error:
-            raise FileNotFoundError(
-                f"revision must be a branch, tag or commit of {self.name}, got {self._revision!r}."
-            ) from error
+            rule = f"a branch, tag or commit of {self.name}"
+            raise FileNotFoundError(f"revision must be {rule}, got {self._revision!r}.") from error
         except RepositoryNotFoundError as error:
-            raise FileNotFoundError(
-                f"{self._argument} must be a directory or a repository of the Hub; there is no directory {self.name!r} "
-                "and no repository that you may read. Check the name, log in with `hf auth login`, accept its terms."
-            ) from error
+            rule = f"{self._argument} must be a directory or a repository of the Hub"
+            given = f"there is no directory {self.name!r} and no repository that you may read"
+            remedy = "Check the name, log in with `hf auth login`, accept its terms"
+            raise FileNotFoundError(f"{rule}; {given}. {remedy}.") from error
         except (OSError, _HTTP_ERROR) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # of the disk, not of the connection
             # Its kind alone: messages of HTTP libraries may quote the token.
-            raise ConnectionError(
-                f"{name} of {self} could not be downloaded ({type(error).__name__}). Try again: whole files are kept."
-            ) from error
+            why = f"could not be downloaded ({type(error).__name__})"
+            raise ConnectionError(f"{name} of {self} {why}. Try again: whole files are kept.") from error
         return Path(path)
 
     def _cached(self, name: str, revision: str) -> Any:

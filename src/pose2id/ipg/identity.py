@@ -51,10 +51,8 @@ class TransReID(nn.Module):
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}.")
         if patches % groups or patches < parts:
-            raise ValueError(
-                f"image_size, patch_size and stride must give patches in a multiple of groups={groups} and at least "
-                f"parts={parts} of them, got {patches}."
-            )
+            rule = f"a multiple of groups={groups}, at least parts={parts}"
+            raise ValueError(f"image_size, patch_size and stride must give patches in {rule}, got {patches}.")
         self.config = {
             "image_size": [height, width],
             "patch_size": patch_size,
@@ -106,8 +104,7 @@ class IdentityTokens(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Tokens (B, N, D) of identity features (B, feature_dim)."""
-        tokens: Tensor = self.norm_motion(self.proj_motion(features).unflatten(1, (self.num_tokens, self.dim)))
-        return tokens
+        return self.norm_motion(self.proj_motion(features).unflatten(1, (self.num_tokens, self.dim)))
 
 
 class _Trunk(nn.Module):
@@ -123,8 +120,7 @@ class _Trunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
-        result: Tensor = self.blocks(tokens)
-        return result
+        return self.blocks(tokens)
 
 
 class _Block(nn.Module):
@@ -137,8 +133,7 @@ class _Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.attn(self.norm1(tokens))
-        result: Tensor = tokens + self.mlp(self.norm2(tokens))
-        return result
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 class _Attention(nn.Module):
@@ -150,8 +145,7 @@ class _Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        result: Tensor = self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        return result
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class _MLP(nn.Module):
@@ -161,5 +155,4 @@ class _MLP(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        result: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
-        return result
+        return self.fc2(F.gelu(self.fc1(tokens)))

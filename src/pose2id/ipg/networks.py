@@ -95,8 +95,7 @@ class Networks(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the denoising UNet computes in."""
-        dtype: torch.dtype = self.denoising_unet.dtype
-        return dtype
+        return self.denoising_unet.dtype
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -246,10 +245,8 @@ class Networks(nn.Module):
             features = self.identity_encoder(images)
             expected = (len(images), self.identity_tokens.feature_dim)
             if features.shape != expected:
-                raise ValueError(
-                    f"identity_encoder must give features of shape {expected}, which identity_tokens were trained on, "
-                    f"got {tuple(features.shape)}."
-                )
+                given = f"{expected}, as for identity_tokens, got {tuple(features.shape)}"
+                raise ValueError(f"identity_encoder must give features of shape {given}.")
             tokens: Tensor = self.identity_tokens(features)
         return tokens
 
@@ -260,9 +257,7 @@ class Networks(nn.Module):
                 continue  # a network of the caller's own need not tell
             given, needed = attrgetter(first)(self), attrgetter(second)(self)
             if given != needed:
-                raise ValueError(
-                    f"{first} and {second} must be equal, got {given} and {needed}. Take networks of one model."
-                )
+                raise ValueError(f"{first} and {second} must be equal, got {given} and {needed}. Take networks of one.")
         if any(side % self.vae_scale_factor for side in self.image_size):
             raise ValueError(f"image_size must be in multiples of {self.vae_scale_factor}, got {self.image_size}.")
         computing = {name: next(network.parameters(), None) for name, network in self.named_children()}
@@ -279,9 +274,8 @@ def present_device(device: torch.device | str) -> torch.device:
     target = checked_device(device)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if target.type == "cuda" and (target.index or 0) >= count:
-        raise ValueError(
-            f"device must be one that torch sees, got {str(device)!r}: it sees {count or 'no'} CUDA device(s)."
-        )
+        given = f"{str(device)!r}: it sees {count or 'no'} CUDA device(s)"
+        raise ValueError(f"device must be one that torch sees, got {given}.")
     return target
 
 
@@ -306,7 +300,5 @@ def _check_unets(reference_unet: UNet2DConditionModel, denoising_unet: UNet2DCon
     writers, readers = (reference.self_attentions(unet) for unet in (reference_unet, denoising_unet))
     if writers != readers:
         differing = sorted({name for name, _ in writers.items() ^ readers.items()})
-        raise ValueError(
-            f"reference_unet and denoising_unet must have the same self-attentions; {len(differing)} differ, from "
-            f"{differing[0]} on."
-        )
+        given = f"{len(differing)} differ, from {differing[0]} on"
+        raise ValueError(f"reference_unet and denoising_unet must have the same self-attentions; {given}.")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pose2id.io.checks import checked_count
 from pose2id.ipg.folder import check_notes, checked_directory, find
-from pose2id.poses import Pose, standard
+from pose2id.ipg.pixels import checked_poses
+from pose2id.poses import Pose
 
 Pictures = Callable[[Any], Iterable[Sequence[Any]]]
 
@@ -38,9 +39,6 @@ class PosedPictures:
         pose_inputs: keywords of the model that depend on the pose: functions of a `Pose` which give a generated image's
             value in place of its original's, as for a model that takes keypoints
             `{"keypoints_xyc": lambda pose: pose.to_coco(size=(384, 128))}`.
-
-    Raises:
-        TypeError, ValueError: a parameter is out of range, named.
     """
 
     _origin: str
@@ -52,11 +50,7 @@ class PosedPictures:
         if not isinstance(self.pose_inputs, Mapping) or not all(map(callable, self.pose_inputs.values())):
             raise TypeError(f"pose_inputs must map keywords of the model to functions of a Pose, got {pose_inputs!r}.")
         count = None if num_poses is None else checked_count(num_poses, "num_poses", least=0)
-        if isinstance(poses, str) and poses == "standard":
-            poses = standard()
-        if isinstance(poses, (str, Mapping)) or not hasattr(poses, "__len__"):
-            error = ValueError if isinstance(poses, str) else TypeError
-            raise error(f"poses must be 'standard' or a sequence of poses, got {poses!r}.")
+        poses = checked_poses(poses)
         if count is not None and count > len(poses):
             raise ValueError(f"num_poses must be at most {len(poses)}, the number of poses, got {count}.")
         self.poses = tuple(poses[m] for m in range(len(poses) if count is None else count))
@@ -193,10 +187,9 @@ def _stacked(values: list[Any], like: Any, name: str) -> Any:
     wanted = arrays[0].shape if like is None else tuple(like.shape[1:])
     for m, array in enumerate(arrays):
         if array.shape != wanted:
-            raise ValueError(
-                f"pose_inputs[{name!r}] must give values of shape {wanted}, as for the "
-                f"{'other poses' if like is None else 'original images'}, got {array.shape} for pose {m + 1}."
-            )
+            others = "other poses" if like is None else "original images"
+            given = f"as for the {others}, got {array.shape} for pose {m + 1}"
+            raise ValueError(f"pose_inputs[{name!r}] must give values of shape {wanted}, {given}.")
     if like is None:
         return torch.stack(values) if isinstance(values[0], Tensor) else np.stack(arrays)
     stacked = np.stack(arrays)

@@ -6,7 +6,7 @@ Pixels are made and read as the published code does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,19 @@ def load_reference(item: Any, name: str) -> Image.Image:
     """A reference image as an RGB picture (`pose2id.io.images.load_image`), of 8 x 8 pixels at least."""
     picture = load_image(item, name)
     if min(picture.size) < LEAST_SIDE:
-        raise ValueError(
-            f"{name} must be at least {LEAST_SIDE} pixels wide and high to show a person, got "
-            f"{picture.width} x {picture.height}."
-        )
+        given = f"{picture.width} x {picture.height}"
+        raise ValueError(f"{name} must be at least {LEAST_SIDE} pixels wide and high, got {given}.")
     return picture
+
+
+def checked_poses(poses: Any) -> Any:
+    """A sequence of poses or drawings; the standard ones by name."""
+    if isinstance(poses, str) and poses == "standard":
+        return standard()
+    if isinstance(poses, (str, Mapping, Pose)) or not hasattr(poses, "__len__"):
+        given = "one Pose; wrap it in a list" if isinstance(poses, Pose) else repr(poses)
+        raise ValueError(f"poses must be 'standard' or a sequence of poses, got {given}.")
+    return poses
 
 
 def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
@@ -72,16 +80,8 @@ def load_poses(poses: Any) -> list[tuple[str, Image.Image]]:
 
     A pose's key is that of its keypoints, a drawing's its `content_key`.
     """
-    if isinstance(poses, str) and poses == "standard":
-        poses = standard()
-    if isinstance(poses, (str, Pose)) or not hasattr(poses, "__len__"):
-        given = "one Pose" if isinstance(poses, Pose) else repr(poses)
-        raise ValueError(
-            f"poses must be 'standard' or a sequence of pose2id.poses.Pose or of drawings, got {given}. "
-            "Wrap one pose in a list; pose2id.poses.read(path) reads a file of poses."
-        )
     loaded = []
-    for i, pose in enumerate(checked_images(poses, "poses")):
+    for i, pose in enumerate(checked_images(checked_poses(poses), "poses")):
         picture = draw(pose) if isinstance(pose, Pose) else load_image(pose, f"poses[{i}]")
         loaded.append((pose.key if isinstance(pose, Pose) else content_key(picture), picture))
     return loaded
@@ -107,10 +107,8 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "gener
     """
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
-        raise ValueError(
-            f"{name} must be finite, got NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}: half "
-            "precision overflowed, or a weight is not finite. Try dtype=torch.bfloat16 or torch.float32."
-        )
+        given = f"NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}"
+        raise ValueError(f"{name} must be finite, got {given}. Try dtype=torch.bfloat16 or torch.float32.")
     arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     pictures = [Image.fromarray(array) for array in arrays]
     return pictures if size is None else [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in pictures]

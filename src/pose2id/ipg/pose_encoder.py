@@ -36,5 +36,4 @@ class PoseEncoder(nn.Module):
         hidden = F.silu(self.conv_in(images))
         for block in self.blocks:
             hidden = F.silu(block(hidden))
-        result: Tensor = self.conv_out(hidden)
-        return result
+        return self.conv_out(hidden)

@@ -125,8 +125,7 @@ class PosedConv2d(nn.Conv2d):
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, out, h, w) of latents and pose features (B, in + out, h, w)."""
         latents, pose_features = inputs.split([self.in_channels, self.out_channels], dim=1)
-        result: Tensor = super().forward(latents) + pose_features
-        return result
+        return super().forward(latents) + pose_features
 
 
 class _Processor:
@@ -220,8 +219,7 @@ def _keys_values(attn: Any, states: Tensor) -> KeysValues:
 
 
 def _split_heads(attn: Any, states: Tensor) -> Tensor:
-    result: Tensor = states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    return result
+    return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def _attend(attn: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -230,11 +228,9 @@ def _attend(attn: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def _attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """(B, L, C): what all heads attended to. A view: the kernels write heads side by side, as the queries lie."""
-    result: Tensor = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
-    return result
+    return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
 
 
 def _output(attn: Any, attended: Tensor) -> Tensor:
     projection, dropout = attn.to_out
-    result: Tensor = dropout(projection(attended))
-    return result
+    return dropout(projection(attended))

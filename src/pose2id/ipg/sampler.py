@@ -77,8 +77,7 @@ def denoise(
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **step_options)[0]
-    result: Tensor = latents.view_as(noise)
-    return result
+    return latents.view_as(noise)
 
 
 def guided(guidance_scale: float) -> bool:

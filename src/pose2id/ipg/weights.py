@@ -251,7 +251,7 @@ def save(
 
     `weights` describe them; `states` are (network, tensors), taken one after the other. `notes` end the model card.
     """
-    target, terms = checked_target(directory), checked_license(weights.license)
+    target, terms = new_directory(directory), checked_license(weights.license)
     content = {
         "format": _FORMAT,
         "parts": {name: dict(config) for name, config in weights.configs.items()},
@@ -307,7 +307,7 @@ def convert(
         dtype: of the written weights; None: as stored.
         **options: `revision`, `vae`, `cache_dir`, `local_files_only`, `token` of `IdentityGenerator.from_pretrained`.
     """
-    checked_target(directory)  # before gigabytes are downloaded
+    new_directory(directory)  # before gigabytes are downloaded
     if dtype is not None:
         checked_dtype(dtype)
     weights = open_weights(source, **options)
@@ -348,23 +348,15 @@ def json_object(path: Path, argument: str = "") -> dict[str, Any]:
 def checked_dtype(dtype: Any) -> torch.dtype:
     """One of the dtypes that networks compute in."""
     if dtype not in _DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        raise TypeError(f"dtype must be one of torch's {names}, got {dtype!r}.")
+        raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}.")
     return cast("torch.dtype", dtype)
 
 
 def checked_license(name: Any) -> str:
     """A licence's name on the Hub, such as "mit"; it stands in the YAML of model cards."""
-    if not isinstance(name, str):
-        raise TypeError(f"license must be a name of the Hub such as 'mit', got {type(name).__name__}.")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
         raise ValueError(f"license must be a name of the Hub such as 'mit', or {OTHER!r}, got {name!r}.")
     return name
-
-
-def checked_target(directory: str | os.PathLike[str]) -> Path:
-    """A directory that is new or empty."""
-    return new_directory(Path(directory).expanduser())
 
 
 def config_of(name: str, part: nn.Module) -> dict[str, Any]:
@@ -380,18 +372,9 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """A scheduler's configuration, with its class, which must be one of diffusers."""
     kind = type(scheduler)
     if getattr(diffusers, kind.__name__, None) is not kind:
-        raise TypeError(
-            f"scheduler must be one of diffusers to be saved, got {kind.__module__}.{kind.__name__}: assign it again "
-            "after loading."
-        )
+        given = f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"scheduler must be one of diffusers to be saved, got {given}: assign it after loading.")
     return {"_class_name": kind.__name__, **_public(scheduler.config)}
-
-
-def require_saveable(parts: Mapping[str, nn.Module], scheduler: Any) -> None:
-    """Raise the TypeError of a generator that `save_pretrained` can't write."""
-    for name, part in parts.items():
-        config_of(name, part)
-    scheduler_config(scheduler)
 
 
 def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> Weights:
@@ -404,9 +387,8 @@ def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> We
     configs = {name: _object(sections["parts"], name, config_file) for name in names}
     settings = sections["settings"]
     if settings.keys() != _PUBLISHED_SETTINGS.keys() or not isinstance(settings["round_bank"], bool):
-        raise ValueError(
-            f"settings in {config_file} must be image_size and round_bank (true or false), got {json.dumps(settings)}."
-        )
+        rule = f"image_size and round_bank (true or false), got {json.dumps(settings)}"
+        raise ValueError(f"settings in {config_file} must be {rule}.")
     files = place.files([f"{name}.safetensors" for name in names])
     sources = {str(repository): str(commit) for repository, commit in sections["sources"].items()}
     return Weights(
@@ -437,9 +419,8 @@ def _published_layout(place: Place, without: Collection[str]) -> Weights:
     try:
         files = place.files([part.published_file for part in published.values()])
     except MissingFilesError as error:
-        raise MissingFilesError(
-            f"{error} Weights are these published files, or {CONFIG_FILE} with a safetensors file per network."
-        ) from error
+        others = f"{CONFIG_FILE} with a safetensors file per network"
+        raise MissingFilesError(f"{error} Weights are these published files, or {others}.") from error
     configs = {name: part.config for name, part in published.items() if part.config is not None}
     return Weights(dict(zip(published, files, strict=True)), configs, sources=place.source())
 
@@ -490,10 +471,8 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         raise
     # A damaged pickle can fail in any way. Never torch's own message, which explains how to run the code.
     except Exception as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors, and was not loaded ({type(error).__name__}): it could run "
-            "code. Fetch it again, or ask its authors for a safetensors file."
-        ) from None
+        what = f"damaged or holds more than tensors, and was not loaded ({type(error).__name__})"
+        raise ValueError(f"{path} is {what}: it could run code. Ask for safetensors.") from None
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} must map names to tensors. Save the state dict itself.")
     return dict(content)

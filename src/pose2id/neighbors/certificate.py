@@ -49,8 +49,10 @@ def certified(
             name = getattr(make, "func", make).__name__.lower()
             if forced:
                 raise RuntimeError(f"backend={name!r} cannot be used: {error}") from error
-            if str(error):
-                _say_once(f"neighbours are searched without {name}: {error}")
+            message = f"neighbours are searched without {name}: {error}"
+            if str(error) and message not in warned:
+                warned.add(message)
+                logger.warning(message)
             continue
         nearest[left], certain = _ranked(space, engine, *found, rows, k)
         left = left[~certain]
@@ -155,9 +157,3 @@ class _ExactBest:
         sizes = torch.bincount(row, minlength=rows)
         chosen = order[(sizes.cumsum(0) - sizes)[:, None] + torch.arange(k, device=row.device)]
         self.positions, self.exact = positions[chosen], exact[chosen]
-
-
-def _say_once(message: str) -> None:
-    if message not in warned:
-        warned.add(message)
-        logger.warning(message)

@@ -75,7 +75,8 @@ class Blocks:
     def __init__(self, space: Centred, side: int) -> None:
         self._searched = space
         self._side = max(1, side)
-        self.columns = even_blocks(space.n, self._side)
+        evenly = math.ceil(space.n / math.ceil(space.n / self._side))
+        self.columns = list(blocks(space.n, evenly))
         self.rows_at_a_time = max(1, space.block_bytes // (40 * max(space.dim, self.columns[0].stop)))
 
     def scores(self, rows: slice | Tensor) -> Scores:
@@ -321,8 +322,3 @@ def own_entry(positions: Tensor, rows: Tensor) -> Tensor:
     own = positions == rows[:, None]
     own[:, -1] |= ~own.any(1)
     return own
-
-
-def even_blocks(n: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `range(n)`, all but the last equally long."""
-    return list(blocks(n, math.ceil(n / math.ceil(n / size))))

@@ -84,7 +84,6 @@ def nearest_neighbors(
         (N, min(k, N - 1)) int64 indices in the container and on the device of `features`.
 
     Raises:
-        TypeError, ValueError: bad input, named.
         RuntimeError: backend="faiss" and faiss cannot do it; the message names the repair.
     """
     rows = Rows(features, "features", normalize=normalize)
@@ -111,10 +110,6 @@ def exact_neighbors(
     Returns:
         (Q, k) int64 indices, -1 where there are fewer rows, and Euclidean distances, infinite there, in float32 or, for
         float64 input, float64; both in the container and on the device of `queries`.
-
-    Raises:
-        TypeError, ValueError: bad input, named.
-        RuntimeError: as in `nearest_neighbors`.
     """
     k, alike = checked_count(k, "k"), queries is rows
     searched = Rows(rows, "rows")
@@ -133,9 +128,6 @@ def neighbors_of_rows(rows: Rows, k: int, neighbors: NeighborSearch) -> Tensor:
 
     The search is asked once for all rows, as one array in the caller's container, normalised if `rows` are. Each row is
     dropped from its own list; where copies pushed it off, the last entry is one too many. Missing entries are -1.
-
-    Raises:
-        TypeError, ValueError: what it returns is not (n, k) indices of rows and as many distances.
     """
     k = min(k, rows.n - 1)
     if k < 1:
@@ -147,17 +139,13 @@ def neighbors_of_rows(rows: Rows, k: int, neighbors: NeighborSearch) -> Tensor:
     indices, distances = (x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in found)
     for name, values in (("indices", indices), ("distances", distances)):
         if tuple(values.shape) != (rows.n, k + 1):
-            raise ValueError(
-                f"neighbors must return {name} of shape {(rows.n, k + 1)}, one list for each query, got "
-                f"{tuple(values.shape)}."
-            )
+            given = f"got {tuple(values.shape)}"
+            raise ValueError(f"neighbors must return {name} of shape {(rows.n, k + 1)}, a list per query, {given}.")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(f"neighbors must return integer indices first, got {indices.dtype}. Are distances first?")
     indices = indices.to(rows.device, torch.int64)
     if int(indices.min()) < -1 or int(indices.max()) >= rows.n:
-        raise ValueError(
-            f"neighbors must return indices in [-1, {rows.n}), got values in [{indices.min()}, {indices.max()}]."
-        )
+        raise ValueError(f"neighbors must return indices in [-1, {rows.n}), got {indices.min()} to {indices.max()}.")
     in_order = indices.sort(1).values
     if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
         raise ValueError("neighbors must list each row at most once for a query.")
@@ -190,10 +178,7 @@ def _search(
     lists, copies = everything.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k), 6 * everything.n * (rows.dim + 6)
     memory = plan_memory(everything, k, max_memory, lists=lists, copies=copies)
     if backend == "faiss" and not memory.copies:
-        raise ValueError(
-            f"backend='faiss' searches a float32 copy of all rows, for which max_memory={max_memory} has no room. "
-            "Allow more memory, or take backend='torch'."
-        )
+        raise ValueError(f"max_memory={max_memory} has no room for the copy that backend='faiss' needs. Take 'torch'.")
     if k < 1:
         empty = torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
         return empty, empty.double
@@ -289,10 +274,8 @@ def plan_memory(rows: RowSource, k: int, max_memory: int | Memory | None, *, lis
         return Memory((16 if rows.device.type == "cuda" else 1) * BLOCK_BYTES, copies=True)
     room, least = checked_memory(max_memory) - lists, MIN_BLOCK_BYTES // 2
     if room < least:
-        raise ValueError(
-            f"max_memory must be at least {lists + least} bytes for lists of {k} neighbours of {rows.n} rows, got "
-            f"{max_memory}."
-        )
+        wanted = f"{lists + least} bytes for lists of {k} neighbours of {rows.n} rows"
+        raise ValueError(f"max_memory must be at least {wanted}, got {max_memory}.")
     # A part, because several blocks may be alive, and the allocator keeps some.
     if room - copies >= least:
         return Memory(min((room - copies) // 4, BLOCK_BYTES), copies=True)

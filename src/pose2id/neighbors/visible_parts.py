@@ -61,9 +61,6 @@ def part_distances(
         device of `qf`. All are finite: pairs that share no visible part get the largest distance of a single jointly
         visible part plus 1 (1 if there is none), as in BPBReID for booleans. Gallery images with equal visibility whose
         visible parts are equal are equally far.
-
-    Raises:
-        TypeError, ValueError: bad input, named; or distances beyond the range of float32.
     """
     block_bytes, least = query_memory(max_memory)
     q_rows, g_rows = (Rows(x, name, normalize=normalize, parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
@@ -78,10 +75,7 @@ def part_distances(
         result[block] = distances * scale
         largest = max(largest, of_one_part * scale)
     if largest + 1 > torch.finfo(dtype).max:
-        raise ValueError(
-            f"qf and gf must be small enough for distances in {dtype}, got a distance of {largest:g}. Divide both by "
-            "one number, or pass float64 features."
-        )
+        raise ValueError(f"qf and gf must be small enough for distances in {dtype}, got {largest:g}. Divide both.")
     result.masked_fill_(result.isinf(), largest + 1)
     return as_container(result, qf)  # type: ignore[return-value]
 

@@ -84,15 +84,12 @@ def _rtmlib_body(device: str) -> Detector:
     except (AttributeError, ImportError) as error:
         repair = "--force-reinstall --no-deps opencv-python-headless"
         packages = '"pose2id[pose]"' if isinstance(error, ModuleNotFoundError) else repair
-        raise ImportError(
-            f"detect needs rtmlib with OpenCV ({error}): pip install {packages}; or pass a model of your own."
-        ) from error
+        needs = f"detect needs rtmlib with OpenCV ({error})"
+        raise ImportError(f"{needs}: pip install {packages}; or pass a model of your own.") from error
     try:
         detector: Detector = Body(backend="onnxruntime", device=device)
     except URLError as error:
-        raise OSError(
-            f"the weights of rtmlib's detector cannot be downloaded ({error.reason}). Connect for the first use."
-        ) from error
+        raise OSError(f"the weights of rtmlib's detector cannot be downloaded ({error.reason}). Connect.") from error
     return detector
 
 

@@ -70,8 +70,7 @@ def _outline(start: list[float], end: list[float]) -> _Integers:
     u, v = int(math.hypot(*along) / 2) * _COSINE, _HALF_THICKNESS * _SINE
     x = middle[0] + u * _COSINE[angle] - v * _SINE[angle]
     y = middle[1] + u * _SINE[angle] + v * _COSINE[angle]
-    corners: _Integers = np.rint(np.column_stack([x, y])).astype(np.int64)
-    return corners
+    return np.rint(np.column_stack([x, y])).astype(np.int64)
 
 
 def _edges(values: _Integers, outlines: _Integers) -> tuple[_Integers, _Integers, _Integers]:
@@ -100,8 +99,7 @@ def _spans(values: _Integers, starts: _Integers, ends: _Integers, height: int, w
     np.minimum.at(left, place, x[inside])
     np.maximum.at(right, place, x[inside])
     value, y = np.nonzero(left <= right)
-    spans: list[list[int]] = np.column_stack([value, y, left[value, y].clip(0), right[value, y] + 1]).tolist()
-    return spans
+    return np.column_stack([value, y, left[value, y].clip(0), right[value, y] + 1]).tolist()
 
 
 def _pixels(values: _Integers, starts: _Integers, ends: _Integers) -> tuple[_Integers, _Integers, _Integers]:

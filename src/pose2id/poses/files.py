@@ -64,9 +64,7 @@ def read(
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as poses: {error}") from error
     if not poses:
-        raise NobodyError(
-            f"{os.fspath(path)} cannot be read as poses: needs at least one person with a visible keypoint, got none."
-        )
+        raise NobodyError(f"{os.fspath(path)} cannot be read as poses: it shows no person with a visible keypoint.")
     return poses
 
 
@@ -82,8 +80,6 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
         FileExistsError: the file exists, and `overwrite` is False.
         OSError: the file cannot be written.
     """
-    if isinstance(poses, Pose):
-        raise TypeError("poses must be a sequence of poses, got one Pose. Wrap it in a list.")
     for i, pose in enumerate(poses):
         if not isinstance(pose, Pose):
             raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")
@@ -135,19 +131,15 @@ def _placed(numbers: list[Any], where: str, threshold: float) -> NDArray[np.floa
     """(18, 2) coordinates of a flat list, NaN where not visible."""
     array = checked_numbers(numbers, _named(where))
     if array.shape not in ((51,), (54,), (75,)):
-        raise ValueError(
-            f"{_named(where)} must have x, y and confidence of 17, 18 or 25 keypoints, 51, 54 or 75 numbers, got shape "
-            f"{array.shape}."
-        )
+        wanted = "x, y, confidence of 17, 18 or 25 keypoints, 51, 54 or 75 numbers"
+        raise ValueError(f"{_named(where)} must have {wanted}, got shape {array.shape}.")
     keypoints = array.reshape(-1, 3)
     return openpose(keypoints[_OF_BODY_25] if len(keypoints) == 25 else keypoints, threshold)
 
 
 def _canvas(picture: Any, where: str) -> tuple[int, int]:
     if "canvas_width" not in picture or "canvas_height" not in picture:
-        raise ValueError(
-            f"{_named(where)} is in pixels and names no canvas_width and canvas_height. Pass size=(height, width)."
-        )
+        raise ValueError(f"{_named(where)} is in pixels without canvas_width, canvas_height. Pass size=.")
     return checked_size((picture["canvas_height"], picture["canvas_width"]), f"{_named(where)}: canvas")
 
 
@@ -161,7 +153,7 @@ def _pose(keypoints: Any, where: str, name: Any = "") -> Pose:
 def _list(data: Any, key: str, where: str) -> list[Any]:
     found = data.get(key) if isinstance(data, dict) else None
     if not isinstance(found, list):
-        given = f"an object with {list(data)}" if isinstance(data, dict) else type(data).__name__
+        given = list(data) if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{_named(where)} must be an object with a list {key!r}, got {given}.")
     return found
 

@@ -71,9 +71,6 @@ class Pose:
             order of `KEYPOINTS`; NaN, NaN where a keypoint is not visible. Visible ones, of which there must be one,
             may lie outside the picture, in [-1, 2].
         name: for file names: empty, or letters, digits and underscores, with spaces, dots and hyphens in between.
-
-    Raises:
-        TypeError, ValueError: other keypoints, or a name that does not fit a file.
     """
 
     keypoints: NDArray[np.float64]
@@ -82,13 +79,9 @@ class Pose:
     def __post_init__(self) -> None:
         keypoints = checked_numbers(self.keypoints, "keypoints")
         _check_keypoints(keypoints)
-        if not isinstance(self.name, str):
-            raise TypeError(f"name must be a string, got {type(self.name).__name__}.")
         if not _NAME.fullmatch(self.name):
-            raise ValueError(
-                "name must be fit for a file name: letters, digits, underscores, and spaces, dots, hyphens in between, "
-                f"got {self.name!r}."
-            )
+            rule = "fit for a file name: letters, digits, _, and spaces, dots, hyphens in between"
+            raise ValueError(f"name must be {rule}, got {self.name!r}.")
         keypoints.setflags(write=False)
         object.__setattr__(self, "keypoints", keypoints)
 
@@ -182,9 +175,7 @@ def checked_numbers(values: Any, name: str) -> NDArray[np.float64]:
 
 def _check_keypoints(keypoints: NDArray[np.float64]) -> None:
     if keypoints.shape != (len(KEYPOINTS), 2):
-        raise ValueError(
-            f"keypoints must have shape (18, 2), as KEYPOINTS, got {keypoints.shape}. Pose.from_coco takes COCO's 17."
-        )
+        raise ValueError(f"keypoints must have shape (18, 2), got {keypoints.shape}. Pose.from_coco takes COCO's 17.")
     missing = np.isnan(keypoints)
     if missing.all():
         raise ValueError("keypoints must have at least one visible keypoint, got none. Leave this pose out.")

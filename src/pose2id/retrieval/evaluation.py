@@ -91,9 +91,6 @@ def evaluate(
 
     Returns:
         Fractions in an `EvaluationResult`.
-
-    Raises:
-        TypeError, ValueError: bad input, named; or no query has a match in the gallery.
     """
     checked_choice(metric, "metric", _METRICS)
     block_bytes, least = query_memory(max_memory)
@@ -102,9 +99,7 @@ def evaluate(
     q_shown, g_shown = q_rows.visibility(q_visibility, "q_visibility"), g_rows.visibility(g_visibility, "g_visibility")
     for shown, name in ((q_shown, "q_visibility"), (g_shown, "g_visibility")):
         if not shown.any():
-            raise ValueError(
-                f"{name} must show at least one part, got all 0. Is it inverted, or its threshold too high?"
-            )
+            raise ValueError(f"{name} must show at least one part, got all 0. Is it inverted, or thresholded?")
     if metric == "euclidean":
         Rows.share_scale(q_rows, g_rows)
     labels = RankingProtocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
@@ -120,13 +115,7 @@ def evaluate(
 
 
 def evaluate_rank(
-    distmat: Any,
-    q_pids: Any,
-    g_pids: Any,
-    q_camids: Any = None,
-    g_camids: Any = None,
-    *,
-    max_rank: int = 50,
+    distmat: Any, q_pids: Any, g_pids: Any, q_camids: Any = None, g_camids: Any = None, *, max_rank: int = 50
 ) -> EvaluationResult:
     """`evaluate` from given distances, for example re-ranked or part-based ones. Same protocol, same tie rule.
 
@@ -141,17 +130,10 @@ def evaluate_rank(
 
     Returns:
         Fractions in an `EvaluationResult`.
-
-    Raises:
-        TypeError, ValueError: bad input, named; or no query has a match in the gallery.
     """
     if isinstance(distmat, tuple):
-        raise TypeError(
-            "distmat must be a whole matrix, got a tuple. Call k_reciprocal without topk: mAP needs all ranks."
-        )
+        raise TypeError("distmat must be a whole matrix, got a tuple. Call k_reciprocal without topk.")
     matrix = checked_distances(distmat, "distmat")
-    if 0 in matrix.shape:
-        raise ValueError(f"distmat must hold at least one query and one gallery image, got shape {matrix.shape}.")
     labels = RankingProtocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
 
     def distances() -> Iterator[NDArray[Any]]:
@@ -207,10 +189,8 @@ def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_ran
         if ranks[0] <= max_rank:
             first_match[ranks[0] - 1] += 1
     if not penalties:
-        raise ValueError(
-            "q_pids must share an identity with g_pids (in another camera where cameras are given), but none of the "
-            f"{len(labels.q_pids)} queries has a match. Check that pids and camids belong to these features."
-        )
+        given = f"none of the {len(labels.q_pids)} queries has a match (in another camera, where cameras are given)"
+        raise ValueError(f"q_pids must share an identity with g_pids, but {given}. Check pids and camids.")
     valid = len(penalties)
     return EvaluationResult(
         mAP=float(np.nanmean(precisions)),

@@ -26,12 +26,7 @@ from pose2id.neighbors.search import search, tying_distances
 
 
 def query_expansion(
-    query_feats: FeatureArray,
-    gallery_feats: FeatureArray,
-    *,
-    qe_k: int = 5,
-    alpha: float = 3.0,
-    qe_times: int = 1,
+    query_feats: FeatureArray, gallery_feats: FeatureArray, *, qe_k: int = 5, alpha: float = 3.0, qe_times: int = 1
 ) -> FeatureArray:
     """Add to every query its nearest gallery features, weighted by similarity (AQE with alpha=0, else alpha-QE).
 
@@ -51,9 +46,6 @@ def query_expansion(
 
     Returns:
         (Q, D) L2-normalised features in the container, dtype and device of `query_feats`; a zero row stays zero.
-
-    Raises:
-        TypeError, ValueError: bad input, named; an empty set, or a row that is not finite.
     """
     qe_k, alpha, qe_times = _checked(qe_k, alpha, qe_times)
     query = Rows(query_feats, "query_feats", normalize=True)
@@ -93,16 +85,12 @@ def database_augmentation(
         qe_k: how many features are averaged, the feature itself among them: 1 only normalises, more than N means all.
         alpha: as in `query_expansion`.
         qe_times: how often: the augmented features are augmented again.
-        backend: "auto", "faiss" or "torch", see `pose2id.nearest_neighbors`.
-        max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`, then for blocks of means. From
-            the second time on, one or two copies of the features in float32 (float64 for float64) come on top.
+        backend: as in `pose2id.nearest_neighbors`.
+        max_memory: as in `pose2id.nearest_neighbors`, then for blocks of means; from the second time on, one or two
+            copies of the features in float32 (float64 for float64) come on top.
 
     Returns:
         (N, D) L2-normalised features in the container, dtype and device of `gallery_feats`; a zero row stays zero.
-
-    Raises:
-        TypeError, ValueError: bad input, named; or a row that is not finite.
-        RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     qe_k, alpha, qe_times = _checked(qe_k, alpha, qe_times)
     rows = Rows(gallery_feats, "gallery_feats", normalize=True)
@@ -139,16 +127,11 @@ def aqe(
         qe_times: how often.
         qe_k: how many features are averaged, the feature itself among them: more than Q + G means all.
         alpha: as in `query_expansion`.
-        backend: "auto", "faiss" or "torch", see `pose2id.nearest_neighbors`.
-        max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`, then for blocks of means. Up to
-            three copies of both sets in float32 (float64 where one is float64) come on top.
+        backend: as in `pose2id.nearest_neighbors`.
+        max_memory: as in `database_augmentation`; up to three copies of both sets come on top.
 
     Returns:
         (query, gallery), not normalised, each in the container, dtype and device it came in.
-
-    Raises:
-        TypeError, ValueError: bad input, named; an empty set, or a row that is not finite.
-        RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     qe_k, alpha, qe_times = _checked(qe_k, alpha, qe_times)
     query = Rows(query_feats, "query_feats", normalize=True)

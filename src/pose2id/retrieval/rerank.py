@@ -109,7 +109,6 @@ def k_reciprocal(
         devices. Equal gallery rows have equal original distances.
 
     Raises:
-        TypeError, ValueError: bad input, named.
         RuntimeError: backend="faiss" and faiss cannot do it; the message names the repair.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
@@ -146,9 +145,6 @@ def re_ranking(
 
     Returns:
         (Q, G) float32 distances in the container and on the device of `q_g_dist`.
-
-    Raises:
-        TypeError, ValueError: bad input, named.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     lambda_value = checked_number(lambda_value, "lambda_value", 0, 1)
@@ -224,8 +220,6 @@ class _GivenDistances:
         self._q_q = _finite(q_q_dist, "q_q_dist")
         self._g_g = _finite(g_g_dist, "g_g_dist")
         self.num_queries, num_gallery = self._q_g.shape
-        if 0 in self._q_g.shape:
-            raise ValueError(f"q_g_dist must hold at least one query and one gallery image, got {self._q_g.shape}.")
         for name, matrix, size in (("q_q_dist", self._q_q, self.num_queries), ("g_g_dist", self._g_g, num_gallery)):
             if matrix.shape != (size, size):
                 raise ValueError(f"{name} must have shape ({size}, {size}) to fit q_g_dist, got {matrix.shape}.")
@@ -264,8 +258,7 @@ class _GivenDistances:
                     result[at] = self._q_q[b, a] if b_query else self._q_g[a, b]
                 else:
                     result[at] = self._q_g[b, a] if b_query else self._g_g[b, a]
-        relative: NDArray[np.float32] = self._squared(result) / self._largest[first]
-        return relative
+        return self._squared(result) / self._largest[first]
 
     def to_gallery(self, queries: slice) -> Tensor:
         return self._relative([self._q_g[queries]], queries)
@@ -280,8 +273,7 @@ class _GivenDistances:
 
 def _extent(matrix: NDArray[Any], axis: int) -> NDArray[Any]:
     """The largest absolute values along an axis, without a copy of the matrix."""
-    largest: NDArray[Any] = np.maximum(matrix.max(axis), -matrix.min(axis))
-    return largest
+    return np.maximum(matrix.max(axis), -matrix.min(axis))
 
 
 def _finite(distances: Any, name: str) -> NDArray[Any]:
@@ -289,7 +281,7 @@ def _finite(distances: Any, name: str) -> NDArray[Any]:
     for row in range(len(matrix)):
         if not np.isfinite(matrix[row]).all():
             raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity.")
-    if matrix.size and matrix.min() < -1e-3 * abs(matrix.max()):
+    if matrix.min() < -1e-3 * abs(matrix.max()):
         raise ValueError(f"{name} must hold distances, got values down to {matrix.min():g}. Are they similarities?")
     return matrix
 

@@ -13,25 +13,14 @@ if TYPE_CHECKING:
     from pose2id.training.settings import TrainingSettings
     from pose2id.training.table import PersonImage, read_table, table_of_folder, write_table
 
-__all__ = [
-    "PersonImage",
-    "TrainingResult",
-    "TrainingSettings",
-    "read_table",
-    "table_of_folder",
-    "train",
-    "write_table",
-]
+__all__ = ["PersonImage", "TrainingResult", "TrainingSettings", "read_table", "table_of_folder", "train", "write_table"]
 
-_HOME = {
-    "PersonImage": "table",
-    "TrainingResult": "run",
-    "TrainingSettings": "settings",
-    "read_table": "table",
-    "table_of_folder": "table",
-    "train": "run",
-    "write_table": "table",
+_MODULES = {
+    "table": ("PersonImage", "read_table", "table_of_folder", "write_table"),
+    "run": ("TrainingResult", "train"),
+    "settings": ("TrainingSettings",),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:

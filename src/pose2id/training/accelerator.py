@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pose2id.io.checks import require_modules
 from pose2id.training.settings import TrainingSettings
 
 _DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names
@@ -15,16 +16,9 @@ _DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names
 
 def require_accelerate(device: str | None) -> None:
     """Raise if the extra is not installed, or the device is not there."""
-    try:
-        import accelerate  # noqa: F401, PLC0415
-        import tensorboard  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise ImportError(f'Training needs the extra "train": pip install "pose2id[train]" ({error}).') from error
+    require_modules('Training needs the extra "train"', '"pose2id[train]"', "accelerate", "tensorboard")
     if device not in (None, "cpu", "cuda"):
-        raise ValueError(
-            f"device must be 'cpu', 'cuda' or None (a GPU if there is one), got {device!r}. CUDA_VISIBLE_DEVICES "
-            "chooses among GPUs."
-        )
+        raise ValueError(f"device must be 'cpu', 'cuda' or None, got {device!r}. CUDA_VISIBLE_DEVICES chooses a GPU.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be 'cpu' or None where torch finds no CUDA device, got 'cuda'.")
 
@@ -50,21 +44,15 @@ def new_accelerator(settings: TrainingSettings, directory: str | os.PathLike[str
             project_dir=directory,
         )
     except ValueError as error:
-        raise ValueError(
-            "mixed_precision and device must be those of the first run in this process, and ones that this machine "
-            f"has. Start Python anew ({error})."
-        ) from error
+        rule = "be ones that this machine has, and those of the first run in this process"
+        raise ValueError(f"mixed_precision and device must {rule} ({error}). Start Python anew.") from error
     if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would ignore it
         raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'.")
     if accelerator.distributed_type not in _DISTRIBUTED:
-        raise ValueError(
-            f"accelerate must be set up for one process or several with all weights each ({', '.join(_DISTRIBUTED)}), "
-            f"got {accelerator.distributed_type.value}. Run `accelerate config` again, or pass another file to "
-            "`accelerate launch --config_file`."
-        )
+        wanted = f"one process or several with all weights each ({', '.join(_DISTRIBUTED)})"
+        given = accelerator.distributed_type.value
+        raise ValueError(f"accelerate must be set up for {wanted}, got {given}. Run `accelerate config` again.")
     if device == "cuda" and accelerator.device.type != "cuda":
-        raise ValueError(
-            f"device must be what accelerate is set up for, {accelerator.device.type!r}, or None, got 'cuda'. See "
-            "ACCELERATE_USE_CPU in the environment, and `accelerate env`."
-        )
+        wanted = f"what accelerate is set up for, {accelerator.device.type!r}, or None"
+        raise ValueError(f"device must be {wanted}, got 'cuda'. See `accelerate env` and ACCELERATE_USE_CPU.")
     return accelerator

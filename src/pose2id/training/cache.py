@@ -119,8 +119,7 @@ def _is_whole(directory: Path, content: str, shapes: Mapping[str, tuple[int, ...
 @torch.no_grad()
 def identity_features(networks: Networks, images: Tensor) -> Tensor:
     """Features (B, F) of images (B, 3, h', w') in [0, 1], from the identity encoder."""
-    features: Tensor = networks.identity_encoder((images * 2 - 1).to(networks.dtype))
-    return features
+    return networks.identity_encoder((images * 2 - 1).to(networks.dtype))
 
 
 class _Images(Dataset[Tensor]):

@@ -54,10 +54,8 @@ def write(
         _to_disk(directory)
     except OSError as error:
         older = "Older ones are as they were" if found(directory) else "It is the first"
-        raise OSError(
-            f"the checkpoint of step {step} cannot be written to {directory}: {error}. {older}; make room and start "
-            "the run again."
-        ) from error
+        what = f"the checkpoint of step {step} cannot be written to {directory}: {error}"
+        raise OSError(f"{what}. {older}; make room and start the run again.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     prune(directory, keep)
@@ -95,10 +93,8 @@ def publish(directory: Path) -> None:
         _to_disk(directory)
     except OSError as error:
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
-        raise OSError(
-            f"training is complete, but its weights cannot be copied to {target}: {reason}. They are in "
-            f"{newest / WEIGHTS}; make room and start the run again, it copies them."
-        ) from error
+        what = f"training is complete, but its weights cannot be copied to {target}: {reason}"
+        raise OSError(f"{what}. They are in {newest / WEIGHTS}; make room and start the run again.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         _settle_previous(directory)

@@ -113,24 +113,21 @@ class Objective:
     def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"scheduler.config.prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}."
-            )
+            wanted = f"one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
+            raise ValueError(f"scheduler.config.prediction_type must be {wanted}.")
         # Whatever scheduler the generator samples with: DDIM's has the formulas of training.
         self._scheduler: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
         self._gamma = snr_gamma
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(a) latents + sqrt(1 - a) noise, (B, C, h, w)."""
-        result: Tensor = self._scheduler.add_noise(latents, noise, timesteps)
-        return result
+        return self._scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What is to be predicted: v = sqrt(a) noise - sqrt(1 - a) latents, or the noise."""
         if self.prediction == "epsilon":
             return noise
-        result: Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
-        return result
+        return self._scheduler.get_velocity(latents, noise, timesteps)
 
     def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """Eq. 6: the mean squared error of the prediction, over samples weighted by `weights`."""
@@ -145,8 +142,7 @@ class Objective:
         ratio = signal / (1 - signal)
         whole = ratio + 1 if self.prediction == "v_prediction" else ratio
         # 1 in the limit of an epsilon-prediction, where there is nothing but noise.
-        result: Tensor = torch.where(whole > 0, whole.clamp(max=self._gamma) / whole, 1.0)
-        return result
+        return torch.where(whole > 0, whole.clamp(max=self._gamma) / whole, 1.0)
 
 
 def checkpoint_gradients(networks: Any, wanted: bool) -> None:

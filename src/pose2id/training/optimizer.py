@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pose2id.io.checks import require_modules
 from pose2id.training.settings import TrainingSettings
 
 
@@ -20,19 +21,13 @@ def new_optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) ->
         kind = import_module("bitsandbytes").optim.AdamW8bit
     elif parameters[0].is_cuda:
         options["fused"] = True  # otherwise a step's temporaries take twice the weights' memory
-    optimizer: torch.optim.Optimizer = kind(parameters, **options)
-    return optimizer
+    return kind(parameters, **options)
 
 
 def require_optimizer(settings: TrainingSettings) -> None:
     """Raise an ImportError that names the pip command if the optimizer's package is not installed."""
     if settings.optimizer == "adamw8bit":
-        try:
-            import_module("bitsandbytes")
-        except ImportError as error:
-            raise ImportError(
-                f"optimizer={settings.optimizer!r} needs bitsandbytes: pip install bitsandbytes ({error})."
-            ) from error
+        require_modules("optimizer='adamw8bit' needs bitsandbytes", "bitsandbytes", "bitsandbytes")
 
 
 def rate(step: int, settings: TrainingSettings) -> float:

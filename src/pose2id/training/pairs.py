@@ -101,10 +101,8 @@ def select(images: Sequence[PersonImage]) -> Selection:
         problems, digests = zip(*pool.map(_read, images), strict=True) if images else ((), ())
     unreadable = [problem for problem in problems if problem]
     if images and len(unreadable) == len(images):
-        raise ValueError(
-            f"images must be files that can be read, got {len(images)} of which none can ({_some(unreadable)}). "
-            "Relative paths in a table are taken from the table's folder."
-        )
+        given = f"got {len(images)} of which none can ({_some(unreadable)})"
+        raise ValueError(f"images must be files that can be read, {given}. Paths start at the table's folder.")
     kept, alone = _parted(images, [i for i, problem in enumerate(problems) if not problem])
     targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
     selection = Selection(

@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 
 from pose2id.centralization.diagnostics import GenerationDiagnostics
 from pose2id.ipg.generator import IdentityGenerator
-from pose2id.ipg.weights import require_saveable
 from pose2id.training import cache, checkpoints
 from pose2id.training.accelerator import new_accelerator, require_accelerate
 from pose2id.training.log import Metrics
@@ -32,8 +31,8 @@ from pose2id.training.objective import TRAINED, Objective, TrainedParts, checkpo
 from pose2id.training.optimizer import new_optimizer, rate, require_optimizer
 from pose2id.training.pairs import Pairs, PairSettings, require_pairs, select
 from pose2id.training.run_directory import RunDirectory, require_directory
-from pose2id.training.settings import TrainingSettings, checked_settings
-from pose2id.training.table import PersonImage
+from pose2id.training.settings import TrainingSettings
+from pose2id.training.table import PersonImage, check_people
 from pose2id.training.validation import people_shown, validate
 
 logger = logging.getLogger(__name__)
@@ -102,13 +101,11 @@ def train(
         FloatingPointError: the loss is not finite any more; the last checkpoint is kept.
         ImportError: the extra is not installed.
         OSError: a checkpoint cannot be written; older ones are kept.
-        TypeError, ValueError: bad input, named, such as a generator that `save_pretrained` cannot write; images or
-            settings other than those that the run began with.
     """
-    given = checked_settings(settings)
+    given = TrainingSettings(**settings)
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
-    require_saveable(generator.parts, generator.scheduler)  # not when the first checkpoint is due
+    generator.described()  # what cannot be saved is told now, not when the first checkpoint is due
     require_ready(given, images, directory, device)
     place = RunDirectory(Path(directory).expanduser())
     accelerator = new_accelerator(given, place.path, device)
@@ -127,20 +124,12 @@ def train(
 
 
 def require_ready(
-    settings: TrainingSettings,
-    images: Sequence[PersonImage],
-    directory: str | os.PathLike[str],
-    device: str | None = None,
+    settings: TrainingSettings, images: Sequence[PersonImage], directory: str | os.PathLike[str], device: str | None
 ) -> None:
-    """Raise what `train` would, as far as it shows without weights and without reading an image."""
+    """What `train` checks before it has a generator: errors that come before a long download."""
     require_optimizer(settings)
     require_accelerate(device)
-    for i, image in enumerate(images):
-        if not isinstance(image, PersonImage):
-            raise TypeError(
-                f"images[{i}] must be a PersonImage, as pose2id.training.read_table gives them, got "
-                f"{type(image).__name__}."
-            )
+    check_people(images)
     require_pairs(images)
     require_directory(directory)
 
@@ -165,10 +154,8 @@ class _Run:
         self.progress = progress and self.main
         parts = accelerator.num_processes * settings.gradient_accumulation
         if settings.batch_size % parts:
-            raise ValueError(
-                f"batch_size must be a multiple of processes x gradient_accumulation, got {settings.batch_size} with "
-                f"{accelerator.num_processes} x {settings.gradient_accumulation}."
-            )
+            given = f"{settings.batch_size} with {accelerator.num_processes} x {settings.gradient_accumulation}"
+            raise ValueError(f"batch_size must be a multiple of processes x gradient_accumulation, got {given}.")
         self.share = settings.batch_size // parts
         selection = select(images)
         self.generator = generator.to(accelerator.device, torch.float32)
@@ -275,10 +262,8 @@ class _Run:
 
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {what} of step {self.step + 1} is {value}. The newest checkpoint is kept; try a lower "
-                "learning_rate, or mixed_precision='bf16' in place of 'fp16'."
-            )
+            remedy = "Checkpoints are kept; try a lower learning_rate, or bf16 in place of fp16"
+            raise FloatingPointError(f"the {what} of step {self.step + 1} is {value}. {remedy}.")
 
     def _loader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of this process from the next step on."""

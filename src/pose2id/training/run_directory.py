@@ -101,10 +101,7 @@ class RunDirectory:
             self._check_same(began, ("steps",) if longer else (), known[-1])
             self._take_over(began)
         elif (self.path / checkpoints.WEIGHTS).exists():
-            raise FileExistsError(
-                f"{self.path} has weights of a run whose checkpoints are gone, which a new run would replace. Train in "
-                "another directory."
-            )
+            raise FileExistsError(f"{self.path} has weights of a run whose checkpoints are gone. Choose another.")
         elif began["start"] != self.content["start"]:
             logger.warning(
                 "%s has no checkpoint and begins anew, with other weights than before. Training changes a generator in "
@@ -181,44 +178,33 @@ class RunDirectory:
 
     def _check_same(self, began: Mapping[str, Any], free: Collection[str], newest: Path) -> None:
         """Raise if the run would go on as another one, or with fewer steps than it has done."""
-        fixed, where = self.content["settings"], f"the run in {self.path} began with"
-        before = began["settings"]
+        fixed, before, elsewhere = self.content["settings"], began["settings"], "Train in another directory."
+        where = f"the run in {self.path} began with"
         differing = [name for name in fixed if name not in free and before.get(name) != fixed[name]]
         if differing:
             shown = ", ".join(f"{name} {before.get(name)!r} then, {fixed[name]!r} now" for name in differing)
-            remedy = "Train in another directory."
-            if differing == ["steps"] and fixed["schedule"] == "constant":
-                remedy = f"Pass steps={fixed['steps']} if it is to go on to as many."
-            elif differing == ["steps"]:
-                weights = newest / checkpoints.WEIGHTS
-                remedy = f"With a cosine they are fixed: train in another directory, from the weights in {weights}."
+            remedy = elsewhere
+            if differing == ["steps"]:  # with a cosine, all rates would differ
+                remedy = f"With a cosine they are fixed: start anew from the weights in {newest / checkpoints.WEIGHTS}."
+                if fixed["schedule"] == "constant":
+                    remedy = f"Pass steps={fixed['steps']} if it is to go on to as many."
             raise ValueError(f"settings must be those that {where}: {shown}. {remedy}")
         if began["images"] != self.content["images"]:
-            raise ValueError(
-                f"images must be those that {where}, in the same order and poses. Train in another directory."
-            )
+            raise ValueError(f"images must be those that {where}, in the same order and poses. {elsewhere}")
         if began["generator"] != self.content["generator"]:
-            raise ValueError(
-                f"generator must be the one that {where}, in its identity encoder, VAE, scheduler, image_size and "
-                "architecture. Train in another directory."
-            )
+            what = "in its identity encoder, VAE, scheduler, image_size and architecture"
+            raise ValueError(f"generator must be the one that {where}, {what}. {elsewhere}")
         done = checkpoints.step_of(newest)
-        if fixed["steps"] < done:
-            raise ValueError(
-                f"steps must be at least the {done} that the run in {self.path} has done, got {fixed['steps']}. Older "
-                "checkpoints have weights of earlier steps."
-            )
+        if (steps := fixed["steps"]) < done:
+            raise ValueError(f"steps must be at least the {done} that the run in {self.path} has done, got {steps}.")
 
 
 def require_directory(directory: str | os.PathLike[str]) -> None:
     """Raise a FileExistsError if the directory of a run would be where something else is."""
     path = Path(directory).expanduser()
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"directory must be one to train in, and {path} is a file.")
-    if not path.exists() or (path / RUN_FILE).exists():
-        return
     # A first start that was killed may have left an unfinished run file and its lock, and nothing else.
-    if any(other.name != LOCK and not other.match(f".{RUN_FILE}.*") for other in path.iterdir()):
+    others = [file for file in path.glob("*") if file.name != LOCK and not file.match(f".{RUN_FILE}.*")]
+    if path.is_file() or (others and not (path / RUN_FILE).exists()):
         raise FileExistsError(f"{path} must be new, empty, or the directory of a run. Choose another.")
 
 

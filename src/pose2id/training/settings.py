@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class TrainingSettings:
         erase: probability of a reference with a randomly erased rectangle.
         reference_variants: how many augmentations an image has as a reference; None: a new one each time.
         cache: keep VAE latents and identity features on disk, in the run's directory; needs `reference_variants`.
-        ema: decay of an exponential moving average, up to 0.99999; the written weights are the average. None: none.
+        ema: decay of an exponential moving average, 1e-6 to 0.99999; the written weights are the average. None: none.
         mixed_precision: "no", "fp16" or "bf16"; weights stay in float32.
         gradient_checkpointing: compute activations again on the way back, to save memory.
         seed: of samples; not of the starting weights.
@@ -60,9 +60,6 @@ class TrainingSettings:
         validation_steps: of its sampler.
         validation_guidance: of its sampler (classifier-free guidance).
         workers: processes that load images, for each training process.
-
-    Raises:
-        TypeError, ValueError: a value that makes no sense, named.
     """
 
     steps: int = 80_000
@@ -96,6 +93,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "checkpoint_every", "keep_checkpoints"):
             self._become(name, checked_count)
+        self._become("reference_variants", checked_count)
         for name in ("warmup_steps", "seed", "validate_every", "validation_images", "workers"):
             self._become(name, checked_count, least=0)
         self._become("validation_steps", checked_count, most=1000)
@@ -104,39 +102,18 @@ class TrainingSettings:
         self._become("validation_guidance", checked_number, low=0, high=1000)
         self._become("learning_rate", checked_number, low=1e-12, high=1)
         self._become("max_grad_norm", checked_number, low=0, high=1e6)
+        self._become("snr_gamma", checked_number, low=1e-3, high=1e6)
+        self._become("ema", checked_number, low=1e-6, high=0.99999)
         for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("mixed_precision", PRECISIONS)):
             self._become(name, checked_choice, choices=choices)
         for name in ("cache", "gradient_checkpointing"):
             checked_flag(getattr(self, name), name)
-        self._check_options()
-
-    def _become(self, name: str, checked: Callable[..., Any], **limits: Any) -> None:
-        """Check a value, and keep it as Python's own number: JSON has no numpy numbers."""
-        object.__setattr__(self, name, checked(getattr(self, name), name, **limits))
-
-    def _check_options(self) -> None:
-        """What may be None, and what goes together."""
-        if self.snr_gamma is not None:
-            self._become("snr_gamma", checked_number, low=1e-3, high=1e6)
-        if self.ema == 0:
-            raise ValueError(f"ema must be None for weights without an average, got {self.ema!r}.")
-        if self.ema is not None:
-            self._become("ema", checked_number, low=0, high=0.99999)
-        if self.reference_variants is not None:
-            self._become("reference_variants", checked_count)
-        elif self.cache:
-            raise ValueError(
-                "reference_variants must be a number with cache=True, got None: endless augmentations cannot be kept. "
-                "Try 4."
-            )
+        if self.cache and self.reference_variants is None:
+            raise ValueError("reference_variants must be a number with cache=True, such as 4, got None (endless ones).")
         if self.validation_images == 1:
             raise ValueError("validation_images must be 0 or at least 2, to compare people with others, got 1.")
 
-
-def checked_settings(settings: Mapping[str, Any]) -> TrainingSettings:
-    """Settings by name."""
-    known = TrainingSettings.__dataclass_fields__
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise TypeError(f"settings must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    return TrainingSettings(**settings)
+    def _become(self, name: str, checked: Callable[..., Any], **limits: Any) -> None:
+        """Check a value, unless it may be None and is, and keep it as Python's own number: JSON has none of NumPy's."""
+        if getattr(self, name) is not None or getattr(type(self), name) is not None:
+            object.__setattr__(self, name, checked(getattr(self, name), name, **limits))

@@ -105,9 +105,6 @@ def fresh(
         seed: of random weights.
         **options: `image_size`, `round_bank`, `sources`, `license` of `IdentityGenerator`; with random weights the
             licence is "other" unless it is given.
-
-    Raises:
-        TypeError, ValueError: networks that do not fit.
     """
     checked_count(num_tokens, "num_tokens")
     # Drawn on the CPU, whatever the default device is: its generator is the one that is seeded.
@@ -142,10 +139,8 @@ def _new_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     unknown = [str(name) for name in config if name not in known and not str(name).startswith("_")]
     if unknown:
-        raise ValueError(
-            f"unet must be a configuration of diffusers.UNet2DConditionModel, which knows no {', '.join(unknown)}."
-        )
+        raise ValueError(f"unet must be a configuration of UNet2DConditionModel, which knows no {', '.join(unknown)}.")
     try:
         return UNet2DConditionModel.from_config(dict(config))
     except weights.CONFIG_ERRORS as error:
-        raise ValueError(f"unet must be a configuration of diffusers.UNet2DConditionModel: {error}") from error
+        raise ValueError(f"unet must be a configuration of UNet2DConditionModel: {error}") from error

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -52,13 +53,18 @@ class PersonImage:
     pose: Pose | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("path", Path), ("identity", str), ("camera", str)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}.")
-        if self.pose is not None and not isinstance(self.pose, Pose):
-            raise TypeError(f"pose must be a Pose or None, got {type(self.pose).__name__}.")
+        for name, kind in (("path", Path), ("identity", str), ("camera", str), ("pose", Pose | None)):
+            if not isinstance(given := getattr(self, name), kind):
+                raise TypeError(f"{name} must be {self.__annotations__[name]}, got {type(given).__name__}.")
         if not self.identity.strip():
             raise ValueError(f"identity must not be empty, got {self.identity!r} for {self.path}.")
+
+
+def check_people(images: Sequence[Any]) -> None:
+    """Raise a TypeError where an image is not a `PersonImage`."""
+    for i, image in enumerate(images):
+        if not isinstance(image, PersonImage):
+            raise TypeError(f"images[{i}] must be a PersonImage (see read_table), got {type(image).__name__}.")
 
 
 def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
@@ -88,10 +94,8 @@ def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
     for line, cells in lines:
         where = f"{path}, line {line}"
         if len(cells) != len(header):
-            raise ValueError(
-                f"{where} must have {len(header)} cells, as the header, got {len(cells)}. Put cells with commas in "
-                '"quotation marks".'
-            )
+            rule = f"have {len(header)} cells, as the header, got {len(cells)}"
+            raise ValueError(f'{where} must {rule}. Put cells with commas in "quotation marks".')
         image = _image({name: cells[i] for name, i in columns.items()}, path.parent, where)
         first = first_lines.setdefault(os.path.abspath(image.path), line)
         if first != line:
@@ -120,13 +124,15 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
     """
     folder = Path(os.path.abspath(path)).parent
     rows: dict[str, list[str]] = {}
+    check_people(images)
     for i, image in enumerate(images):
-        if not isinstance(image, PersonImage):
-            raise TypeError(f"images[{i}] must be a PersonImage, got {type(image).__name__}.")
-        written = _written_path(image.path, folder)
+        absolute = Path(os.path.abspath(image.path))
+        written = (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
         if written in rows:
             raise ValueError(f"images must hold each image once, got {image.path} again as images[{i}].")
-        rows[written] = [written, image.identity, image.camera, _written_pose(image.pose)]
+        # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
+        entries = image.pose and json.dumps(to_entries(np.rint(image.pose.keypoints * 1e6) / 1e6 + 0.0))
+        rows[written] = [written, image.identity, image.camera, entries or ""]
     if not rows:
         raise ValueError("images must hold at least one image, got none.")
     text = io.StringIO(newline="")
@@ -210,10 +216,8 @@ def _columns(header: list[str], where: str) -> dict[str, int]:
     """Column name to its place."""
     missing = [name for name in _NEEDED if name not in header]
     if missing:
-        raise ValueError(
-            f"{where} must be a header with path and identity, and camera and keypoints where known, got "
-            f"{_shortened(','.join(header))} without {' and '.join(missing)}."
-        )
+        given = f"{_shortened(','.join(header))} without {' and '.join(missing)}"
+        raise ValueError(f"{where} must be a header with path and identity, got {given}.")
     twice = [name for name in _COLUMNS if header.count(name) > 1]
     if twice:
         raise ValueError(f"{where} must name each column once, got {' and '.join(twice)} more than once.")
@@ -240,16 +244,6 @@ def _pose(text: str, where: str) -> Pose:
     return from_entries(entries, where)
 
 
-def _written_pose(pose: Pose | None) -> str:
-    # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
-    return "" if pose is None else json.dumps(to_entries(np.rint(pose.keypoints * 1e6) / 1e6 + 0.0))
-
-
-def _written_path(path: Path, folder: Path) -> str:
-    absolute = Path(os.path.abspath(path))
-    return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
-
-
 def _shortened(text: str) -> str:
     return repr(text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}...")
 
@@ -264,10 +258,8 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     strange = [file for file, label in labels.items() if label is None]
     if strange:
         rule = "have names such as 0002_c1s1_000451_03.jpg" if identity == "name" else "be in folders, one per person"
-        raise ValueError(
-            f"images in {folder} must {rule}, got {len(strange)} of {len(files)} others: {first_few(strange)}. Move or "
-            "rename them, or take identities from names (name) or folders (folder)."
-        )
+        given = f"{len(strange)} of {len(files)} others: {first_few(strange)}"
+        raise ValueError(f"images in {folder} must {rule}, got {given}. Move them, or take identities from the other.")
     images = [PersonImage(file, *label) for file, label in labels.items() if label is not None]
     if identity == "folder":
         _check_folders(images)
@@ -287,16 +279,12 @@ def _check_folders(images: Sequence[PersonImage]) -> None:
         folders[image.identity].add(image.path.parent)
     for name, places in folders.items():
         if len(places) > 1:
-            raise ValueError(
-                f"every person must have one folder of images, got {len(places)} folders {name!r}: "
-                f"{first_few(sorted(places))}. Move one person's images together, with c1_ or _c1 in names for cameras."
-            )
+            given = f"{len(places)} folders {name!r}: {first_few(sorted(places))}"
+            raise ValueError(f"every person must have one folder, got {given}. Move them together; _c1 is a camera.")
     by_depth = {len(image.path.parts): image.path for image in images}
     if len(by_depth) > 1:
-        raise ValueError(
-            "folders of people must all be at one depth, or cameras would pass for people, got "
-            f"{first_few(sorted(by_depth.values()))}. Move them, or make a table of each depth."
-        )
+        given = f"(or cameras would pass for people), got {first_few(sorted(by_depth.values()))}"
+        raise ValueError(f"folders of people must all be at one depth {given}. Move them, or make several tables.")
 
 
 def _label(file: Path, folder: Path, identity: str) -> tuple[str, str] | None:
@@ -312,10 +300,8 @@ def _stored_poses(images: Sequence[PersonImage], folder: Path, directory: Path, 
     files = [_keypoint_file(directory / image.path.relative_to(folder).with_suffix("")) for image in images]
     missing = [file for file in files if not file.is_file()]
     if len(missing) == len(files):
-        raise ValueError(
-            f"keypoints must be a directory with NAME.json for image NAME, got {directory}, which has none for any of "
-            f"{len(images)} images. Looked for {first_few(files)}."
-        )
+        given = f"{directory}, which has none for any of {len(images)} images. Looked for {first_few(files)}"
+        raise ValueError(f"keypoints must be a directory with NAME.json for image NAME, got {given}.")
     poses: list[Pose | None] = []
     problems = []
     pairs = zip(images, files, strict=True)

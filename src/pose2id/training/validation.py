@@ -30,10 +30,7 @@ def people_shown(images: Sequence[Any], count: int) -> list[Any]:
     for i, image in enumerate(chosen):  # now, not when the first validation is due
         load_reference(image, f"validation[{i}]")
     if count and len(chosen) < 2:
-        raise ValueError(
-            f"validation must show at least 2 people, to compare them, got {len(chosen)}. Pass more, or "
-            "validation_images=0."
-        )
+        raise ValueError(f"validation must show at least 2 people, got {len(chosen)}. Or take validation_images=0.")
     return chosen
 
 
