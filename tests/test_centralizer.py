@@ -579,7 +579,7 @@ class TestParts:
 
     def test_give_what_their_shortcuts_give(self, images):
         options = {"batch_size": 3, "device": "cpu", "flip": True}
-        source = GeneratedPictures(FakeGenerator(), DRAWINGS, 3, sampling={"strength": 0.1}, seed=7)
+        source = GeneratedPictures(FakeGenerator(), DRAWINGS, 3, strength=0.1, seed=7)
         centralizer = Centralizer(Extractor(Model(), transform=to_tensor, **options), source, eta=0.5)
         shortcut = Centralizer(
             Model(),
@@ -607,19 +607,15 @@ class TestParts:
         }
 
     def test_settings_of_sampling_by_name(self):
-        @dataclass(frozen=True)
-        class Settings:
-            steps: int = 5
-            guidance: float = 2.0
-            seed: int = 3
-            size: tuple[int, int] = (64, 32)
-
-        source = GeneratedPictures(FakeGenerator(), sampling=Settings(), batch_size=4)
+        source = GeneratedPictures(FakeGenerator(), sampling=Sampling(5, 2.0, 3, (64, 32)), batch_size=4)
         list(source([]))
         wanted = {"num_inference_steps": 5, "guidance_scale": 2.0, "seed": 3, "size": (64, 32), "batch_size": 4}
         assert source.generator.asked[0].items() >= wanted.items()
-        with pytest.raises(TypeError, match="'seed'"):
-            GeneratedPictures(FakeGenerator(), sampling=Settings(), seed=4)
+        both = GeneratedPictures(FakeGenerator(), sampling=Sampling(seed=3), seed=4)  # as for `generate_iter`
+        assert both.options["seed"] == 4
+        for wrong in ({"seed": 3}, 20):
+            with pytest.raises(TypeError, match=r"sampling must be a pose2id\.Sampling, got"):
+                GeneratedPictures(FakeGenerator(), sampling=wrong)
 
     def test_poses_of_a_generator_are_known(self):
         with pytest.raises(ValueError, match="poses must be 'standard' or a sequence of poses, got None"):
@@ -658,6 +654,7 @@ class TestParts:
             ),
             (lambda pictures: [], "num_poses must be at least 1"),
             (lambda pictures: [[]], "num_poses must be at least 1"),
+            (lambda pictures: [*pictures, pictures[0]], "pictures must be given once .* more than those of 11 images"),
         ],
     )
     def test_a_callable_that_does_not_deliver(self, change, message, images, pictures):
@@ -669,11 +666,11 @@ class TestParts:
         [
             ({"transform": "pmt"}, ValueError, "transform must be given with a model, or to the Extractor itself"),
             ({"extractor": None, "flip": True}, ValueError, "flip must be given with a model"),
-            ({"generator": FakeGenerator()}, ValueError, "generator must be given with one of .* and pictures"),
+            ({"generator": FakeGenerator()}, ValueError, "generator needs exactly one source"),
             (
                 {"pictures": None, "num_poses": 3},
                 ValueError,
-                "num_poses must be given with one of generator, generated",
+                "num_poses needs exactly one source",
             ),
             ({"extractor": Extractor(len)}, ValueError, "transform must be given with generated pictures"),
             (
@@ -809,6 +806,7 @@ class TestFailures:
         ("change", "message"),
         [
             (lambda pictures: pictures[:-1], r"pictures must be 4 of every image, got 3 of images\[0\]"),
+            (iter, r"pictures of images\[0\] must be a sequence.*got list_iterator"),
             (lambda pictures: None, "pictures must be given of every image, got those of 0 of 11 images"),
             (lambda pictures: ["missing.png"] * 4, r"generated image 1 of images\[0\] cannot be read"),
         ],
@@ -819,7 +817,7 @@ class TestFailures:
                 changed = (change(pictures) for pictures in super(Broken, self).generate_iter(*arguments, **options))
                 return (pictures for pictures in changed if pictures is not None)
 
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             centralizer_of(Model(), generator=Broken())(images)
 
     def test_without_anything_to_generate_with(self, images):
@@ -881,7 +879,7 @@ def test_bad_features(q, g, error, message):
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
         ({"num_poses": -1, **GENERATED}, ValueError, "num_poses must be at least 0"),
         ({"num_poses": -1, "generated": "."}, ValueError, "num_poses must be at least 0"),
-        ({"generate_options": {"seed": 3}}, ValueError, "generate_options must be given with one of generator"),
+        ({"generate_options": {"seed": 3}}, ValueError, "generate_options needs exactly one source"),
         ({"num_poses": 2.0, **GENERATED}, TypeError, "num_poses must be an integer"),
         ({"num_poses": 9, **GENERATED}, ValueError, "num_poses must be at most 8, the number of poses, got 9"),
         (
@@ -895,7 +893,7 @@ def test_bad_features(q, g, error, message):
         ({"generator": nfc}, TypeError, r"generator must have a method generate_iter.*got function"),
         ({"generated": "."}, ValueError, r"transform must be given with generated pictures.*inputs='images'"),
         ({"generator": FakeGenerator()}, ValueError, r"transform must be given with generated.*inputs='images'"),
-        ({"generated": ".", **GENERATED}, ValueError, "must be given with one of generator, generated and pictures"),
+        ({"generated": ".", **GENERATED}, ValueError, "needs exactly one source: generator= or generated="),
         ({"pose_inputs": [1], **GENERATED}, TypeError, "pose_inputs must map"),
         ({"pose_inputs": {"xy": 3}, **GENERATED}, TypeError, r"pose_inputs must map .* to functions .*'xy': 3"),
         ({"pose_inputs": {"xy": len}, "flip": True, **GENERATED}, ValueError, "flip must be False with pose_inputs"),

@@ -85,7 +85,19 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-_SUBMODULES = ("demo", "extractor", "ipg", "plots", "poses", "report", "training")
+_SUBMODULES = (
+    "centralization",
+    "demo",
+    "extractor",
+    "io",
+    "ipg",
+    "neighbors",
+    "plots",
+    "poses",
+    "report",
+    "retrieval",
+    "training",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -17,9 +17,9 @@ from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, wit
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
 from pose2id.io.checks import checked_choice, checked_count, checked_memory, checked_number
 from pose2id.io.decoding import decoding_once
-from pose2id.io.rows import FeatureArray, Rows, blocks, checked_pair
+from pose2id.io.rows import FeatureArray, Rows, as_container, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
-from pose2id.neighbors.search import BACKENDS, NeighborSearch
+from pose2id.neighbors.search import BACKENDS, NeighborSearch, checked_search
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,18 +68,18 @@ class Centralizer:
     Args:
         extractor: an `Extractor`, or your model, of which one is made. `enhance` and `fuse` don't need it.
         pictures: where generated images come from: `GeneratedPictures`, a `PictureFolder`, or any callable
-            `pictures(images)` that gives, for each image in order, a sequence of M pictures, M always the same. Only
-            `__call__`, `extract_generated` and `diagnose` need it.
+            `pictures(images)` that gives, for each image in order, a sequence of M pictures, the same M for every
+            image. Only `__call__`, `extract_generated` and `diagnose` need it.
         k1: how many neighbours a feature proposes (see `nfc`).
         k2: how many neighbours the other side looks at.
         eta: weight of generated images in eq. 9: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
         part_distance: how features in parts find neighbours: "visible" or "flattened" (see `nfc`).
-        backend: "auto", "faiss" or "torch": who searches neighbours.
+        backend: the search engine: "auto", "faiss" or "torch".
         neighbors: a search of your own in its place (see `nfc`).
         max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
         **shortcuts: transform, inputs, batch_size, device and flip, for an `Extractor` of the model; generator with
             generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a `PictureFolder`;
-            poses, num_poses and pose_inputs for either. None: as by default.
+            poses, num_poses and pose_inputs for either. None means the default.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Centralizer:
         self.eta = checked_number(eta, "eta", 0, 1e6)
         self.part_distance = checked_choice(part_distance, "part_distance", PART_DISTANCES)
         self.backend = checked_choice(backend, "backend", BACKENDS)
-        self.neighbors = neighbors
+        self.neighbors = checked_search(neighbors, backend)
         checked_memory(max_memory)
         self.max_memory = max_memory
         given = {name: value for name, value in shortcuts.items() if value is not None}
@@ -188,14 +188,14 @@ class Centralizer:
         if not joint:
             return with_neighbors(query, of_query, **settings), with_neighbors(gallery, of_gallery, **settings)
         dtype = torch.promote_types(query.dtype, gallery.dtype)
-        both = torch.cat([rows.read(slice(None), dtype) for rows in (query, gallery)])
-        if query.in_parts:
-            both = query.by_part(both)
+        rows = torch.cat([rows.read(slice(None), dtype) for rows in (query, gallery)])
+        both: Any = as_container(query.by_part(rows) if query.in_parts else rows, query_feats)
         visibility = None
         if query_visibility is not None or gallery_visibility is not None:
             shown = query.visibility(query_visibility, "query_visibility")
             visibility = torch.cat([shown, gallery.visibility(gallery_visibility, "gallery_visibility")])
-        enhanced = nfc(both, visibility=visibility, part_distance=self.part_distance, **settings).flatten(1)
+        both = nfc(both, visibility=visibility, part_distance=self.part_distance, **settings)
+        enhanced = torch.as_tensor(both).flatten(1)
         results = query.empty(), gallery.empty()
         query.write(results[0], slice(None), enhanced[: query.n])
         gallery.write(results[1], slice(None), enhanced[query.n :])
@@ -209,7 +209,7 @@ class Centralizer:
         *,
         visibility: FeatureArray | None = None,
     ) -> FeatureArray:
-        """Eq. 9 on raw features (N, D) and (N, M, D) of generated images: `pose2id.fuse`; default: the own eta."""
+        """Eq. 9 on raw features (N, D) and (N, M, D) of generated images: `pose2id.fuse`; None: own eta."""
         return fuse(features, generated, self.eta if eta is None else eta, visibility=visibility)
 
     def extract(self, images: Any, **options: Any) -> Any:
@@ -263,8 +263,10 @@ class Centralizer:
     def __repr__(self) -> str:
         """The parameters."""
         parts = "".join(f"{part!r}, " for part in (self.extractor, self.pictures) if part is not None)
+        own = "" if self.neighbors is None else f", neighbors={self.neighbors!r}"
         flattened = f", part_distance={self.part_distance!r}" if self.part_distance != "visible" else ""
-        return f"Centralizer({parts}k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}{flattened})"
+        settings = f"k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}"
+        return f"Centralizer({parts}{settings}{flattened}{own})"
 
 
 def _extractor(given: Extractor | FeatureModel | None, parameters: dict[str, Any]) -> Extractor | None:
@@ -277,7 +279,7 @@ def _extractor(given: Extractor | FeatureModel | None, parameters: dict[str, Any
 def _pictures(given: Pictures | None, parameters: dict[str, Any]) -> Pictures | None:
     """The source of pictures, built where its parameters were given instead."""
     if parameters and (given is not None or ("generator" in parameters) == ("generated" in parameters)):
-        raise ValueError(f"{', '.join(parameters)} must be given with one of generator, generated and pictures.")
+        raise ValueError(f"{', '.join(parameters)} needs exactly one source: generator= or generated=.")
     if "generator" in parameters:
         return GeneratedPictures(parameters.pop("generator"), **parameters.pop("generate_options", {}), **parameters)
     if "generated" in parameters:

@@ -306,6 +306,13 @@ class TestOwnSearch:
         assert asked == [9, 30]
         for enhanced, x in zip(found, (q, g), strict=True):
             np.testing.assert_array_equal(enhanced, nfc(x))
+        joint = Centralizer(neighbors=search).enhance(q, g, joint=True)  # numpy again, as `search` needs
+        for enhanced, x in zip(joint, Centralizer().enhance(q, g, joint=True), strict=True):
+            np.testing.assert_array_equal(enhanced, x)
+
+    def test_diagnostics_describe_what_it_finds(self, rng):
+        x = rng.standard_normal((40, 7))
+        assert nfc_diagnostics(x, 3, 2, neighbors=self.searched) == nfc_diagnostics(x, 3, 2)
 
     def test_tensors_and_parts_in_one_vector(self, rng):
         x = torch.from_numpy(rng.standard_normal((40, 3, 4))).float()
@@ -328,9 +335,13 @@ class TestOwnSearch:
 
     def test_bad_searches(self, rng):
         x = rng.standard_normal((9, 5))
-        with pytest.raises(ValueError, match="neighbors must be None with backend='torch'"):
-            nfc(x, neighbors=self.searched, backend="torch")
-        with pytest.raises(ValueError, match=r"neighbors must be None .*visible parts"):
+        for backend in ("torch", "faiss"):
+            for call in (nfc, nfc_diagnostics, lambda _, **options: Centralizer(**options)):
+                with pytest.raises(ValueError, match=r"backend must be 'auto' with neighbors=.*, got"):
+                    call(x, neighbors=self.searched, backend=backend)
+        with pytest.raises(TypeError, match=r"neighbors must be a function .* got 'faiss'.*backend="):
+            Centralizer(neighbors="faiss")
+        with pytest.raises(ValueError, match=r"neighbors must be None for visible parts"):
             nfc(x.reshape(9, 5, 1), neighbors=self.searched)
         with pytest.raises(TypeError, match="neighbors must return integer indices first"):
             nfc(x, neighbors=lambda *given: self.searched(*given)[::-1])
@@ -409,7 +420,7 @@ def test_a_file_that_appears_meanwhile_stays(links, tmp_path, monkeypatch, rng):
     monkeypatch.setattr(centralization, "write_npy", late)
     if not links:
         monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError()))
-    with pytest.raises(FileExistsError, match=r"out\.npy was written by somebody else"):
+    with pytest.raises(FileExistsError, match=r"out\.npy was created by another process"):
         nfc(rng.standard_normal((5, 3)), out=out)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
 

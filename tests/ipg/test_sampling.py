@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,10 @@ def test_it_stands_for_the_keywords(generator, people, tmp_path):
 class Recorder:
     """A sampler that notes what it is asked for."""
 
+    key = "recorder"  # what tells files made with it from others
+
+    key = "recorder"  # tells what is made with it from what others make
+
     def __init__(self):
         self.calls = []
 
@@ -137,6 +142,33 @@ def test_pictures_of_another_sampler_are_not_kept(generator, people, tmp_path):
         assert fingerprint(own) != fingerprint(generator)
         with pytest.raises(FileExistsError, match=r"different in: generator\."):
             generate_files(own, people[:1], tmp_path / "out", poses=FEW, num_inference_steps=1)
+
+
+def test_samplers_that_nothing_tells_apart_write_no_files(generator, people, tmp_path):
+    def local(*given, **options):
+        return without_guidance(*given, **options)
+
+    for sampler in (partial(without_guidance), local):
+        with pytest.raises(ValueError, match="sampler must have a `key`"):
+            generate_files(generator.replaced(sampler=sampler), people[:1], tmp_path / "out", poses=FEW)
+    assert not (tmp_path / "out").exists()
+    first, second = Recorder(), Recorder()
+    second.key = "another"
+    assert fingerprint(generator.replaced(sampler=first)) != fingerprint(generator.replaced(sampler=second))
+
+
+@pytest.mark.parametrize("wrong", [lambda latents: latents[:, :1], lambda latents: None])
+def test_what_a_sampler_returns_is_looked_at(generator, people, wrong):
+    def sampler(*given, **options):
+        return wrong(without_guidance(*given, **options))
+
+    with pytest.raises((TypeError, ValueError), match=r"the sampler's latents must be a float tensor of shape \(1, 2"):
+        generator.replaced(sampler=sampler).generate(people[:1], FEW[:2], num_inference_steps=1)
+
+
+def test_one_setting_by_two_names():
+    with pytest.raises(TypeError, match="num_inference_steps and steps must not be given both"):
+        Sampling().replaced(steps=2, num_inference_steps=3)
 
 
 @pytest.fixture

@@ -495,7 +495,7 @@ def test_a_table_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
         link(source, target)
 
     monkeypatch.setattr(_outputs, "_link", late)
-    with pytest.raises(FileExistsError, match="written by somebody else"):
+    with pytest.raises(FileExistsError, match="created by another process"):
         write_table([PersonImage(Path("a.png"), "1")], path)
     assert path.read_text() == "precious"
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from pose2id.centralization.fusion import stacked_rows
+from pose2id.centralization.nfc import mutual_neighbors, nearest_others
 from pose2id.io.checks import checked_count, checked_labels, checked_memory
 from pose2id.io.rows import Rows, unit
-from pose2id.neighbors.search import mutual, search
+from pose2id.neighbors.search import NeighborSearch, checked_search
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,14 @@ class NFCDiagnostics:
 
 
 def nfc_diagnostics(
-    features: Any, k1: int = 2, k2: int = 2, *, camids: Any = None, backend: str = "auto", max_memory: int | None = None
+    features: Any,
+    k1: int = 2,
+    k2: int = 2,
+    *,
+    camids: Any = None,
+    backend: str = "auto",
+    neighbors: NeighborSearch | None = None,
+    max_memory: int | None = None,
 ) -> NFCDiagnostics:
     """Measure, without labels, what `nfc(features, k1, k2)` would do: to choose k1 and k2.
 
@@ -131,6 +139,7 @@ def nfc_diagnostics(
         k2: as in `nfc`.
         camids: (N,) integer camera labels, optional.
         backend: as in `nfc`.
+        neighbors: as in `nfc`.
         max_memory: as in `nfc`.
 
     Returns:
@@ -141,12 +150,12 @@ def nfc_diagnostics(
         raise ValueError(f"features must hold at least 2 rows to have neighbours, got {rows.n}.")
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     cameras = None if camids is None else torch.from_numpy(checked_labels(camids, "camids", rows.n)).to(rows.device)
-    neighbors = search(rows, max(k1, k2), backend, max_memory)
+    nearest = nearest_others(rows, None, max(k1, k2), backend, checked_search(neighbors, backend), max_memory)
     same_camera = 0
     similarity = 0.0
     total = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
     squares = 0.0
-    is_mutual = mutual(neighbors, k1, k2)
+    is_mutual = mutual_neighbors(nearest, k1, k2)
     pairs, with_neighbor = int(is_mutual.sum()), int(is_mutual.any(1).sum())
     for block in rows.blocks(checked_memory(max_memory)):
         direction = rows.read(block, torch.float64)
@@ -154,7 +163,7 @@ def nfc_diagnostics(
         squares += float(direction.square().sum())
         for rank in range(is_mutual.shape[1]):
             hit = torch.nonzero(is_mutual[block, rank]).flatten()
-            other = neighbors[block, rank][hit]
+            other = nearest[block, rank][hit]
             similarity += float((direction[hit] * rows.read(other, torch.float64)).sum())
             if cameras is not None:
                 same_camera += int((cameras[block][hit] == cameras[other]).sum())

@@ -19,7 +19,7 @@ from pose2id.io.checks import BLOCK_BYTES, checked_choice, checked_count, checke
 from pose2id.io.rows import FeatureArray, Rows, unit
 from pose2id.io.whole_files import new_file, write_npy
 from pose2id.neighbors import visible_parts
-from pose2id.neighbors.search import BACKENDS, NeighborSearch, mutual, neighbors_of_rows, search
+from pose2id.neighbors.search import BACKENDS, NeighborSearch, checked_search, mutual, neighbors_of_rows, search
 
 PART_DISTANCES = ("visible", "flattened")
 
@@ -45,8 +45,8 @@ def nfc(
     All sums use the features as they came in. Nothing is learnt, no label is used. Centralize query and gallery
     apart; see `Centralizer.enhance`.
 
-    Features in parts have neighbours by `part_distances`, and a neighbour's part counts as far as it is visible, the
-    own part with weight 1:
+    Features in parts have neighbours by `part_distances`, and a neighbour's part is weighted by its visibility, the
+    own part by 1:
 
         z_ip <- z_ip + sum of v_jp z_jp over j in M_i
 
@@ -60,7 +60,7 @@ def nfc(
             neighbour's part count like the own. None: every part is fully visible.
         part_distance: "visible": distances of parts are those of `part_distances`. "flattened": what the published code
             computes of (N, P, D), the Euclidean distance of all parts in one vector, and sums over all neighbours;
-            it knows no visibility. Whole features don't ask.
+            it knows no visibility. Ignored for whole features.
         normalize: L2-normalise before and after, each part by itself, as the published evaluation does. False leaves
             out both.
         backend: "auto", "faiss" or "torch": who searches neighbours; the result is the same. faiss cannot search by the
@@ -90,6 +90,7 @@ def nfc(
         RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
+    checked_memory(max_memory)
     if out is not None and isinstance(features, Tensor):
         raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
     if out is not None and os.path.islink(out):  # to nothing: the file would take the link's place
@@ -114,10 +115,9 @@ def with_neighbors(
     """`nfc` of checked rows, with the visibility that `checked_weights` gives."""
     if v is not None and checked_choice(backend, "backend", BACKENDS) == "faiss":
         raise ValueError("backend must be 'auto' or 'torch' for visible parts. faiss takes part_distance='flattened'.")
-    if neighbors is not None and (v is not None or backend != "auto"):
-        rule = f"None with backend={backend!r} or visible parts"
-        raise ValueError(f"neighbors must be {rule}: it searches whole rows (part_distance='flattened').")
-    nearest = _nearest(z, v, max(k1, k2), backend, neighbors, max_memory)
+    if checked_search(neighbors, backend) is not None and v is not None:
+        raise ValueError("neighbors must be None for visible parts: it compares rows. Pass part_distance='flattened'.")
+    nearest = nearest_others(z, v, max(k1, k2), backend, neighbors, max_memory)
     is_mutual = mutual_neighbors(nearest, k1, k2)
 
     def centralized_blocks() -> Iterator[tuple[slice, Tensor]]:
@@ -133,7 +133,7 @@ def with_neighbors(
     return result
 
 
-def _nearest(
+def nearest_others(
     z: Rows, v: Tensor | None, k: int, backend: str, neighbors: NeighborSearch | None, max_memory: int | None
 ) -> Tensor:
     """(n, k) nearest others of each row; lists may end in -1."""
@@ -145,7 +145,7 @@ def _nearest(
 def mutual_neighbors(nearest: Tensor, k1: int, k2: int) -> Tensor:
     """Eq. 26-27: which j in N_i, the k1 nearest of i, have i among their own k2 nearest. (n, k1) booleans.
 
-    Lists of `nearest` (n, k) may end in -1, which is nobody's neighbour.
+    Lists of `nearest` (n, k) may end in -1, a missing neighbour.
     """
     missing = nearest < 0
     own = torch.arange(len(nearest), device=nearest.device)[:, None]

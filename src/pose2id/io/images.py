@@ -34,7 +34,7 @@ def checked_images(images: Any, name: str = "images") -> Any:
         raise TypeError(f"{name} must be a sequence of images, got {_given(images)}. Wrap it in [] or list().")
     if len(images) == 0:
         raise ValueError(f"{name} must hold at least one image, got none.")
-    if not isinstance(images, (np.ndarray, Tensor)):
+    if isinstance(images, (list, tuple)):  # a lazy sequence would decode each image here
         # Before hours of extraction, not in the middle of them.
         for i, item in enumerate(images):
             if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, under names that are free."""
+"""Files that are written atomically, and replace nothing unless asked."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         else:
             _link(unfinished, path)
     except FileExistsError as error:
-        raise FileExistsError(f"{path} was written by somebody else in the meantime. Choose another name.") from error
+        raise FileExistsError(f"{path} was created by another process in the meantime. Choose another name.") from error
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:

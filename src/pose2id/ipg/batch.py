@@ -186,10 +186,10 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def fingerprint(generator: IdentityGenerator, names: Iterable[str] = PARTS, *, bank: bool = True) -> str:
+def fingerprint(generator: IdentityGenerator, names: Iterable[str] = PARTS, *, sampling: bool = True) -> str:
     """A hash of what a generator computes with: weights (some values of each tensor), precision, scheduler, size.
 
-    Only the networks of these names count, and with `bank` whether the bank is rounded.
+    Only the networks of these names count, and with `sampling` the sampler, and whether the bank is rounded.
     """
     digest = hashlib.sha256()
     for name in names:
@@ -200,13 +200,22 @@ def fingerprint(generator: IdentityGenerator, names: Iterable[str] = PARTS, *, b
             digest.update(values.astype("<f8").tobytes())
     scheduler = {key: value for key, value in generator.scheduler.config.items() if not key.startswith("_")}
     scaling = generator.vae.config.scaling_factor
-    rounded = generator.round_bank if bank else None
+    rounded = generator.round_bank if sampling else None
     rest = [type(generator.scheduler).__name__, scheduler, list(generator.image_size), rounded, scaling]
-    if generator.sampler is not denoise:
-        own = generator.sampler if hasattr(generator.sampler, "__qualname__") else type(generator.sampler)
-        rest.append(f"{own.__module__}.{own.__qualname__}")
+    if sampling and generator.sampler is not denoise:
+        rest.append(_sampler_key(generator.sampler))
     digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _sampler_key(sampler: Any) -> str:
+    """What tells a sampler from others: its own `key`, or the name of a function of a module."""
+    name = getattr(sampler, "__qualname__", "<")
+    if isinstance(getattr(sampler, "key", None), str):
+        return str(sampler.key)
+    if "<" in name:  # a lambda, a function within another, a partial, an object
+        raise ValueError(f"sampler must have a `key`, a string that tells its settings from others, got {sampler!r}.")
+    return f"{sampler.__module__}.{name}"
 
 
 class _Job:

@@ -35,7 +35,7 @@ OUTPUTS = ("pil", "tensor")
 
 
 def _of_networks(name: str) -> Any:
-    """An attribute or method of `networks`, read-only: they were checked together."""
+    """An attribute of `networks`, read-only: they were checked together."""
     return property(attrgetter(f"networks.{name}"), doc=f"See `Networks.{name}`.")
 
 
@@ -118,13 +118,34 @@ class IdentityGenerator:
     latent_shape: tuple[int, int, int] = _of_networks("latent_shape")
     device: torch.device = _of_networks("device")
     dtype: torch.dtype = _of_networks("dtype")
-    encode_identity = _of_networks("encode_identity")
-    unconditional_tokens = _of_networks("unconditional_tokens")
-    encode_images = _of_networks("encode_images")
-    encode_poses = _of_networks("encode_poses")
-    decode = _of_networks("decode")
-    enable_model_cpu_offload = _of_networks("enable_model_cpu_offload")
-    compile = _of_networks("compile")
+
+    def encode_identity(self, images: Tensor) -> Tensor:
+        """Identity tokens (B, N, D) of images (B, 3, *identity_encoder.image_size) in [0, 1]."""
+        return self.networks.encode_identity(images)
+
+    def unconditional_tokens(self) -> Tensor:
+        """(1, N, D): the tokens of a mid-grey image."""
+        return self.networks.unconditional_tokens()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) of images (B, 3, H, W) in [0, 1]."""
+        return self.networks.encode_images(images)
+
+    def encode_poses(self, images: Tensor) -> Tensor:
+        """Pose features (P, C, h, w) of drawn poses (P, 3, H, W) in [0, 1]."""
+        return self.networks.encode_poses(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w)."""
+        return self.networks.decode(latents)
+
+    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
+        """Keep the networks on the CPU, each on `device` while it computes: see `Networks`."""
+        self.networks.enable_model_cpu_offload(device)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the denoising UNet and the VAE's decoder with `torch.compile` and its options."""
+        self.networks.compile(**options)
 
     @classmethod
     def from_pretrained(
@@ -204,7 +225,7 @@ class IdentityGenerator:
         """Write one safetensors file per network, one JSON of configurations and a model card with the licence note.
 
         Args:
-            directory: new, or empty. Nothing is left in it when writing fails.
+            directory: new, or empty. Nothing is left in it when writing fails. A sampler of your own is not saved.
             notes: Markdown that ends the model card.
 
         Raises:
@@ -291,8 +312,8 @@ class IdentityGenerator:
 
         By default the noise that a picture begins as is a function of the seed, the reference's pixels and the pose
         alone: not of batches, order, process or device. No seed gives the paper's (42) or the published code's (12580)
-        pictures: they come from one generator that draws for a whole run. `generator` and `latents` serve those who
-        have its order.
+        pictures: they come from one generator that draws for a whole run. To reproduce such a run pass `generator` or
+        `latents`.
 
         Args:
             images: N reference images: paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) floats in [0, 1],
@@ -473,6 +494,7 @@ class IdentityGenerator:
                         guidance_scale=sampling.guidance,
                         generator=_of_block(generator, some, these),
                     )
+                check_shape(denoised, "the sampler's latents", tuple(noise[some, these].shape))
                 in_poses.append(networks.decode(denoised.flatten(0, 1)).unflatten(0, denoised.shape[:2]))
             results.append(torch.cat(in_poses, dim=1))
         return torch.cat(results)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pose2id.io.checks import checked_count
 from pose2id.ipg.folder import check_notes, checked_directory, find
 from pose2id.ipg.pixels import checked_poses
+from pose2id.ipg.sampling import Sampling
 from pose2id.poses import Pose
 
 Pictures = Callable[[Any], Iterable[Sequence[Any]]]
@@ -82,7 +83,7 @@ class GeneratedPictures(PosedPictures):
         num_poses: M of eq. 9: the first so many of the poses; None: all. 0: nothing is generated, and `Centralizer`
             leaves eq. 9 out.
         pose_inputs: see `PosedPictures`.
-        sampling: a `pose2id.Sampling`, or a mapping of the generator's keywords; None: the generator's defaults.
+        sampling: steps, guidance, seed and size; None: the generator's defaults.
         **options: further keywords of the generator, such as batch_size.
     """
 
@@ -93,14 +94,16 @@ class GeneratedPictures(PosedPictures):
         poses: Any = "standard",
         num_poses: int | None = None,
         pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
-        sampling: Any = None,
+        sampling: Sampling | None = None,
         **options: Any,
     ) -> None:
         if not callable(getattr(generator, "generate_iter", None)):
             raise TypeError(f"generator must have a method generate_iter, got {type(generator).__name__}.")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a pose2id.Sampling, got {type(sampling).__name__}.")
         super().__init__(poses, num_poses, pose_inputs)
         self.generator, self._origin = generator, type(generator).__name__
-        self.options = dict(**_keywords(sampling), **options)  # a setting given twice is Python's own error
+        self.options = {**({} if sampling is None else sampling.keywords()), **options}
 
     def __call__(self, images: Any) -> Iterator[Sequence[Any]]:
         """Pictures of each image, made when they are asked for; the generator gets all images at once."""
@@ -115,7 +118,7 @@ class PictureFolder(PosedPictures):
 
     Args:
         directory: where the pictures are.
-        poses: that the pictures are in, to be compared with their notes; None: in the same for all images.
+        poses: that the pictures are in, to be compared with their notes; None: unknown, the same for every image.
         num_poses: M of eq. 9, the first so many of an image's pictures. None: as many as `poses`, else 8.
         pose_inputs: see `PosedPictures`; of the standard poses, if `poses` is None.
     """
@@ -151,7 +154,7 @@ def in_order(pictures: Pictures, images: Any) -> tuple[Iterator[Sequence[Any]], 
     stream = iter(()) if count == 0 else iter(pictures(images))
     if count is None:
         first = next(stream, ())
-        count, stream = len(first), chain([first], stream)
+        count, stream = _length(first, 0), chain([first], stream)
     if count == 0:
         raise ValueError("num_poses must be at least 1 for features of generated images, got 0.")
     return _checked(stream, len(images), count), count
@@ -162,17 +165,18 @@ def _checked(stream: Iterator[Sequence[Any]], n: int, count: int) -> Iterator[Se
         pictures = next(stream, None)
         if pictures is None:
             raise ValueError(f"pictures must be given of every image, got those of {i} of {n} images.")
-        if len(pictures) != count:
+        if _length(pictures, i) != count:
             raise ValueError(f"pictures must be {count} of every image, got {len(pictures)} of images[{i}].")
+        # Before the last are used: with more, those that came may have been of other images.
+        if i == n - 1 and next(stream, None) is not None:
+            raise ValueError(f"pictures must be given once for each image, got more than those of {n} images.")
         yield pictures
 
 
-def _keywords(sampling: Any) -> dict[str, Any]:
-    """What `generate_iter` calls the settings."""
-    if sampling is None or isinstance(sampling, Mapping):
-        return dict(sampling or {})
-    steps = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance}
-    return {**steps, "seed": sampling.seed, "size": sampling.size}
+def _length(pictures: Any, i: int) -> int:
+    if not hasattr(pictures, "__len__"):
+        raise TypeError(f"pictures of images[{i}] must be a sequence, such as a list, got {type(pictures).__name__}.")
+    return len(pictures)
 
 
 def _stacked(values: list[Any], like: Any, name: str) -> Any:

@@ -35,14 +35,20 @@ class Sampling:
             "seed": checked_count(self.seed, "seed", least=0),
             "size": None if self.size is None else checked_size(self.size),
         }
-        for name, value in checked.items():  # plain numbers: of NumPy's, JSON knows none
+        for name, value in checked.items():  # plain Python numbers: JSON cannot store NumPy's
             object.__setattr__(self, name, value)
 
     def replaced(self, **settings: Any) -> Sampling:
         """With other settings: `num_inference_steps`, `guidance_scale`, `seed`, `size`."""
+        for name, field in _FIELDS.items():
+            if name != field and {name, field} <= settings.keys():
+                raise TypeError(f"{name} and {field} must not be given both: they are one setting.")
         return replace(self, **{_FIELDS.get(name, name): value for name, value in settings.items()})
+
+    def keywords(self) -> dict[str, Any]:
+        """As keywords of `generate`."""
+        return {name: getattr(self, field) for name, field in _FIELDS.items()}
 
     def note(self) -> dict[str, Any]:
         """As a picture's note records it, ready for JSON."""
-        size = None if self.size is None else list(self.size)
-        return {name: getattr(self, field) for name, field in _FIELDS.items()} | {"size": size}
+        return self.keywords() | {"size": None if self.size is None else list(self.size)}

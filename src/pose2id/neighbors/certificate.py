@@ -1,4 +1,4 @@
-"""Lists of nearest neighbours that are proved right, whoever found the candidates, whatever the distance.
+"""Lists of nearest neighbours, proved right for any engine and any distance.
 
 Candidates that may be among the nearest are scored, and bounds on all rounding prove most lists right (`_ranked`). What
 an engine leaves open goes to the next one, what all leave open to float64 products (`_settled`).

@@ -33,7 +33,7 @@ _FAISS_REPAIR = (
 
 
 class UnusableError(Exception):
-    """An engine cannot work here; says why, or nothing where that is no fault."""
+    """An engine cannot work here; carries the reason, empty where it is expected."""
 
 
 class Engine(Protocol):
@@ -56,7 +56,7 @@ class Engine(Protocol):
         """(B, m) float64: the least that distances of `rows` may be which have these scores; infinite of -infinity."""
 
     def most(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """(B, m) float64: the most that they may be."""
+        """(B, m) float64: upper bounds, as in `least`."""
 
 
 EngineMaker = Callable[[Any], Engine]

@@ -1,6 +1,6 @@
-"""Exact nearest neighbours, in memory linear in the number of rows, and the door for searches of your own.
+"""Exact nearest neighbours, in memory linear in the number of rows, and support for custom searches.
 
-How a row walks through: it is centred, scaled and rounded to float32 (`space.Space`); an engine finds more candidates
+Steps: a row is centred, scaled and rounded to float32 (`space.Space`); an engine finds more candidates
 than needed (`engines`); they are scored, and lists proved right (`certificate`). The order is that of float64 distances
 between the caller's own values, equal ones by the lower index. So the result does not depend on the engine, the block
 size or the number of threads.
@@ -32,7 +32,7 @@ _ROW_BYTES, _NEIGHBOR_BYTES = 256, 64
 
 
 class NeighborSearch(Protocol):
-    """A search of your own, exact or not: a function with the order of arguments of `faiss.Index.search`, and rows."""
+    """A search of your own, exact or not; with faiss: `lambda q, rows, k: faiss.knn(q, rows, k)[::-1]`."""
 
     def __call__(self, queries: Any, rows: Any, k: int) -> tuple[Any, Any]:
         """The nearest rows of each query.
@@ -46,6 +46,16 @@ class NeighborSearch(Protocol):
             (Q, k) integer indices of rows, nearest first, -1 where there are fewer, the query itself included where it
             is one of the rows; and (Q, k) Euclidean distances. In the container of `queries`, or any array of numbers.
         """
+
+
+def checked_search(neighbors: Any, backend: Any) -> Any:
+    """A search of a caller's own, which no backend goes with, or None."""
+    if neighbors is not None and not callable(neighbors):
+        given = f"got {neighbors!r}. An engine of the library is chosen by backend="
+        raise TypeError(f"neighbors must be a function (queries, rows, k) -> (indices, distances), {given}.")
+    if neighbors is not None and backend != "auto":
+        raise ValueError(f"backend must be 'auto' with neighbors=, which searches in its place, got {backend!r}.")
+    return neighbors
 
 
 class Memory(NamedTuple):

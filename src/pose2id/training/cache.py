@@ -71,7 +71,7 @@ def build(
 ) -> None:
     """Compute what `Latents` reads, unless the directory holds it, of the same images, settings and frozen networks."""
     selection, variants = pairs.selection, pairs.settings.variants or 0
-    frozen = fingerprint(generator, ("vae", "identity_encoder"), bank=False)
+    frozen = fingerprint(generator, ("vae", "identity_encoder"), sampling=False)
     made_from = json.dumps([selection.digest, asdict(pairs.settings), frozen])
     content = json.dumps({"key": hashlib.sha256(made_from.encode()).hexdigest()})
     directory, shape = directory / LATENTS, generator.latent_shape

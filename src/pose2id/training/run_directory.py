@@ -82,7 +82,7 @@ class RunDirectory:
             "settings": {name: value for name, value in asdict(settings).items() if name not in FREE},
             "images": selection.digest,
             "generator": _architecture(generator),
-            "start": fingerprint(generator, TRAINED, bank=False),
+            "start": fingerprint(generator, TRAINED, sampling=False),
             **{name: getattr(generator, name) for name in _OPTIONS},
             "origin": origin,
             "published": None,
@@ -215,7 +215,7 @@ def _architecture(generator: IdentityGenerator) -> str:
         for name in TRAINED
         for key, tensor in generator.parts[name].state_dict().items()
     ]
-    frozen = fingerprint(generator, ("vae", "identity_encoder"), bank=False)
+    frozen = fingerprint(generator, ("vae", "identity_encoder"), sampling=False)
     return hashlib.sha256(json.dumps([frozen, shapes]).encode()).hexdigest()
 
 
