@@ -23,12 +23,14 @@ def main() -> None:
     labels = people.pids[q], people.pids[g], people.camids[q], people.camids[g]
     print("before:          ", evaluate(qf, gf, *labels))
 
+    print("re-ranking:      ", evaluate_rank(k_reciprocal(qf, gf), *labels))
+
     # The one new line.
-    qf, gf = Centralizer(k1=2, k2=2).enhance(qf, gf)
-    print("NFC:             ", evaluate(qf, gf, *labels))
+    q_nfc, g_nfc = Centralizer(k1=2, k2=2).enhance(qf, gf)
+    print("NFC:             ", evaluate(q_nfc, g_nfc, *labels))
 
     # Whatever comes next goes on as before, k-reciprocal re-ranking for example.
-    print("NFC + re-ranking:", evaluate_rank(k_reciprocal(qf, gf), *labels))
+    print("NFC + re-ranking:", evaluate_rank(k_reciprocal(q_nfc, g_nfc), *labels))
 
     print(nfc_diagnostics(features[g], camids=people.camids[g]))
 
