@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import weakref
 from collections import Counter
-from dataclasses import dataclass
 from functools import partialmethod
 
 import numpy as np
@@ -22,6 +21,7 @@ from pose2id import (
     Extractor,
     GeneratedPictures,
     PictureFolder,
+    Sampling,
     extractor,
     fuse,
     generation_diagnostics,
