@@ -83,7 +83,12 @@ def test_equals_the_literal_search(kind, rng):
         x = make(kind, n, d, rng)
         expected = reference.nearest(x, k)
         for way, engines in WAYS.items():
-            for memory in (None, Memory(1 << 15, copies=True), Memory(1 << 17, copies=False)):
+            # A few rows at a time, and not so few that wide rows take minutes.
+            for memory in (
+                None,
+                Memory(max(1 << 15, 400 * d), copies=True),
+                Memory(max(1 << 17, 800 * d), copies=False),
+            ):
                 found = nearest_neighbors(x, k, backend=engines, max_memory=memory)
                 np.testing.assert_array_equal(found, expected, err_msg=f"{way} {memory} n={n} d={d} k={k}")
 

@@ -142,7 +142,7 @@ class TestNearestColumns:
 
 def test_blocks_change_nothing(rng):
     """Rows so wide that 64 queries, or 31 rows, make a block."""
-    q, g = people(rng, 80, 70, d=16_400)
+    q, g = people(rng, 66, 40, d=16_400)
     g[::7] = g[0]
     close(query_expansion(q, g), literal.query_expansion(q, g, 5, 3.0, 1))
     augmented, both = literal.database_augmentation(g, 5, 3.0, 1), literal.aqe(q, g, 1, 5, 3.0)
