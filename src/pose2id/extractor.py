@@ -164,7 +164,7 @@ class Extractor:
             (N, D) features, or (N, P, D) parts, in the container, dtype and on the device that the model returns.
 
         Raises:
-            TypeError, ValueError: bad or unreadable images (named), outputs that are not finite features.
+            TypeError, ValueError: bad or unreadable images (named), non-finite outputs.
         """
         given = Images(images, side_inputs)
         with self.at_work(len(images), progress) as run:

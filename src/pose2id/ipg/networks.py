@@ -117,7 +117,7 @@ class Networks(nn.Module):
         """Move all networks. A device ends `enable_model_cpu_offload`.
 
         Raises:
-            TypeError, ValueError: not a torch dtype; an absent device.
+            TypeError, ValueError: not a torch dtype; a device that is not available.
         """
         dtype = None if dtype is None else checked_dtype(dtype)
         if device is not None:
@@ -254,7 +254,7 @@ class Networks(nn.Module):
         for first, second in _EQUAL_SIZES:
             network, _, attribute = first.partition(".")
             if "." not in attribute and not hasattr(getattr(self, network), attribute):
-                continue  # a network of the caller's own need not tell
+                continue  # custom networks may omit it
             given, needed = attrgetter(first)(self), attrgetter(second)(self)
             if given != needed:
                 raise ValueError(f"{first} and {second} must be equal, got {given} and {needed}. Take networks of one.")

@@ -170,7 +170,7 @@ def table_of_folder(
 
     Raises:
         FileNotFoundError: no such folder, or no image files in it.
-        ValueError: both keypoints and detector, names that tell no identity, folders of the same name, no keypoints at
+        ValueError: both keypoints and detector, file names without an identity, folders of the same name, no keypoints at
             all; with a detector an image that cannot be read.
     """
     identity = checked_choice(identity, "identity", ("name", "folder"))
