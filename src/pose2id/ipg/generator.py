@@ -188,8 +188,8 @@ class IdentityGenerator:
             FileNotFoundError: no such directory, repository, revision or file; or not in the cache, and no connection.
             ConnectionError: a download that broke off; trying again goes on with it.
             TypeError: not a torch dtype.
-            ValueError: an absent device; an encoder without tokens; damaged files; wrong keys: per network, the
-                missing, unexpected and mis-shaped ones.
+            ValueError: a device that is not available; an encoder without tokens; damaged files; missing, unexpected or
+                mis-shaped keys, per network.
         """
         target = present_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         dtype = _default_dtype(target) if dtype is None else weights.checked_dtype(dtype)

@@ -133,7 +133,7 @@ class Networks(nn.Module):
         with `device="cpu", dtype=torch.float16` where even loading must not fill it. `to("cuda")` ends it.
 
         Raises:
-            ValueError: an absent device.
+            ValueError: a device that is not available.
         """
         target = present_device(device)
         if target.type == "cuda" and target.index is None:

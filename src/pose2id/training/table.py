@@ -170,8 +170,8 @@ def table_of_folder(
 
     Raises:
         FileNotFoundError: no such folder, or no image files in it.
-        ValueError: both keypoints and detector, file names without an identity, folders of the same name, no keypoints at
-            all; with a detector an image that cannot be read.
+        ValueError: both keypoints and detector, file names without an identity, folders of the same name, no keypoints
+            at all; with a detector an image that cannot be read.
     """
     identity = checked_choice(identity, "identity", ("name", "folder"))
     if keypoints is not None and detector is not None:
