@@ -24,9 +24,12 @@ def people():
 
 
 @pytest.fixture
-def waiting_is_an_error(monkeypatch):
-    """From the first step's network on, until latents are decoded; what comes before is done once."""
-    denoise, steps = sampler.denoise, []
+def watched():
+    """A sampler whose waiting is an error: from the first step's network on, until latents are decoded.
+
+    What comes before is done once. Its `steps` are counted.
+    """
+    steps = []
 
     def before_a_step(*_):
         steps.append("step")
@@ -35,33 +38,33 @@ def waiting_is_an_error(monkeypatch):
     def watched(unet, *args, **options):
         hook = unet.register_forward_pre_hook(before_a_step)
         try:
-            return denoise(unet, *args, **options)
+            return sampler.denoise(unet, *args, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
             hook.remove()
 
-    monkeypatch.setattr(sampler, "denoise", watched)
-    return steps
+    watched.steps = steps
+    return watched
 
 
 @pytest.mark.parametrize("how", ["resident", "offloaded"])
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_no_step_waits_for_the_host(dtype, guidance, how, people, waiting_is_an_error):
-    generator = tiny.generator(dtype).to("cuda")
+def test_no_step_waits_for_the_host(dtype, guidance, how, people, watched):
+    generator = tiny.generator(dtype, sampler=watched).to("cuda")
     if how == "offloaded":
         generator.enable_model_cpu_offload()
     generator.generate(people, standard()[:2], num_inference_steps=4, guidance_scale=guidance, progress=False)
-    assert len(waiting_is_an_error) == 4
+    assert len(watched.steps) == 4
 
 
 @pytest.mark.parametrize("scheduler", ["HeunDiscrete", "LMSDiscrete", "PNDM", "DPMSolverMultistep"])
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-def test_other_schedulers_do_not_wait_either(scheduler, people, waiting_is_an_error):
+def test_other_schedulers_do_not_wait_either(scheduler, people, watched):
     kind = getattr(diffusers, f"{scheduler}Scheduler")
-    generator = tiny.generator(torch.float16, scheduler=kind.from_config(tiny.SCHEDULER)).to("cuda")
+    generator = tiny.generator(torch.float16, scheduler=kind.from_config(tiny.SCHEDULER), sampler=watched).to("cuda")
     generator.generate(people[:1], standard()[:2], num_inference_steps=5, progress=False)
-    assert len(waiting_is_an_error) >= 5
+    assert len(watched.steps) >= 5
 
 
 class Waiting(diffusers.DDIMScheduler):
@@ -81,7 +84,7 @@ class Elsewhere(diffusers.DDIMScheduler):
 
 
 @pytest.mark.parametrize("scheduler", [Waiting, Elsewhere])
-def test_a_step_that_waits_is_noticed(scheduler, people, waiting_is_an_error):
-    generator = tiny.generator(scheduler=scheduler(**tiny.SCHEDULER)).to("cuda")
+def test_a_step_that_waits_is_noticed(scheduler, people, watched):
+    generator = tiny.generator(scheduler=scheduler(**tiny.SCHEDULER), sampler=watched).to("cuda")
     with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
         generator.generate(people[:1], standard()[:2], num_inference_steps=2, progress=False)
