@@ -376,7 +376,7 @@ def test_no_image_can_be_read(images, tmp_path):
     with pytest.raises(ValueError, match="images must be files that can be read, got 9 of which none can") as caught:
         select(missing)
     assert str(missing[0].path) in str(caught.value)
-    assert "Relative paths in a table are taken from the table's folder" in str(caught.value)
+    assert "Paths start at the table's folder" in str(caught.value)
     require_pairs(missing)  # a table alone doesn't tell
 
 
