@@ -126,6 +126,7 @@ def published_vectors():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "packaging" not in item.keywords)  # it waits for downloads, beside the others
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
