@@ -93,7 +93,7 @@ def nfc(
     checked_memory(max_memory)
     if out is not None and isinstance(features, Tensor):
         raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
-    if out is not None and os.path.islink(out):  # to nothing: the file would take the link's place
+    if out is not None and os.path.islink(out):  # even to nothing: the file would take the link's place
         raise FileExistsError(f"{out} exists. Choose another name.")
     target = None if out is None else new_file(out, suffixes=(".npy",))
     z = Rows(features, "features", normalize=normalize, parts=True)
