@@ -1,8 +1,9 @@
 # make demo: install into .venv and run the main job on a sample. make test: everything that CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
-# One process a core, with one thread each: small networks gain nothing from more. A file's tests stay together.
-SIDE_BY_SIDE := -n auto --dist loadfile
+# One process a core, with one thread each: small networks gain nothing from more. A file's tests stay together; files
+# come in the order of tests/conftest.py.
+SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder
 
 # What depends on the versions of diffusers, huggingface_hub and safetensors: files, networks, schedulers, the Hub's client.
 OLDEST_TESTS := tests/ipg/test_versions.py tests/ipg/test_parts.py tests/ipg/test_pipeline.py tests/ipg/test_weights.py \

@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--backend", nargs="+", default=["auto"], help="who searches neighbours")
     parser.add_argument("--max-memory", type=int, default=64, help="of nfc_file, in MiB")
     parser.add_argument("--published", action="store_true", help="compare the last four cases too")
+    parser.add_argument("--no-memory", action="store_true", help="only seconds")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", choices=["ours", "published"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -243,11 +244,13 @@ def measure(name: str, n: int, args: argparse.Namespace) -> dict:
     seconds = interleaved([ours, theirs] if compared else [ours], args.runs)
     words = [name, "--n", n, "--backend", args.backend, "--max-memory", args.max_memory]
     row = {"case": name, "n": n, "backend": args.backend, "ours_s": round(statistics.median(seconds[0]), 2)}
-    row["ours_mb"] = round(in_fresh_process(__file__, *words, "--memory-of", "ours"))
+    if not args.no_memory:
+        row["ours_mb"] = round(in_fresh_process(__file__, *words, "--memory-of", "ours"))
     if compared:
         row["published_s"] = round(statistics.median(seconds[1]), 2)
         row["speedup"] = round(statistics.median(b / a for a, b in zip(*seconds, strict=True)), 2)
-        row["published_mb"] = round(in_fresh_process(__file__, *words, "--memory-of", "published"))
+        if not args.no_memory:
+            row["published_mb"] = round(in_fresh_process(__file__, *words, "--memory-of", "published"))
     return row
 
 

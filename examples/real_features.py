@@ -2,8 +2,9 @@
 
     python examples/real_features.py features.npz --features feat_osnet_msmt17 --grid
 
-The file holds one array of features for all images (several models' arrays may stand side by side), with pids, camids
-and is_query (bool) for each image. For files with query_feats and gallery_feats use `pose2id evaluate` instead.
+The file holds one array (N, D) of features for all images (several models' arrays may stand side by side), with pids,
+camids and is_query, (N,) integers and booleans: `np.savez("features.npz", feat=feat, pids=pids, ...)`. For files with
+query_feats and gallery_feats use `pose2id evaluate` instead.
 """
 
 from __future__ import annotations

@@ -39,6 +39,29 @@ def _isolate_hub_client():
 _isolate_hub_client()
 
 
+# Files of tests that take longest, in this order.
+_LONGEST = (
+    "test_packaging",
+    "test_batches",
+    "test_weights",
+    "test_benchmark",
+    "test_training",
+    "test_neighbors",
+    "test_snippets",
+    "test_generator",
+    "test_memory",
+    "test_training_runs",
+    "test_generated_files",
+    "test_hub",
+    "test_import",
+    "test_flops",
+    "test_pairs",
+    "test_pipeline",
+    "test_part_neighbors",
+    "test_real_pedestrians",
+)
+
+
 def pytest_addoption(parser):
     parser.addoption("--stress", action="store_true", help="full counts of kills, fuzz cases and examples")
 
@@ -126,7 +149,8 @@ def published_vectors():
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "packaging" not in item.keywords)  # it waits for downloads, beside the others
+    # Long files first, so that no process is left alone with one at the end.
+    items.sort(key=lambda item: _LONGEST.index(name) if (name := item.path.stem) in _LONGEST else len(_LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -28,7 +28,7 @@ UNET = {
     "norm_num_groups": 4,
     "cross_attention_dim": 8,
     "attention_head_dim": 2,
-    "down_block_types": ["DownBlock2D"],
+    "down_block_types": ["CrossAttnDownBlock2D"],
     "mid_block_type": None,
     "up_block_types": ["CrossAttnUpBlock2D"],
 }

@@ -44,7 +44,7 @@ def commands(page):
 def weights(tmp_path_factory):
     """Files of small weights, for the repository of the large ones."""
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    tiny.generator().save_pretrained(folder)
+    tiny.generator(image_size=(64, 32)).save_pretrained(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -106,7 +106,8 @@ class Centralizer:
         self.max_memory = max_memory
         given = {name: value for name, value in shortcuts.items() if value is not None}
         for name in given.keys() - Shortcuts.__annotations__.keys():
-            raise TypeError(f"Centralizer got an unexpected keyword argument {name!r}.")
+            known = ", ".join(Shortcuts.__annotations__)
+            raise TypeError(f"Centralizer got an unexpected keyword argument {name!r}. Of its parts it knows {known}.")
         of_extractor = {name: given.pop(name) for name in _OfExtractor.__annotations__ if name in given}
         self.extractor = _extractor(extractor, of_extractor)
         self.pictures = _pictures(pictures, given)
@@ -144,8 +145,8 @@ class Centralizer:
         fused = visibility = None
         with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
             for block in blocks(len(images), model.extractor.batch_size):
-                features, visible = model.features(originals, block)
-                generated, weights = model.features(pictures, block)
+                features, visible = model.next_features(originals, block.stop - block.start)
+                generated, weights = model.next_features(pictures, block.stop - block.start)
                 centralized = fuse(features, generated, self.eta, visibility=weights)
                 fused = stored(fused, centralized, block, len(images))
                 visibility = stored(visibility, visible, block, len(images))
@@ -224,7 +225,7 @@ class Centralizer:
         Arguments and errors are those of `__call__`; the visibility is that of the generated images' parts, (N, M, P).
         """
         with self._at_work(images, side_inputs, progress, both=False) as (model, _, pictures):
-            features, visibility = model.features(pictures, slice(0, len(images)))
+            features, visibility = model.next_features(pictures, len(images))
         return (features, visibility) if return_visibility else features
 
     def diagnose(self, images: Any, *, progress: bool = True, **side_inputs: Any) -> GenerationDiagnostics:
@@ -234,8 +235,7 @@ class Centralizer:
         of different people are enough.
         """
         with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
-            everything = slice(0, len(images))
-            features, generated = (model.features(some, everything)[0] for some in (originals, pictures))
+            features, generated = (model.next_features(some, len(images))[0] for some in (originals, pictures))
         return generation_diagnostics(features, generated)
 
     @contextmanager

@@ -168,7 +168,7 @@ class Extractor:
         """
         given = Images(images, side_inputs)
         with self.at_work(len(images), progress) as run:
-            features, visibility = run.features(given, slice(0, len(images)))
+            features, visibility = run.next_features(given, len(images))
         if normalize:
             rows = Rows(features, "extractor output", normalize=True, parts=True)
             for block in rows.blocks():  # where they lie: the array is new
@@ -189,9 +189,10 @@ class Extractor:
 
 
 class Images:
-    """Images in order, each with its name and its side inputs."""
+    """Images in order, each with its name and its side inputs; they are taken once."""
 
     each: tuple[int, ...] = ()  # (M,) for M pictures of each image
+    taken: int = 0
 
     def __init__(self, images: Any, side_inputs: Mapping[str, Any]) -> None:
         self.items = checked_images(images)
@@ -234,10 +235,10 @@ class Extraction:
     bar: tqdm
     _form: list[str] = field(default_factory=list)
 
-    def features(self, images: Images, block: slice) -> tuple[Any, Any]:
+    def next_features(self, images: Images, n: int) -> tuple[Any, Any]:
         """Raw features (n, ...) and visibility, or None, of the next n images; (n, M, ...) of M pictures of each."""
-        n, each = block.stop - block.start, math.prod(images.each)
-        rows = range(block.start * each, block.stop * each)
+        rows = range(images.taken, images.taken + n * math.prod(images.each))
+        images.taken = rows.stop
         outputs: list[Any] = [None, None]
         finite: Any = None
         for some in blocks(len(rows), self.extractor.batch_size):

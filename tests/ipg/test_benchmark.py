@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def test_flops_of_the_published_schedule():
     schedule = PublishedSchedule(generation.empty_parts("full"), weights.published_scheduler())
-    poses = 8
+    poses = 2  # of 8: each goes all the way
     shapes = [(1, 3, 256, 128), (1, 3, 512, 256), (poses, 3, 512, 256), (poses, 4, 64, 32)]
     inputs = [torch.zeros(shape, device="meta") for shape in shapes]
 
@@ -62,10 +62,10 @@ def test_weights_are_the_same_in_every_dtype():
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        ("--throughput --baseline --offload --dtype fp32 bf16 --batch 2 4 --poses 2 --steps 2 --runs 1", 8),
+        ("--throughput --baseline --offload --dtype fp32 bf16 --batch 2 --poses 2 --steps 2 --runs 1", 4),
         ("--step --runs 1", 2),
         ("--count-memory --batch 8 16 --dtype bf16 fp32", 4),
-        ("--count-operators --dtype bf16 fp32", 4),
+        ("--count-operators --dtype bf16", 2),
     ],
 )
 @pytest.mark.filterwarnings(*COMPILES)

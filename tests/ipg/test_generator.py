@@ -280,9 +280,10 @@ def test_cuda_gives_the_same_pictures(generator, people, poses, dtype, near):
     assert np.abs(arrays(on_cuda.generate(people, poses, **options)) - expected).mean() < near
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_other_schedulers_solve_the_same_equation(people, poses, scheduler):
+@pytest.fixture(scope="module")
+def denoised(people, poses):
+    """Latents that a scheduler comes to, by its name and its steps."""
+
     def denoised(name, steps):
         kind = getattr(diffusers, name)
         generator = tiny.generator(torch.float64, scheduler=kind.from_config(tiny.SCHEDULER))
@@ -293,7 +294,17 @@ def test_other_schedulers_solve_the_same_equation(people, poses, scheduler):
         generator.generate(people[:1], poses[:1], **options)
         return seen[0]
 
-    exact = denoised("DDIMScheduler", 200)
+    return denoised
+
+
+@pytest.fixture(scope="module")
+def exact(denoised):
+    return denoised("DDIMScheduler", 200)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_other_schedulers_solve_the_same_equation(denoised, exact, scheduler):
     few, many = (float((denoised(scheduler, steps) - exact).abs().max()) for steps in (10, 100))
     assert many < few / 4
     assert many < 0.1

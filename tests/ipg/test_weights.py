@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from pose2id import IdentityGenerator
 from pose2id.cli import main
-from pose2id.ipg import convert, weights
+from pose2id.ipg import PoseEncoder, convert, weights
 
 SHAPES = json.loads((ROOT / "tests" / "golden" / "published_shapes.json").read_text())
 PARTS = {part.published_file: name for name, part in weights.PARTS.items()}
@@ -682,37 +682,27 @@ def test_published_files_are_mapped_and_not_read(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_parts_and_one_more(tmp_path):
+    config = {**tiny.UNET, "block_out_channels": [96, 192, 384, 384], "layers_per_block": 2}
+    unets = [diffusers.UNet2DConditionModel(**config) for _ in range(2)]
+    unet = sum(parameter.numel() for parameter in unets[0].parameters()) * 4
+    assert unet > 250e6
+    parts = {"denoising_unet": unets[0], "reference_unet": unets[1], "pose_encoder": PoseEncoder(96)}
+    tiny.generator(**parts).save_pretrained(tmp_path / "own")
     script = textwrap.dedent(
         """
-        import sys, torch, tiny, diffusers
+        import sys, torch, tiny
         from pathlib import Path
         from pose2id import IdentityGenerator
-        from pose2id.ipg import PoseEncoder
-        folder = sys.argv[1]
-        if sys.argv[2] == "write":
-            config = {**tiny.UNET, "block_out_channels": [96, 192, 384, 384], "layers_per_block": 2}
-            unets = [diffusers.UNet2DConditionModel(**config) for _ in range(2)]
-            print(sum(p.numel() for p in unets[0].parameters()) * 4)
-            parts = {"denoising_unet": unets[0], "reference_unet": unets[1], "pose_encoder": PoseEncoder(96)}
-            tiny.generator(**parts).save_pretrained(folder)
-        else:
-            tiny.generator()
-            status = Path("/proc/self/status")
-            resident = lambda name: int(status.read_text().split(name + ":")[1].split()[0]) * 1024
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-            before = resident("VmRSS")
-            generator = IdentityGenerator.from_pretrained(folder, dtype=torch.float16, device="cpu")
-            print(resident("VmHWM") - before)
+        tiny.generator()
+        status = Path("/proc/self/status")
+        resident = lambda name: int(status.read_text().split(name + ":")[1].split()[0]) * 1024
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        before = resident("VmRSS")
+        generator = IdentityGenerator.from_pretrained(sys.argv[1], dtype=torch.float16, device="cpu")
+        print(resident("VmHWM") - before)
         """
     )
-
-    def run(what):
-        command = [sys.executable, "-c", script, str(tmp_path / "own"), what]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "tests")
-        return int(done.stdout.split()[-1])
-
-    unet = run("write")
-    assert unet > 250e6
-    peak = run("load")
+    command = [sys.executable, "-c", script, str(tmp_path / "own")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "tests")
     # Both UNets in half precision, and the file of one, mapped into memory: read whole before, it would be three units.
-    assert unet < peak < 2 * unet + 100e6
+    assert unet < int(done.stdout) < 2 * unet + 100e6

@@ -125,9 +125,9 @@ def random_poses(count):
         yield pose, ((128, 64), (256, 128), (rng.randint(1, most), rng.randint(1, most)))[i % 50 % 4 % 3]
 
 
-def test_random_poses_as_opencv_draws_them():
+def test_random_poses_as_opencv_draws_them(stress):
     cv2 = pytest.importorskip("cv2", reason="compares with OpenCV: pip install opencv-python-headless")
-    for pose, size in random_poses(2000):
+    for pose, size in random_poses(2000 if stress else 300):
         np.testing.assert_array_equal(np.array(draw(pose, size)), drawn_by_opencv(cv2, pose, size))
 
 

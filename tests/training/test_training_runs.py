@@ -139,9 +139,9 @@ KILLED = {
 
 def kills(stress):
     """(operation before which a start is killed, 0: none, share of a whole run after which it is killed)."""
-    if not stress:
-        return [(20, None), (40, None)]
     draws = random.SystemRandom()
+    if not stress:
+        return [(draws.randint(1, 50), None), (0, draws.uniform(0, 0.3))]
     # Operations first, of which none is the last: on a machine that is faster by then, a moment may come too late.
     how = ("operation", "operation", "moment", "operation", "moment", "moment")
     # Of more than a hundred operations.

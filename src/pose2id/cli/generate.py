@@ -39,9 +39,7 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--compile", action="store_true", help="slow to begin with, pays for thousands of pictures")
     generate.add_argument("--overwrite", action="store_true", help="replace other pictures in OUT")
     add_download(generate, "the weights")
-    generate.add_argument(
-        "--dry-run", action="store_true", help="write nothing: count the pictures, estimate the hours"
-    )
+    generate.add_argument("--dry-run", action="store_true", help="write nothing: count the pictures, estimate the time")
 
     epilog = f"{_TOKEN} A VAE is pinned as user/name@commit.\n"
     convert = command(commands, "convert", "rewrite generation weights as safetensors", _convert, epilog)
@@ -94,9 +92,9 @@ def _generator(args: argparse.Namespace) -> Any:
 
 
 def _duration(seconds: float) -> str:
-    """In hours, and in minutes too where these are few."""
-    hours = f"{seconds / 3600:.2g} hours"
-    return hours if seconds > 5 * 3600 else f"{hours} ({seconds / 60:.2g} minutes)"
+    """In the unit that shows one or two digits."""
+    unit, name = next(((u, n) for u, n in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * u), (1, "seconds"))
+    return f"{seconds / unit:.2g} {name}"
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -38,7 +38,9 @@ def checked_images(images: Any, name: str = "images") -> Any:
         # Before hours of extraction, not in the middle of them.
         for i, item in enumerate(images):
             if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
-                raise ValueError(f"{name}[{i}] cannot be read: there is no file {os.fspath(item)}.")
+                path = os.fspath(item)
+                given = f"{path} is a folder; list its files" if Path(item).is_dir() else f"there is no file {path}"
+                raise ValueError(f"{name}[{i}] cannot be read: {given}.")
     return images
 
 

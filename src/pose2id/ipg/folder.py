@@ -54,7 +54,10 @@ def find(directory: str | os.PathLike[str], images: Sequence[Any], count: int) -
     if missing:
         shown = first_few(f"images[{i}] ({os.fspath(images[i])})" for i in missing)
         given = f"they are missing for {len(missing)} of {len(images)}: {shown}"
-        raise ValueError(f"{root} must hold {count} pictures of every image; {given}. Looked for {looked_for}.")
+        remedy = "Make them with `pose2id generate`."
+        raise ValueError(
+            f"{root} must hold {count} pictures of every image; {given}. Looked for {looked_for}. {remedy}"
+        )
     return found
 
 
