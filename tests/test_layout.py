@@ -53,6 +53,17 @@ def test_no_file_imports_from_a_higher_floor(path):
     assert not higher, f"{own} is on floor {LEVEL[own]}, and imports {higher}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_imports_can_be_seen(path):
+    """None is relative; none of our own goes by a name made at run time, but for the lazy packages' own modules."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.ImportFrom) and node.level)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            package = ".".join(path.relative_to(SOURCE).parts[:-1])
+            lazy = path.name == "__init__.py" and ast.unparse(node.args[0]).startswith(f"f'pose2id.{package}.")
+            assert lazy or "pose2id" not in ast.unparse(node)
+
+
 def test_every_room_has_a_floor():
     rooms = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
     assert rooms == set(LEVEL)

@@ -63,25 +63,25 @@ __all__ = [
 ]
 
 _MODULES = {
-    "centralizer": ("Centralizer",),
-    "retrieval.evaluation": ("EvaluationResult", "evaluate", "evaluate_rank"),
-    "extractor": ("Extractor",),
-    "ipg.pictures": ("GeneratedPictures", "PictureFolder"),
     "centralization.diagnostics": (
         "GenerationDiagnostics",
         "NFCDiagnostics",
         "generation_diagnostics",
         "nfc_diagnostics",
     ),
-    "centralization.id2": ("IdentityDensity", "id2_score", "identity_density"),
-    "ipg.generator": ("IdentityGenerator",),
-    "ipg.sampling": ("Sampling",),
-    "retrieval.expansion": ("aqe", "database_augmentation", "query_expansion"),
     "centralization.fusion": ("fuse",),
-    "retrieval.rerank": ("k_reciprocal", "re_ranking"),
-    "neighbors.search": ("nearest_neighbors",),
+    "centralization.id2": ("IdentityDensity", "id2_score", "identity_density"),
     "centralization.nfc": ("nfc",),
+    "centralizer": ("Centralizer",),
+    "extractor": ("Extractor",),
+    "ipg.generator": ("IdentityGenerator",),
+    "ipg.pictures": ("GeneratedPictures", "PictureFolder"),
+    "ipg.sampling": ("Sampling",),
+    "neighbors.search": ("nearest_neighbors",),
     "neighbors.visible_parts": ("part_distances",),
+    "retrieval.evaluation": ("EvaluationResult", "evaluate", "evaluate_rank"),
+    "retrieval.expansion": ("aqe", "database_augmentation", "query_expansion"),
+    "retrieval.rerank": ("k_reciprocal", "re_ranking"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
