@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -153,6 +155,63 @@ def test_a_bound_method_runs_its_module_in_eval_mode(pictures):
     model = TinyModel().train()
     found = Centralizer(model.forward, transform="transreid").extract(pictures)
     assert model.dropout.training
+    torch.testing.assert_close(found, by_hand(model, pictures))
+
+
+def test_one_model_in_several_threads(pictures):
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.meet = nn.BatchNorm2d(3), None
+
+        def forward(self, images):
+            if self.meet:
+                self.meet()  # all threads are inside, or the others have left
+            return self.norm(images).mean((2, 3))
+
+    model = nn.Sequential(Backbone(), nn.Identity()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    whole, part = (Extractor(user, transform="transreid", batch_size=1) for user in (model, model[0].forward))
+    alone = whole(pictures)
+    barrier, left = threading.Barrier(2), threading.Event()
+    calls = threading.local()
+
+    def meet():
+        calls.n = getattr(calls, "n", 0) + 1
+        if calls.n == 1:
+            barrier.wait(10)
+        elif calls.n == 2 and calls.longer:
+            left.wait(10)
+
+    model[0].meet = meet
+
+    def run(extractor, images, longer):
+        calls.longer = longer
+        features = extractor(images, progress=False)
+        if not longer:
+            left.set()
+        return features
+
+    with ThreadPoolExecutor(2) as pool:
+        short = pool.submit(run, whole, pictures[:1], False)
+        long = pool.submit(run, part, pictures, True)
+        assert torch.equal(long.result(), alone)
+        assert torch.equal(short.result(), alone[:1])
+    assert all(part.training for part in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_model_used_within_its_own_use(pictures):
+    model = TinyModel().train()
+    inner = Extractor(model, transform="transreid")
+
+    def own(images):
+        inner([Image.fromarray(picture) for picture in pictures])
+        return [[image] for image in images]
+
+    found = Centralizer(Extractor(model, transform="transreid", batch_size=2), own)(pictures)
+    assert all(part.training for part in model.modules())
     torch.testing.assert_close(found, by_hand(model, pictures))
 
 

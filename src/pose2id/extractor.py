@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,9 +100,9 @@ class Extractor:
         query_feats = extractor(query_images, cam_label=cams)
 
     Args:
-        model: see `FeatureModel`. A torch module, or a bound method of one, runs without gradients in eval mode, which
-            is restored afterwards, on the device it is on. Of a model inside a lambda nothing is known: call its eval()
-            yourself, and pass `device`.
+        model: see `FeatureModel`. A torch module, or a bound method of one, runs without gradients in eval mode, on the
+            device it is on; after the last of its users, in several threads too, its mode is restored. Of a model
+            inside a lambda nothing is known: call its eval() yourself, and pass `device`.
         transform: RGB picture to (3, H, W) float tensor: a callable, a `Preprocess`, or a preset's name (`PRESETS`).
             None: images are float tensors that the model takes as they are.
         inputs: "batch", or "images" for a model that takes a list of paths or (H, W, 3) uint8 RGB arrays.
@@ -340,19 +341,30 @@ def _module_of(model: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+_lock = threading.RLock()
+_users: dict[int, list[int]] = {}  # id of a module in use: how many use it, whether it was in training mode before
+
+
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     module = _module_of(model)
-    training = [] if module is None else [part for part in module.modules() if part.training]
-    if module is not None:
-        module.eval()
+    # One by one: parts of a model may be frozen in eval mode on purpose, or be in another thread's model too.
+    parts = [] if module is None else list(module.modules())
     try:
+        with _lock:
+            new = [part for part in parts if id(part) not in _users]
+            for part in parts:  # a frozen ScriptModule has no `training`
+                _users.setdefault(id(part), [0, getattr(part, "training", False)])[0] += 1
+            if module is not None and new:
+                module.eval()
         with torch.no_grad():
             yield
     finally:
-        # One by one: parts of a model may have been frozen in eval mode on purpose.
-        for part in training:
-            part.training = True
+        with _lock:
+            for part in parts:
+                _users[id(part)][0] -= 1
+                if not _users[id(part)][0] and _users.pop(id(part))[1]:
+                    part.training = True
 
 
 def _is_per_image(value: Any, name: str, n: int) -> bool:
