@@ -400,6 +400,39 @@ def test_bad_images(images, error, message):
         Centralizer(TinyModel(), transform="transreid").extract(images)
 
 
+EMPTY = {
+    "array": (np.ones((8, 8, 3), np.uint8), np.ones((0, 8, 3), np.uint8)),
+    "narrow": (np.ones((8, 8, 3), np.uint8), np.ones((8, 0, 3), np.uint8)),
+    "tensor": (torch.ones(3, 8, 8), torch.ones(3, 8, 0)),
+    "picture": (Image.new("RGB", (8, 8)), Image.new("RGB", (8, 0))),
+}
+
+
+class Lazy:
+    """Items read one by one, as a data set's are."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_empty_crops_are_named(kind):
+    images, model = list(EMPTY[kind]), Seen()
+    settings = [{"transform": "transreid"}, {"inputs": "images"}, *([{}] if kind == "tensor" else [])]
+    for given, arguments in itertools.product((images, Lazy(images)), settings):
+        with pytest.raises(ValueError, match=r"images\[1\] must (hold pixels, got an empty image|give a \(3, H, W\))"):
+            Extractor(model if "inputs" not in arguments else len, batch_size=2, **arguments)(given)
+    with pytest.raises(ValueError, match=r"images\[0\] must"):
+        Extractor(model, transform="transreid")(np.ones((2, 0, 8, 3), np.uint8))
+    assert not model.seen
+
+
 def test_extractors_run_without_gradients():
     seen = []
     Centralizer(lambda x: seen.append(torch.is_grad_enabled()) or x.mean((2, 3))).extract(torch.rand(2, 3, 4, 4))

@@ -560,6 +560,11 @@ def test_keys_of_pictures():
             ValueError,
             r"images\[0\] must be at least 8 pixels wide and high.*1 x 1",
         ),
+        (
+            {"images": [PICTURE, np.ones((0, 8, 3), np.uint8)]},
+            ValueError,
+            r"images\[1\] must hold pixels, got an empty",
+        ),
         ({"images": [PICTURE, PICTURE.resize((200, 7))]}, ValueError, r"images\[1\] must be at least 8 .* 200 x 7"),
         ({"images": [PICTURE.convert("L").convert("I")]}, ValueError, r"images\[0\] must have 8 bits a channel"),
         ({"poses": "front"}, ValueError, "poses must be 'standard' or a sequence .* got 'front'"),

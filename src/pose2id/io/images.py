@@ -37,6 +37,7 @@ def checked_images(images: Any, name: str = "images") -> Any:
     if isinstance(images, (list, tuple)):  # a lazy sequence would decode each image here
         # Before hours of extraction, not in the middle of them.
         for i, item in enumerate(images):
+            _check_pixels(item, f"{name}[{i}]")
             if isinstance(item, (str, os.PathLike)) and not Path(item).is_file():
                 path = os.fspath(item)
                 given = f"{path} is a folder; list its files" if Path(item).is_dir() else f"there is no file {path}"
@@ -46,6 +47,7 @@ def checked_images(images: Any, name: str = "images") -> Any:
 
 def load_image(item: Any, name: str) -> Image.Image:
     """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture."""
+    _check_pixels(item, name)
     if isinstance(item, (str, os.PathLike)):
         return decoded(os.fspath(item), lambda: _read(os.fspath(item), name))
     if isinstance(item, Image.Image):
@@ -79,6 +81,12 @@ def image_files(folder: Path) -> Iterator[tuple[str, str]]:
         for name in names:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield "" if relative == "." else relative, os.path.join(parent, name)
+
+
+def _check_pixels(item: Any, name: str) -> None:
+    shape = item.size[::-1] if isinstance(item, Image.Image) else tuple(getattr(item, "shape", ()))
+    if 0 in shape:
+        raise ValueError(f"{name} must hold pixels, got an empty image of shape {shape}. Leave empty crops out.")
 
 
 def _read(path: str, name: str) -> Image.Image:
