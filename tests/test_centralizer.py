@@ -497,17 +497,17 @@ class TestSideInputs:
         assert type(seen[1]) is kind
         assert len(seen[1]) == 22
 
-    def test_of_a_modality_that_generated_images_do_not_share(self, images):
+    @pytest.mark.parametrize("infrared", [torch.full((11,), 3), range(3, 14)])
+    def test_of_a_modality_that_generated_images_do_not_share(self, infrared, images):
         seen = []
 
         def extractor(batch, cam_ids):
-            seen.append(cam_ids.tolist())
+            seen.append(list(map(int, cam_ids)))
             return batch.mean((2, 3))
 
         settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2, "batch_size": 100}
-        infrared, visible = torch.full((11,), 3), 1
-        Centralizer(extractor, pose_inputs={"cam_ids": lambda pose: visible}, **settings)(images, cam_ids=infrared)
-        assert seen == [[3] * 11, [1] * 22]
+        Centralizer(extractor, pose_inputs={"cam_ids": lambda pose: 1}, **settings)(images, cam_ids=infrared)
+        assert seen == [list(infrared), [1] * 22]
 
     def test_of_poses_with_other_shapes(self, images):
         settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2}

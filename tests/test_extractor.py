@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import threading
@@ -29,6 +30,19 @@ class TinyModel(nn.Module):
         images.sub_(0.5)
         features = self.frozen(self.linear(self.dropout(images.mean((2, 3)))))
         return features if cam_label is None else features + cam_label[:, None]
+
+
+class Lazy:
+    """Items read one by one, as a data set's are."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
 
 
 @pytest.fixture
@@ -293,6 +307,60 @@ def test_side_inputs_stay_with_their_image(rng):
     assert arrays.tolist() == (order * 100).tolist()
 
 
+class Series:
+    """As a pandas Series: [] takes labels, which are no positions here, and only iloc takes positions."""
+
+    ndim = 1
+
+    def __init__(self, values, labels):
+        self.values, self.labels = list(values), list(labels)
+
+    @property
+    def iloc(self):
+        return self.ByPosition(self)
+
+    class ByPosition:
+        def __init__(self, series):
+            self.series = series
+
+        def __getitem__(self, rows):
+            return Series(*([of[i] for i in rows] for of in (self.series.values, self.series.labels)))
+
+    def reset_index(self, *, drop):
+        assert drop
+        return Series(self.values, range(len(self)))
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, label):
+        return self.values[self.labels.index(label)]
+
+
+@pytest.mark.parametrize(
+    ("cams", "of_two", "last"),
+    [
+        (Series([5, 6, 7], [2, 0, 1]), [5, 6], [7]),
+        (range(5, 8), [5, 6], [7]),
+        (Lazy([5, 6, 7]), [5, 6], [7]),
+        (collections.deque([5, 6, 7]), [5, 6], [7]),
+        ({1: 5, 2: 6, 3: 7}, {1: 5, 2: 6, 3: 7}, {1: 5, 2: 6, 3: 7}),
+        ("abc", "abc", "abc"),
+        (b"abc", b"abc", b"abc"),
+        (np.float32(5), 5, 5),
+        (np.array(5), 5, 5),
+    ],
+)
+def test_whatever_has_an_entry_per_image_is_sliced(cams, of_two, last):
+    seen = []
+    Extractor(lambda x, cams: seen.append(cams) or torch.ones(len(x), 2), batch_size=2)(
+        torch.ones(3, 3, 2, 2), cams=cams
+    )
+    if isinstance(cams, Series):  # of each batch, with labels that count from 0
+        seen = [[batch[i] for i in range(len(batch))] for batch in seen]
+    assert seen == [of_two, last]
+
+
 def test_extractors_that_read_images_themselves(pictures, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(pictures[0]).save(path)
@@ -408,19 +476,6 @@ EMPTY = {
 }
 
 
-class Lazy:
-    """Items read one by one, as a data set's are."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i]
-
-
 @pytest.mark.parametrize("kind", EMPTY)
 def test_empty_crops_are_named(kind):
     images, model = list(EMPTY[kind]), Seen()
@@ -510,7 +565,7 @@ def test_bad_settings(arguments, images, error, message):
         Extractor(TinyModel(), **arguments)(images)
 
 
-@pytest.mark.parametrize("cams", [[1, 2], np.arange(8), torch.arange(1)])
+@pytest.mark.parametrize("cams", [[1, 2], np.arange(8), torch.arange(1), range(8), Series([1], [0])])
 def test_side_inputs_of_another_length(cams, pictures):
     with pytest.raises(ValueError, match=r"cam_label must have one entry for each of the 7 images.*functools\.partial"):
         Centralizer(TinyModel(), transform="transreid").extract(pictures, cam_label=cams)

@@ -157,9 +157,10 @@ class Extractor:
             normalize: L2-normalise each feature, or each part's. False gives the raw outputs, which `fuse` wants.
             progress: show a bar on a terminal.
             return_visibility: also return the visibility (N, P) that came with part features, or None.
-            **side_inputs: keywords for the model (`cam_label=cams`). Tensors, arrays and lists have one entry per image
-                and are sliced with the batch, in their container (tensors also go to its device); so are tuples of that
-                length. Anything else is passed on as it is; bind other constants with functools.partial.
+            **side_inputs: keywords for the model (`cam_label=cams`). What has one entry per image, and is no mapping or
+                string, is sliced with the batch: tensors (which also go to its device), arrays, pandas objects, lists
+                and tuples in their container, other sequences as lists. Tensors, arrays and lists must have that
+                length; anything else is passed on as it is. Bind other constants with functools.partial.
 
         Returns:
             (N, D) features, or (N, P, D) parts, in the container, dtype and on the device that the model returns.
@@ -368,14 +369,16 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _is_per_image(value: Any, name: str, n: int) -> bool:
-    if isinstance(value, tuple):
-        return len(value) == n
-    if not isinstance(value, list) and not (isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0):
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
         return False
-    if len(value) != n:
-        rule = f"have one entry for each of the {n} images, got {len(value)}"
+    try:
+        length = len(value)
+    except TypeError:  # scalars as arrays of no dimension, classes
+        return False
+    if length != n and (isinstance(value, (list, range)) or hasattr(value, "ndim")):
+        rule = f"have one entry for each of the {n} images, got {length}"
         raise ValueError(f"{name} must {rule}. Bind constants with functools.partial.")
-    return True
+    return length == n
 
 
 def _taken(value: Any, rows: Sequence[int], device: torch.device) -> Any:
@@ -383,6 +386,8 @@ def _taken(value: Any, rows: Sequence[int], device: torch.device) -> Any:
         return value[torch.tensor(rows, device=value.device)].to(device)
     if isinstance(value, np.ndarray):
         return value[np.asarray(rows)]
+    if hasattr(value, "iloc"):  # of pandas, whose own [] takes labels: the batch's count from 0
+        return value.iloc[rows].reset_index(drop=True)
     taken = [value[i] for i in rows]
     return tuple(taken) if isinstance(value, tuple) else taken
 

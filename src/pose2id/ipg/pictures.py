@@ -185,7 +185,7 @@ def _stacked(values: list[Any], like: Any, name: str) -> Any:
     `like` has one entry per image, or is None. Then arrays and tensors are stacked, and other values stay in a list.
     """
     kinds = (np.ndarray, Tensor)
-    if isinstance(like, (list, tuple)) or (like is None and not all(isinstance(value, kinds) for value in values)):
+    if not isinstance(like, kinds) and (like is not None or not all(isinstance(value, kinds) for value in values)):
         return values
     arrays = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in values]
     wanted = arrays[0].shape if like is None else tuple(like.shape[1:])
