@@ -4,6 +4,7 @@ import collections
 import functools
 import itertools
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -265,6 +266,38 @@ def test_parts_with_visibility(kind, pictures):
     assert visible.dtype == torch.bool
     torch.testing.assert_close(parts.norm(dim=2), torch.ones(7, 3))
     assert centralizer.extract(pictures).shape == (7, 3, 4)
+
+
+def output_of(**fields):
+    return collections.namedtuple("Output", fields)(**fields)
+
+
+@pytest.mark.parametrize("form", [output_of, types.SimpleNamespace, dict])
+@pytest.mark.parametrize("name", ["features", "embeddings", "pooler_output"])
+def test_features_by_name_before_by_position(form, name, pictures):
+    def extractor(images):
+        means, others = images.mean((2, 3)), torch.ones(len(images), 9)
+        later = {} if name == "pooler_output" else {"pooler_output": others}
+        return form(logits=others, last_hidden_state=None, **later, **{name: means})
+
+    expected = Centralizer(lambda images: images.mean((2, 3)), transform="transreid").extract(pictures)
+    assert torch.equal(Centralizer(extractor, transform="transreid").extract(pictures), expected)
+
+
+def test_visibility_by_name_before_by_position():
+    parts, shown, logits = torch.rand(4, 3, 5), torch.rand(4, 3), torch.rand(4, 3)
+    for output, expected in (
+        (output_of(features=parts, logits=logits, visibility=shown), shown),
+        (output_of(visibility=shown, logits=logits, features=parts), shown),
+        (types.SimpleNamespace(embeddings=parts, visibility=shown), shown),
+        (output_of(logits=logits, scores=logits, features=parts), None),
+        (output_of(features=parts, shown=shown), shown),
+        (output_of(x=parts, y=shown), shown),
+        (output_of(features=parts[:, 0], visibility=shown), None),
+        ((parts[:, 0], shown), None),
+    ):
+        found = Extractor(lambda images, output=output: output)(torch.ones(4, 3, 2, 2), return_visibility=True)[1]
+        assert found is expected is None or torch.equal(found, expected)
 
 
 def test_an_output_buffer_that_the_model_reuses(pictures):

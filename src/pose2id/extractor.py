@@ -26,6 +26,7 @@ from pose2id.io.images import checked_images, load_image
 from pose2id.io.rows import FLOAT_DTYPES, Rows, blocks
 
 INPUTS = ("batch", "images")
+_NAMES = ("features", "embeddings", "pooler_output")  # of a model's output, before its position in a tuple
 _PARTS_NDIM = 3
 _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 
@@ -34,9 +35,9 @@ class FeatureModel(Protocol):
     """A ReID model: any callable that maps images to features, a torch module for one.
 
     It gets a float tensor (B, 3, H, W), or with `inputs="images"` a list of paths or (H, W, 3) uint8 RGB arrays, and
-    the batch's share of the side inputs. It returns features (B, D) or parts (B, P, D), as a tensor or numpy array, as
-    the first element of a tuple, or under "features" in a dict. Visibility (B, P) of parts may follow in the tuple, or
-    stand under "visibility".
+    the batch's share of the side inputs. It returns features (B, D) or parts (B, P, D): a tensor or numpy array; in a
+    dict, object or named tuple, what it calls "features", "embeddings" or "pooler_output", in this order; or the first
+    element of a tuple. Visibility (B, P) of parts stands under "visibility", or follows the parts in the tuple.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -394,21 +395,22 @@ def _taken(value: Any, rows: Sequence[int], device: torch.device) -> Any:
 
 def _unpack(output: Any, count: int) -> tuple[Any, Any]:
     """Features and visibility, or None, of what a model returned."""
-    if isinstance(output, Mapping):
-        features, visibility = output.get("features"), output.get("visibility")
-    elif isinstance(output, Sequence) and len(output) > 0:
-        features, second = output[0], output[1] if len(output) > 1 else None
-        parts = getattr(features, "ndim", 0) == _PARTS_NDIM
-        visibility = second if parts and getattr(second, "shape", None) == features.shape[:2] else None
-    else:
-        features, visibility = output, None
+    named = output if isinstance(output, Mapping) else {n: getattr(output, n, None) for n in (*_NAMES, "visibility")}
+    own = [output] if isinstance(output, (np.ndarray, Tensor)) else [named.get(name) for name in _NAMES]
+    features, visibility = next((value for value in own if value is not None), None), named.get("visibility")
+    if isinstance(output, Sequence) and len(output) > 0:
+        features = output[0] if features is None else features
+        if getattr(features, "ndim", 0) != _PARTS_NDIM:
+            visibility = None
+        elif visibility is None and features is output[0] and len(output) > 1:
+            visibility = output[1] if getattr(output[1], "shape", None) == features.shape[:2] else None
     if isinstance(features, np.ndarray):
         floating = features.dtype.kind == "f"
     elif isinstance(features, Tensor):
         floating = features.is_floating_point() and features.layout == torch.strided
     else:
         given = f"keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
-        wanted = "features as a tensor or array, first in a tuple, or under 'features' in a dict"
+        wanted = f"features as a tensor or array, first in a tuple, or by the name {' or '.join(_NAMES)}"
         raise TypeError(f"extractor must return {wanted}, got {given}.")
     if not floating:
         raise TypeError(f"extractor output must be dense, of dtype float16 to float64, got {features.dtype}.")
