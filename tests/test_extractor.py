@@ -3,8 +3,10 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import struct
 import threading
 import types
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -438,6 +440,50 @@ def test_picture_modes_become_rgb(mode):
     picture = Image.new("RGB", (4, 8), (200, 200, 200)).convert(mode)
     assert load_image(picture, "x").mode == "RGB"
     assert np.abs(np.asarray(load_image(picture, "x")).mean() - (255 if mode == "1" else 200)) < 60
+
+
+def png_of_16_bits(channels):
+    """Dark pixels, white in the lower 8 bits."""
+    rows = np.full((2, 2 * channels), 255, ">u2")
+    header = struct.pack(">IIBBBBB", 2, 2, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    for name, content in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return data
+
+
+def tiff_of_16_bits(channels, order, parts):
+    """The same; the colours one after another in each pixel, or in one plane each."""
+    data = np.full(4 * channels, 255, f"{order}u2").tobytes()
+    step = len(data) // parts
+    fields = {256: [2], 257: [2], 258: [16] * channels, 259: [1], 262: [2], 273: range(8, 8 + len(data), step)}
+    fields |= {277: [channels], 278: [2], 279: [step] * parts, 284: [min(parts, 2)]} | (
+        {338: [2]} if channels == 4 else {}
+    )
+    entries = b""
+    for tag, values in fields.items():
+        content = np.array(values, f"{order}u4").tobytes()
+        if len(content) > 4:
+            data, content = data + content, struct.pack(f"{order}I", 8 + len(data))
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values)) + content
+    header = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(data))
+    return header + data + struct.pack(f"{order}H", len(fields)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("made", "form"),
+    [
+        *[(png_of_16_bits, (channels,)) for channels in (1, 2, 3, 4)],
+        *[(tiff_of_16_bits, (n, order, parts)) for n in (3, 4) for order in "<>" for parts in (1, n)],
+    ],
+)
+def test_colours_of_16_bits_are_refused(made, form, tmp_path):
+    (tmp_path / "deep").write_bytes(made(*form))
+    with Image.open(tmp_path / "deep") as picture:
+        for item in (tmp_path / "deep", picture):
+            with pytest.raises(ValueError, match=r"x.* must have 8 bits a channel, got mode '(RGBA?;16|I)"):
+                load_image(item, "x")
 
 
 def test_exif_rotation_is_applied(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from pose2id.io.decoding import decoded
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 _TURNS = {  # EXIF's orientation to what makes a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,7 +53,7 @@ def load_image(item: Any, name: str) -> Image.Image:
     if isinstance(item, (str, os.PathLike)):
         return decoded(os.fspath(item), lambda: _read(os.fspath(item), name))
     if isinstance(item, Image.Image):
-        return _as_rgb(item, name)
+        return _as_rgb(item, name, _stored_mode(item))
     array = item
     if isinstance(item, Tensor):
         array = (item.detach().float() if item.is_floating_point() else item.detach()).cpu().numpy()
@@ -92,16 +94,25 @@ def _check_pixels(item: Any, name: str) -> None:
 def _read(path: str, name: str) -> Image.Image:
     try:
         with Image.open(path) as picture:
+            mode = _stored_mode(picture)
             picture.load()
             picture.getexif()
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{name} cannot be read: {path} ({error}).") from error
-    return _as_rgb(picture, f"{name} ({path})")
+    return _as_rgb(picture, f"{name} ({path})", mode)
 
 
-def _as_rgb(picture: Image.Image, name: str) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"{name} must have 8 bits a channel, got mode {picture.mode!r}. Scale it to 0..255.")
+def _stored_mode(picture: Image.Image) -> str:
+    """Pillow's mode; "RGB;16" for colours of 16 bits, which Pillow cuts to 8. A loaded PNG no longer tells."""
+    deep = any(re.search(";16[BLN]", str(tile[3])) for tile in getattr(picture, "tile", ()))
+    # Of a TIFF with a plane for each colour Pillow keeps the lower 8 bits, without a word in its tiles.
+    deep |= max(getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE, ()), default=0) > 8
+    return f"{picture.mode};16" if deep and not picture.mode.startswith("I") else picture.mode
+
+
+def _as_rgb(picture: Image.Image, name: str, mode: str) -> Image.Image:
+    if mode.startswith(("I", "F")) or mode.endswith(";16"):
+        raise ValueError(f"{name} must have 8 bits a channel, got mode {mode!r}. Scale it to 0..255.")
     # Not ImageOps.exif_transpose, which writes the other fields anew, and fails where a camera left nonsense in them.
     orientation: Any = picture.getexif().get(ExifTags.Base.Orientation)
     turn = _TURNS.get(orientation)
