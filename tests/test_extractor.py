@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import itertools
 import struct
 import threading
 import types
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -139,6 +141,69 @@ def test_a_model_in_half_precision(dtype, pictures):
     found = Centralizer(model.to(dtype), transform="transreid").extract(pictures)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_a_module_of_buffers_runs_where_they_are():
+    class Buffers(Seen):
+        def forward(self, images):
+            self.seen.add(images.device.type)
+            return torch.ones(len(images), 2)
+
+    model = Buffers()
+    model.register_buffer("mean", torch.ones(2, device="meta"))
+    Extractor(model)(torch.ones(2, 3, 4, 4))
+    assert model.seen == {"meta"}
+    model.register_parameter("weight", nn.Parameter(torch.ones(2)))
+    Extractor(model)(torch.ones(2, 3, 4, 4))
+    assert model.seen == {"meta", "cpu"}
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """A model, and the same without a mode of its own, within a module that has one."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its own parts
+        half = torch.jit.script(copy.deepcopy(model).bfloat16())
+        frozen = torch.jit.freeze(torch.jit.script(model))
+        exported = torch.export.export(model, (torch.ones(2, 3, 8, 4),)).module()
+    return {"model": model, "script": half, "frozen": frozen, "exported": exported}
+
+
+@pytest.mark.parametrize("kind", ["script", "frozen", "exported"])
+def test_modules_that_torch_has_compiled(kind, modules, rng):
+    images = torch.from_numpy(rng.random((5, 3, 8, 4), np.float32))
+    expected = Extractor(modules["model"])(images)
+    inside = nn.Sequential(nn.Dropout(0.5), modules[kind])
+    modes = [getattr(part, "training", False) for part in modules[kind].modules()]
+    for model in (modules[kind], inside):
+        found = Extractor(model, batch_size=2, pad_last_batch=True)(images)
+        torch.testing.assert_close(found.float(), expected, atol=0.02 if kind == "script" else 1e-5, rtol=0)
+    assert inside.training
+    assert inside[0].training
+    assert [getattr(part, "training", False) for part in modules[kind].modules()] == modes
+
+
+@pytest.mark.parametrize("arguments", [{}, {"flip": True}, {"inputs": "images"}, {"inputs": "images", "flip": True}])
+def test_the_last_batch_padded(arguments, pictures):
+    def extractor(batch, cams):
+        assert len(batch) == len(cams) == size
+        batch = (
+            batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2) / 255
+        )
+        parts = batch.reshape(len(batch), 3, 4, -1).mean(3)
+        return parts + torch.tensor(cams)[:, None, None], parts.mean(2)
+
+    options = {"transform": None if "inputs" in arguments else "transreid", **arguments}
+    size, cams = 7, [*range(7)]
+    expected = Extractor(extractor, **options)(pictures, cams=cams, return_visibility=True)
+    size = 4
+    padded = Extractor(extractor, batch_size=4, pad_last_batch=True, **options)
+    for found, whole in zip(padded(pictures, cams=cams, return_visibility=True), expected, strict=True):
+        torch.testing.assert_close(found, whole)
+    assert "pad_last_batch=True" in repr(padded)
+    centralizer = Centralizer(padded, lambda images: [[image[:, ::-1]] * 3 for image in images])
+    assert centralizer.extract_generated(pictures[:5], cams=cams[:5]).shape == (5, 3, 3, 4)
 
 
 def test_without_a_transform_tensors_reach_the_model_as_they_are_and_unshared(rng):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -36,6 +36,7 @@ class _OfExtractor(TypedDict, total=False):
     batch_size: int
     device: torch.device | str | None
     flip: bool
+    pad_last_batch: bool
 
 
 class Shortcuts(_OfExtractor, total=False):
@@ -77,9 +78,9 @@ class Centralizer:
         backend: the search engine: "auto", "faiss" or "torch".
         neighbors: a search of your own in its place (see `nfc`).
         max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
-        **shortcuts: transform, inputs, batch_size, device and flip, for an `Extractor` of the model; generator with
-            generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a `PictureFolder`;
-            poses, num_poses and pose_inputs for either. None means the default.
+        **shortcuts: transform, inputs, batch_size, device, flip and pad_last_batch, for an `Extractor` of the model;
+            generator with generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a
+            `PictureFolder`; poses, num_poses and pose_inputs for either. None means the default.
     """
 
     def __init__(
@@ -300,6 +301,6 @@ class _Generated(Images):
     def name(self, row: int) -> str:
         return f"generated image {row % self.m + 1} of images[{row // self.m}]"
 
-    def keywords(self, rows: range, device: torch.device) -> dict[str, Any]:
+    def keywords(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
         of_image = self.of_image.take((row // self.m for row in rows), device)
         return {**of_image, **self.of_pose.take((row % self.m for row in rows), device)}

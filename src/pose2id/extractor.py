@@ -108,11 +108,13 @@ class Extractor:
             None: images are float tensors that the model takes as they are.
         inputs: "batch", or "images" for a model that takes a list of paths or (H, W, 3) uint8 RGB arrays.
         batch_size: images per call of the model.
-        device: where batches go; None: where the module's parameters are, else the CPU. The model is never moved.
-            A batch whose dtype none of a module's parameters has is cast to that of the first; any other callable gets
-            what the transform returns.
+        device: where batches go; None: where the module's parameters are, or its buffers if it has none, else the CPU.
+            The model is never moved. A batch whose dtype none of a module's parameters has is cast to that of the
+            first; any other callable, and a frozen TorchScript module, gets what the transform returns.
         flip: the feature is f(x) + f(mirror(x)), with the image mirrored left to right: a second call with the same
             side inputs. Tensors are mirrored after the transform; for `inputs="images"` files are read for it.
+        pad_last_batch: fill a batch of fewer images up with its last one, whose further features are dropped: for a
+            model that takes exactly batch_size images, as ONNX and torch.export make them by default.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Extractor:
         batch_size: int = 64,
         device: torch.device | str | None = None,
         flip: bool = False,
+        pad_last_batch: bool = False,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
@@ -139,6 +142,7 @@ class Extractor:
         self.batch_size = checked_count(batch_size, "batch_size")
         self.device = None if device is None else checked_device(device)
         self.flip = checked_flag(flip, "flip")
+        self.pad_last_batch = checked_flag(pad_last_batch, "pad_last_batch")
 
     def __call__(
         self,
@@ -187,8 +191,8 @@ class Extractor:
 
     def __repr__(self) -> str:
         """The model's class, and what is not as by default."""
-        flip = ", flip=True" if self.flip else ""
-        return f"Extractor({type(self.model).__name__}, inputs={self.inputs!r}, batch_size={self.batch_size}{flip})"
+        flags = "".join(f", {name}=True" for name in ("flip", "pad_last_batch") if getattr(self, name))
+        return f"Extractor({type(self.model).__name__}, inputs={self.inputs!r}, batch_size={self.batch_size}{flags})"
 
 
 class Images:
@@ -206,7 +210,7 @@ class Images:
         """What errors call an image."""
         return f"images[{row}]"
 
-    def keywords(self, rows: range, device: torch.device) -> dict[str, Any]:
+    def keywords(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
         """The side inputs of some images."""
         return self.side_inputs.take(rows, device)
 
@@ -245,7 +249,8 @@ class Extraction:
         outputs: list[Any] = [None, None]
         finite: Any = None
         for some in blocks(len(rows), self.extractor.batch_size):
-            of_batch = self._of_batch(images, rows[some])
+            # A padded batch has more.
+            of_batch = [x if x is None else x[: len(rows[some])] for x in self._of_batch(images, rows[some])]
             outputs = [stored(*pair, some, len(rows)) for pair in zip(outputs, of_batch, strict=True)]
             finite = stored(finite, _finite_rows(of_batch[0]), some, len(rows))
             self.bar.update(len(rows[some]))
@@ -257,9 +262,13 @@ class Extraction:
         features, visibility = (x if x is None else x.reshape(n, *images.each, *x.shape[1:]) for x in outputs)
         return features, visibility
 
-    def _of_batch(self, images: Images, rows: range) -> tuple[Any, Any]:
-        extractor, names = self.extractor, [images.name(row) for row in rows]
+    def _of_batch(self, images: Images, rows: Sequence[int]) -> tuple[Any, Any]:
+        extractor = self.extractor
         items = [next(images.stream) for _ in rows]
+        if extractor.pad_last_batch:
+            missing = extractor.batch_size - len(rows)
+            rows, items = [*rows, *[rows[-1]] * missing], items + items[-1:] * missing
+        names = [images.name(row) for row in rows]
         batch: Any
         if extractor.inputs == "batch":
             batch = _batch(items, names, extractor.transform)
@@ -328,8 +337,9 @@ def _finite_rows(features: Any) -> Any:
 def _computes_in(model: Any) -> tuple[torch.device, list[torch.dtype]]:
     """Where the module behind a model is, and the dtypes of its parameters, that of the first one first."""
     module = _module_of(model)
-    parameters = [] if module is None else list(module.parameters())
-    device = parameters[0].device if parameters else torch.device("cpu")
+    parameters: list[Tensor] = [] if module is None else list(module.parameters())
+    own = parameters or ([] if module is None else list(module.buffers()))
+    device = own[0].device if own else torch.device("cpu")
     # Parameters may be quantised to dtypes that no batch comes in: integers, 8-bit floats.
     dtypes = dict.fromkeys(parameter.dtype for parameter in parameters)
     return device, [dtype for dtype in dtypes if dtype in FLOAT_DTYPES]
@@ -358,7 +368,11 @@ def _evaluating(model: Any) -> Iterator[None]:
             for part in parts:  # a frozen ScriptModule has no `training`
                 _users.setdefault(id(part), [0, getattr(part, "training", False)])[0] += 1
             if module is not None and new:
-                module.eval()
+                try:
+                    module.eval()
+                except NotImplementedError:  # of a part from torch.export, whose mode is fixed: the others have theirs
+                    for part in parts:
+                        part.training = False
         with torch.no_grad():
             yield
     finally:
