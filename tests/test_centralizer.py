@@ -497,6 +497,21 @@ class TestSideInputs:
         assert type(seen[1]) is kind
         assert len(seen[1]) == 22
 
+    @pytest.mark.parametrize("like", [None, torch.zeros(11, 2), torch.zeros(11, 2).bfloat16(), np.zeros((11, 2))])
+    def test_of_the_pose_in_bfloat16(self, like, images):
+        seen = []
+
+        def extractor(batch, xy=None):
+            seen.append(xy)
+            return batch.mean((2, 3))
+
+        value = torch.tensor([0.3, 7.0]).bfloat16()
+        settings = {"generator": FakeGenerator(), "num_poses": 2, "batch_size": 22}
+        centralizer = Centralizer(extractor, transform=to_tensor, pose_inputs={"xy": lambda pose: value}, **settings)
+        centralizer(images, **({} if like is None else {"xy": like}))
+        assert seen[1].dtype == (torch.bfloat16 if like is None else like.dtype)
+        assert seen[1].tolist() == [value.tolist()] * 22
+
     @pytest.mark.parametrize("infrared", [torch.full((11,), 3), range(3, 14)])
     def test_of_a_modality_that_generated_images_do_not_share(self, infrared, images):
         seen = []

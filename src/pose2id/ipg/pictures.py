@@ -179,6 +179,14 @@ def _length(pictures: Any, i: int) -> int:
     return len(pictures)
 
 
+def _array(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        if value.is_floating_point() and value.element_size() < 4:  # numpy has no bfloat16
+            value = value.float()
+    return np.asarray(value)
+
+
 def _stacked(values: list[Any], like: Any, name: str) -> Any:
     """Values of the poses as one tensor, array or list: in the container and dtype of `like`, if that is one.
 
@@ -187,7 +195,7 @@ def _stacked(values: list[Any], like: Any, name: str) -> Any:
     kinds = (np.ndarray, Tensor)
     if not isinstance(like, kinds) and (like is not None or not all(isinstance(value, kinds) for value in values)):
         return values
-    arrays = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for v in values]
+    arrays = [_array(value) for value in values]
     wanted = arrays[0].shape if like is None else tuple(like.shape[1:])
     for m, array in enumerate(arrays):
         if array.shape != wanted:
