@@ -394,14 +394,27 @@ def test_the_largest_of_a_row(shape, rng):
 
 def test_half_precision_that_decides_little_is_not_used(rng):
     """Rows at all but the same distance from each other; the others of the set are in clusters."""
-    alike = rng.standard_normal((400, 4000)).astype(np.float32)
-    clusters = np.repeat(alike[:100], 4, axis=0) + 0.2 * rng.standard_normal((400, 4000)).astype(np.float32)
+    alike = (np.eye(400) + 1e-4 * rng.standard_normal((400, 400))).astype(np.float32)
+    clusters = np.repeat(alike[:100], 4, axis=0) + 0.01 * rng.standard_normal((400, 400)).astype(np.float32)
     for x, rows in ((alike, [400]), (clusters, [])):
         searched = []
         engines = [partial(Half, dtype=torch.bfloat16), asked(Products, searched)]
         found = nearest_neighbors(x, 3, backend=engines)
         assert [len(rows) for rows in searched] == rows
         np.testing.assert_array_equal(found, reference.nearest(x, 3))
+
+
+@pytest.mark.parametrize("engines", [[Faiss], [Products], [partial(Half, dtype=torch.bfloat16), Products]])
+@pytest.mark.parametrize("frames", [40, 200])
+def test_frames_of_videos_are_told_apart_at_once(frames, engines, rng):
+    """Groups that rounding cannot tell apart, of more rows than short lists hold: longer ones hold them."""
+    people = rng.standard_normal((2400 // frames, 64))
+    x = np.repeat(people, frames, axis=0) + 0.003 * rng.standard_normal((2400, 64))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    found, _, left = watched(x, 2, engines)
+    assert len(left) < 240
+    sample = rng.choice(2400, 200, replace=False)
+    np.testing.assert_array_equal(found[sample], float64_search(x, 2, sample, unit=False))
 
 
 def test_half_precision_that_is_off_is_not_believed(monkeypatch, rng, caplog):

@@ -19,7 +19,9 @@ from pose2id.neighbors.space import Centred
 
 logger = logging.getLogger(__name__)
 warned: set[str] = set()  # what was said once is not said again
-_OPEN = 0.1  # the share of a sample's lists that an engine on trial may leave open
+_OPEN = 0.1  # the share of a sample's lists that may stay open
+_LONGER = (0, 58, 250)  # candidates more, in turn, where too many lists stay open
+_SAMPLED = 64  # times the sample: so many rows, and looking at a sample costs little
 
 
 def certified(
@@ -36,15 +38,13 @@ def certified(
         in_float64: products for what all of them leave open.
         forced: raise if an engine cannot be used.
     """
-    # More than k, for what rounding cannot tell apart: a group of up to so many copies at the k-th place fits in.
-    count = min(k + min(k, 16) + 2, space.available)
     nearest = torch.empty((len(space.asking), k), dtype=torch.int64, device=space.device)
     left = torch.arange(len(nearest), device=space.device)
     for make in engines:
         rows = space.asking[left]
         try:
             engine = make(space)
-            found = _trusted(space, engine, rows, count, k)
+            nearest[left], certain = _searched(space, engine, rows, k)
         except UnusableError as error:
             name = getattr(make, "func", make).__name__.lower()
             if forced:
@@ -54,7 +54,6 @@ def certified(
                 warned.add(message)
                 logger.warning(message)
             continue
-        nearest[left], certain = _ranked(space, engine, *found, rows, k)
         left = left[~certain]
         if isinstance(engine, Products) or not len(left):
             break
@@ -64,17 +63,28 @@ def certified(
     return nearest
 
 
-def _trusted(space: Centred, engine: Engine, rows: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
-    """What an engine finds, after a look at a sample of rows: whatever its arithmetic, its bounds must hold."""
+def _searched(space: Centred, engine: Engine, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `_ranked` makes of an engine's candidates: more than k, for what rounding cannot tell apart.
+
+    Short lists hold a group of up to so many copies at the k-th place. Where they decide too few lists of a sample of
+    rows, as among the frames of a video, longer ones may hold the whole group.
+    """
     at = torch.arange(0, len(rows), math.ceil(len(rows) / engine.sample), device=rows.device)
-    if engine.trial:
-        found = engine.nearest(rows[at], count)
+    count, most = min(k + min(k, 16) + 2, space.available), -1.0
+    sampled = engine.trial or len(rows) >= _SAMPLED * len(at)
+    for longer in [min(count + more, space.available) for more in _LONGER] if sampled else []:
+        found = engine.nearest(rows[at], longer)
         _check_bounds(space, engine, *found, rows[at])
-        if _ranked(space, engine, *found, rows[at], k)[1].double().mean() < 1 - _OPEN:
-            raise UnusableError
+        decided = float(_ranked(space, engine, *found, rows[at], k)[1].double().mean())
+        if decided > most:
+            count, most = longer, decided
+        if decided >= 1 - _OPEN or longer == space.available:
+            break
+    if engine.trial and most < 1 - _OPEN:
+        raise UnusableError
     scores, positions = engine.nearest(rows, count)
-    _check_bounds(space, engine, scores[at], positions[at], rows[at])
-    return scores, positions
+    _check_bounds(space, engine, scores[at], positions[at], rows[at])  # whatever its arithmetic
+    return _ranked(space, engine, scores, positions, rows, k)
 
 
 def _check_bounds(space: Centred, engine: Engine, scores: Tensor, positions: Tensor, rows: Tensor) -> None:
