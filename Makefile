@@ -51,7 +51,7 @@ bench: .venv/dev.stamp
 	touch $@ .venv/demo.stamp
 
 # What generation is built on, in the oldest versions that pyproject.toml allows, to be put before the newest ones.
-.oldest/stamp: .venv/dev.stamp constraints-oldest.txt
+.oldest/stamp: .venv/dev.stamp constraints-oldest.txt Makefile
 	rm -rf .oldest
 	$(BIN)/python -m pip install -q --target .oldest -c constraints-oldest.txt diffusers huggingface_hub safetensors
 	touch $@

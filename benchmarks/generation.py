@@ -387,7 +387,6 @@ def count_operators(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 options = {"num_inference_steps": number, "guidance_scale": guidance}
                 return live_memory.operators(partial(in_shapes, generator, 1, args.poses, args.poses, **options))
 
-            generator.unconditional_tokens()  # once for all
             step = steps(2) - steps(1)
             copies = {module: count for (name, module), count in step.items() if name in COPIES}
             yield {

@@ -6,7 +6,7 @@
 
 Each version has a process of its own; the two take turns, so that whatever else the machine does slows both. `ratio` is
 the median, pair by pair, of the first version's seconds to the second's (above 1 is faster), `of_minima` that of their
-fastest runs. Memory as in core.py, each in a fresh process.
+fastest runs. Memory as in core.py, each in a fresh process. One folder given twice shows how far noise goes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import core
+import numpy as np
 import torch
 
 import pose2id
@@ -39,7 +40,21 @@ def rows() -> dict[str, tuple[Callable[[], Callable], Callable[[Callable], float
             found[label] = (lambda case=case, n=n, args=args: case.build(n, args)[0], case.peak)
     for n, dim, k, backend in product((3_000, 10_000), (64, 768), (2, 20), ("faiss", "torch")):
         found[f"neighbors {n}x{dim} k={k} {backend}"] = (partial(search, n, dim, k, backend), core.peak_above)
+    found["nfc 4000 in 6 parts"] = (in_parts, core.peak_above)
+    found["fuse 5000 of 8"] = (fusion, core.peak_above)
     return found
+
+
+def in_parts() -> Callable:
+    """NFC of features in parts, a third of which is hidden."""
+    x = core.unit_features(4000, 0).reshape(4000, 6, -1)
+    return partial(pose2id.nfc, x, visibility=np.arange(24_000).reshape(4000, 6) % 3 > 0)
+
+
+def fusion() -> Callable:
+    """Eq. 9 with 8 generated images."""
+    x = core.unit_features(5000 * 9, 0)
+    return partial(pose2id.fuse, x[:5000], x[5000:].reshape(5000, 8, -1), 2.0)
 
 
 def search(n: int, dim: int, k: int, backend: str) -> Callable:
@@ -49,6 +64,8 @@ def search(n: int, dim: int, k: int, backend: str) -> Callable:
 
 def serve() -> None:
     """Read names of rows; run each and write its seconds. The call of the last row is kept."""
+    if not Path(pose2id.__file__).is_relative_to(os.environ["PYTHONPATH"]):
+        raise SystemExit(f"{os.environ['PYTHONPATH']} holds no pose2id: {pose2id.__file__} was imported")
     name, call = "", None
     print("ready", flush=True)
     for line in map(str.strip, sys.stdin):
@@ -94,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", help="the src folders of both versions, the older one first")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=6, help="even, so that each is the first as often")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -108,11 +125,12 @@ def main() -> None:
         return
     if len(args.sources) != 2:
         parser.error("two src folders are needed")
+    chosen = [row for row in rows() if any(part in row for part in args.only)]
+    if not chosen:
+        parser.error(f"--only must name some of {', '.join(rows())}")
     core.print_machine()
     versions = [Version(source) for source in args.sources]
-    for row in rows():
-        if not any(part in row for part in args.only):
-            continue
+    for row in chosen:
         for version in versions:
             version.seconds(row)  # what is built and imported at first
         pairs = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import weakref
 from collections import Counter
 from functools import partialmethod
@@ -632,10 +633,13 @@ class TestParts:
             with pytest.raises(TypeError, match=r"sampling must be a pose2id\.Sampling, got"):
                 GeneratedPictures(FakeGenerator(), sampling=wrong)
 
-    def test_poses_of_a_generator_are_known(self):
+    def test_poses_of_a_generator_are_known(self, tmp_path):
         with pytest.raises(ValueError, match="poses must be 'standard' or a sequence of poses, got None"):
             GeneratedPictures(FakeGenerator(), None)
         assert PictureFolder(".").poses == (None,) * 8
+        for m in range(3):
+            (tmp_path / f"pose{m + 1}").mkdir()
+        assert PictureFolder(tmp_path).num_poses == 3
         assert PictureFolder(".", pose_inputs={"xy": len}).poses == poses.standard()
 
     def test_options_may_be_called_generator(self):
@@ -667,8 +671,8 @@ class TestParts:
                 lambda pictures: [*pictures[:2], pictures[2][:3], *pictures[3:]],
                 r"4 of every image, got 3 of images\[2\]",
             ),
-            (lambda pictures: [], "num_poses must be at least 1"),
-            (lambda pictures: [[]], "num_poses must be at least 1"),
+            (lambda pictures: [], "pictures must be at least 1 of every image"),
+            (lambda pictures: [[]], "pictures must be at least 1 of every image"),
             (lambda pictures: [*pictures, pictures[0]], "pictures must be given once .* more than those of 11 images"),
         ],
     )
@@ -681,7 +685,7 @@ class TestParts:
         [
             ({"transform": "pmt"}, ValueError, "transform must be given with a model, or to the Extractor itself"),
             ({"extractor": None, "flip": True}, ValueError, "flip must be given with a model"),
-            ({"generator": FakeGenerator()}, ValueError, "generator needs exactly one source"),
+            ({"generator": FakeGenerator()}, ValueError, "generator must be given to the source of pictures itself"),
             (
                 {"pictures": None, "num_poses": 3},
                 ValueError,
@@ -738,6 +742,20 @@ class TestDecoding:
             load_image(paths[0], "first").paste("red", (0, 0, 9, 9))
             second = load_image(paths[0], "second")
         assert second.tobytes() == load_image(paths[0], "third").tobytes()
+
+    def test_knows_a_file_that_was_written_anew(self, images, tmp_path):
+        scratch = tmp_path / "scratch.png"
+
+        def source(given):
+            for shade in range(len(given)):
+                Image.new("RGB", (8, 8), (80 * shade,) * 3).save(scratch)
+                os.utime(scratch, ns=(shade, shade))  # times of quick writes may be equal
+                yield [scratch]
+
+        centralizer = Centralizer(Model(), source, transform=to_tensor, batch_size=1)
+        found = centralizer.extract_generated(images[:3])
+        shades = [Image.new("RGB", (8, 8), (80 * shade,) * 3) for shade in range(3)]
+        torch.testing.assert_close(found[:, 0], centralizer.extract(shades, normalize=False))
 
     def test_keeps_no_more_than_its_share(self, paths, opened, monkeypatch):
         monkeypatch.setattr(decoding._Kept, "__init__", partialmethod(decoding._Kept.__init__, free=2 * 3 * 32 * 64))
@@ -846,7 +864,7 @@ class TestFailures:
     def test_without_poses(self, images):
         centralizer = centralizer_of(Model(), num_poses=0)
         for method in (centralizer.extract_generated, centralizer.diagnose):
-            with pytest.raises(ValueError, match="num_poses must be at least 1"):
+            with pytest.raises(ValueError, match="pictures must be at least 1 of every image"):
                 method(images)
 
     def test_one_image_has_no_others_to_compare_with(self, images):
@@ -919,8 +937,17 @@ def test_bad_features(q, g, error, message):
         ),
         ({"generate_options": 3, **GENERATED}, TypeError, "must be a mapping, not int"),
         ({"generate_options": {"seed": 3}, "generated": "."}, TypeError, "unexpected keyword .*'generate_options'"),
-        ({"sampler": 3}, TypeError, "unexpected keyword argument 'sampler'"),
-        ({"pictures": "folder"}, TypeError, "pictures must be callable.*got str"),
+        ({"sampler": 3}, TypeError, "unexpected keyword argument 'sampler'. It knows k1, .*transform, "),
+        ({"transfrom": None}, TypeError, "unexpected keyword argument 'transfrom'"),
+        ({"pictures": "folder"}, TypeError, r"pictures must be callable.* PictureFolder\(directory\), got str"),
+        ({"pictures": print, "num_poses": 4}, ValueError, "num_poses must be given to the source of pictures itself"),
+        ({"poses": [], **GENERATED}, ValueError, "poses must hold at least one pose, got none"),
+        ({"generated": ""}, ValueError, "directory must exist, got ''"),
+        (
+            {"generate_options": {"setps": 3}, "generator": tiny.generator()},
+            TypeError,
+            "sampling has no setting 'setps'",
+        ),
     ],
 )
 def test_bad_parameters_are_refused_at_once(arguments, error, message):

@@ -105,10 +105,10 @@ class Centralizer:
         self.neighbors = checked_search(neighbors, backend)
         checked_memory(max_memory)
         self.max_memory = max_memory
+        for name in shortcuts.keys() - Shortcuts.__annotations__.keys():
+            known = ", ".join([*_OF_NFC, "eta", "part_distance", *Shortcuts.__annotations__])
+            raise TypeError(f"Centralizer got an unexpected keyword argument {name!r}. It knows {known}.")
         given = {name: value for name, value in shortcuts.items() if value is not None}
-        for name in given.keys() - Shortcuts.__annotations__.keys():
-            known = ", ".join(Shortcuts.__annotations__)
-            raise TypeError(f"Centralizer got an unexpected keyword argument {name!r}. Of its parts it knows {known}.")
         of_extractor = {name: given.pop(name) for name in _OfExtractor.__annotations__ if name in given}
         self.extractor = _extractor(extractor, of_extractor)
         self.pictures = _pictures(pictures, given)
@@ -279,14 +279,18 @@ def _extractor(given: Extractor | FeatureModel | None, parameters: dict[str, Any
 
 def _pictures(given: Pictures | None, parameters: dict[str, Any]) -> Pictures | None:
     """The source of pictures, built where its parameters were given instead."""
-    if parameters and (given is not None or ("generator" in parameters) == ("generated" in parameters)):
-        raise ValueError(f"{', '.join(parameters)} needs exactly one source: generator= or generated=.")
+    names = ", ".join(parameters)
+    if parameters and given is not None:
+        raise ValueError(f"{names} must be given to the source of pictures itself, such as {type(given).__name__}.")
+    if parameters and ("generator" in parameters) == ("generated" in parameters):
+        raise ValueError(f"{names} needs exactly one source: generator= or generated=.")
     if "generator" in parameters:
         return GeneratedPictures(parameters.pop("generator"), **parameters.pop("generate_options", {}), **parameters)
     if "generated" in parameters:
         return PictureFolder(parameters.pop("generated"), **parameters)
     if given is not None and not callable(given):
-        raise TypeError(f"pictures must be callable, such as GeneratedPictures, got {type(given).__name__}.")
+        wanted = "callable, such as GeneratedPictures(generator) or PictureFolder(directory)"
+        raise TypeError(f"pictures must be {wanted}, got {type(given).__name__}.")
     return given
 
 

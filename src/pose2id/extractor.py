@@ -305,9 +305,9 @@ def _batch(items: list[Any], names: list[str], transform: Callable[[Image.Image]
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 raise TypeError(f"{name} must be a float tensor (3, H, W), got {type(item).__name__}. Pass transform=.")
         shape = tuple(getattr(tensor, "shape", ()))
-        if not isinstance(tensor, Tensor) or len(shape) != 3 or 0 in shape:
-            given = f"{type(tensor).__name__} of shape {shape}"
-            raise ValueError(f"{name} must give a (3, H, W) tensor, got {given}. Check the transform.")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or len(shape) != 3 or 0 in shape:
+            given = f"{getattr(tensor, 'dtype', type(tensor).__name__)} of shape {shape}"
+            raise ValueError(f"{name} must give a (3, H, W) float tensor, got {given}. Check the transform.")
         if tensors and tensor.shape != tensors[0].shape:
             first = tuple(tensors[0].shape)
             raise ValueError(f"{name} must have the size of its batch, {first}, got {shape}. Resize in the transform.")

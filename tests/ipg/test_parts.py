@@ -124,7 +124,7 @@ def test_what_each_encoder_sees():
         generator.parts[name].register_forward_pre_hook(lambda part, args, name=name: seen.setdefault(name, args[0]))
     generator.unconditional_tokens()
     assert torch.equal(seen.pop("identity_encoder"), torch.zeros(1, 3, 64, 32))
-    generator.generate([person], [pose], num_inference_steps=1)
+    generator.generate([person], [pose], num_inference_steps=1, guidance_scale=1)
 
     def resized(array, height, width):
         lanczos = Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS)

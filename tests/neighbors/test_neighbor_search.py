@@ -140,7 +140,7 @@ class TestNeighborsOfRows:
 
     def test_missing_ones_stay_missing(self):
         lists = torch.tensor([[0, 2, -1], [-1, -1, -1], [2, -1, -1], [1, 0, 2]])
-        found = neighbors_of_rows(Rows(torch.rand(4, 2), "x"), 2, lambda queries, rows, k: (lists, lists.float()))
+        found = neighbors_of_rows(Rows(torch.rand(4, 2), "x"), 2, lambda queries, rows, k: (lists, torch.zeros(4, 3)))
         assert found.tolist() == [[2, -1], [-1, -1], [-1, -1], [1, 0]]
         assert found.dtype == torch.int64
 
@@ -179,6 +179,7 @@ class TestNeighborsOfRows:
             ((np.full((4, 3), 4), np.zeros((4, 3))), ValueError, r"indices in \[-1, 4\), got 4 to 4"),
             ((np.full((4, 3), -2), np.zeros((4, 3))), ValueError, r"indices in \[-1, 4\)"),
             ((np.zeros((4, 3), int), np.zeros((4, 3))), ValueError, "each row at most once"),
+            ((np.zeros((4, 3), int), np.tile([3.0, 2.0, 1.0], (4, 1))), ValueError, "nearest first, got distances"),
         ],
     )
     def test_what_is_no_search(self, returned, error, message):

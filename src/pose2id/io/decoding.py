@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ from PIL import Image
 
 @dataclass
 class _Kept:
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    pictures: dict[tuple[str, int, int], Image.Image] = field(default_factory=dict)
     free: int = 256 << 20  # bytes
 
 
@@ -32,11 +33,13 @@ def decoding_once() -> Iterator[None]:
 def decoded(path: str, decode: Callable[[], Image.Image]) -> Image.Image:
     """The RGB picture of a file, the reader's own to write into."""
     kept = _kept.get()
-    if kept is None:
+    if kept is None or not os.path.isfile(path):
         return decode()
-    picture = kept.pictures.get(path)
+    status = os.stat(path)
+    file = path, status.st_mtime_ns, status.st_size  # a source may write each picture to one name
+    picture = kept.pictures.get(file)
     if picture is None:
-        picture = kept.pictures[path] = decode()
+        picture = kept.pictures[file] = decode()
         kept.free -= 3 * picture.width * picture.height
         while kept.free < 0:
             oldest = kept.pictures.pop(next(iter(kept.pictures)))

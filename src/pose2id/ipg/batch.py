@@ -7,6 +7,7 @@ published evaluation reads, and `Centralizer(generated=DIRECTORY)`.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import time
@@ -210,12 +211,12 @@ def fingerprint(generator: IdentityGenerator, names: Iterable[str] = PARTS, *, s
 
 def _sampler_key(sampler: Any) -> str:
     """What tells a sampler from others: its own `key`, or the name of a function of a module."""
-    name = getattr(sampler, "__qualname__", "<")
     if isinstance(getattr(sampler, "key", None), str):
         return str(sampler.key)
-    if "<" in name:  # a lambda, a function within another, a partial, an object
+    # Not a method, whose object has settings, a function within another, or one of a script: scripts share a name.
+    if not inspect.isfunction(sampler) or "<" in sampler.__qualname__ or sampler.__module__ == "__main__":
         raise ValueError(f"sampler must have a `key`, a string that tells its settings from others, got {sampler!r}.")
-    return f"{sampler.__module__}.{name}"
+    return f"{sampler.__module__}.{sampler.__qualname__}"
 
 
 class _Job:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count as counted
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,17 @@ def find(directory: str | os.PathLike[str], images: Sequence[Any], count: int) -
 
 def checked_directory(directory: str | os.PathLike[str], count: int) -> Path:
     """A directory; if it has pose folders, with pose1 to pose{count}."""
-    root, there = Path(directory), 0
-    if not root.is_dir():
-        raise ValueError(f"directory must exist, got {root}.")
-    while (root / f"pose{there + 1}").is_dir():
-        there += 1
+    root, there = Path(directory), pose_folders(directory)
+    if not os.fspath(directory) or not root.is_dir():
+        raise ValueError(f"directory must exist, got {os.fspath(directory)!r}.")
     if 0 < there < count:
         raise ValueError(f"num_poses must be at most {there}, the number of folders pose1, ... in {root}, got {count}.")
     return root
+
+
+def pose_folders(directory: str | os.PathLike[str]) -> int:
+    """How many folders pose1, pose2, ... a directory has."""
+    return next(m for m in counted() if not Path(directory, f"pose{m + 1}").is_dir())
 
 
 def _in_pose_folders(root: Path, paths: list[Path], count: int) -> list[list[Path]]:

@@ -92,6 +92,8 @@ class IdentityGenerator:
         if lacking:
             given = f"{type(scheduler).__name__} without {', '.join(lacking)}"
             raise TypeError(f"scheduler must be a diffusers scheduler for noise prediction, got {given}.")
+        if not callable(sampler):
+            raise TypeError(f"sampler must be callable, such as pose2id.ipg.sampler.denoise, got {sampler!r}.")
         self.networks = Networks(
             identity_encoder=identity_encoder,
             identity_tokens=identity_tokens,
@@ -417,7 +419,8 @@ class IdentityGenerator:
                     pose_features,
                     torch.stack([noise.initial(i, key, self.device) for i, key in enumerate(keys, some.start)]),
                 )
-                generated = None
+                generated, draws = None, noise.generator
+                state = None if draws is None else draws.get_state()
                 while generated is None:
                     steps_draw = noise.of_steps(keys)
                     try:
@@ -428,6 +431,8 @@ class IdentityGenerator:
                             remedy = "Pass a smaller one, or enable_model_cpu_offload()"
                             raise torch.cuda.OutOfMemoryError(f"{lacking}. {remedy}.") from error
                         batch_size, halved = batch_size // 2, True
+                        if draws is not None and state is not None:  # it drew for some steps already
+                            draws.set_state(state)
                         logger.warning("%s ran out of memory; going on with batch_size=%d", self.device, batch_size)
                 for in_poses in generated:
                     yield in_poses

@@ -78,7 +78,6 @@ class Networks(nn.Module):
         self.vae = vae
         self.image_size = checked_size(image_size, "image_size")
         self.offload_device: torch.device | None = None
-        self._unconditional: tuple[list[Any], Tensor] | None = None
         checked_size(identity_encoder.image_size, "identity_encoder.image_size")
         _check_unets(reference_unet, denoising_unet)
         self._check_fit()
@@ -179,19 +178,9 @@ class Networks(nn.Module):
 
     @torch.no_grad()
     def unconditional_tokens(self) -> Tensor:
-        """(1, N, D): the unconditional tokens, those of a mid-grey image. A constant of the weights, computed once."""
-        kind = self.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        made_from: list[Any] = [self.device, self.dtype, autocast]
-        for network in (self.identity_encoder, self.identity_tokens):
-            made_from.append(network)
-            for tensor in network.state_dict().values():
-                version = 0 if tensor.is_inference() else tensor._version
-                made_from.append((tensor.data_ptr(), version, tensor.dtype, tensor.device))
-        if self._unconditional is None or self._unconditional[0] != made_from:
-            grey = torch.zeros(1, 3, *self.identity_encoder.image_size, device=self.device, dtype=self.dtype)
-            self._unconditional = made_from, self._tokens(grey)
-        return self._unconditional[1]
+        """(1, N, D): the unconditional tokens, those of a mid-grey image."""
+        size = self.identity_encoder.image_size
+        return self._tokens(torch.zeros(1, 3, *size, device=self.device, dtype=self.dtype))
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A source is called with the images and gives, for each of them in order, a seque
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pose2id.io.checks import checked_count
-from pose2id.ipg.folder import check_notes, checked_directory, find
+from pose2id.ipg.folder import check_notes, checked_directory, find, pose_folders
 from pose2id.ipg.pixels import checked_poses
 from pose2id.ipg.sampling import Sampling
 from pose2id.poses import Pose
@@ -52,6 +53,8 @@ class PosedPictures:
             raise TypeError(f"pose_inputs must map keywords of the model to functions of a Pose, got {pose_inputs!r}.")
         count = None if num_poses is None else checked_count(num_poses, "num_poses", least=0)
         poses = checked_poses(poses)
+        if not len(poses) and count != 0:
+            raise ValueError("poses must hold at least one pose, got none. num_poses=0 leaves generated images out.")
         if count is not None and count > len(poses):
             raise ValueError(f"num_poses must be at most {len(poses)}, the number of poses, got {count}.")
         self.poses = tuple(poses[m] for m in range(len(poses) if count is None else count))
@@ -103,11 +106,17 @@ class GeneratedPictures(PosedPictures):
             raise TypeError(f"sampling must be a pose2id.Sampling, got {type(sampling).__name__}.")
         super().__init__(poses, num_poses, pose_inputs)
         self.generator, self._origin = generator, type(generator).__name__
-        self.options = {**({} if sampling is None else sampling.keywords()), **options}
+        self.options = {"progress": False, **({} if sampling is None else sampling.keywords()), **options}
+        # Their errors now, not after hours of set-up; `checked_sampling` is an `IdentityGenerator`'s.
+        parameters = (
+            inspect.signature(generator.generate_iter).bind((), self.poses, **self.options).signature.parameters
+        )
+        if check := getattr(generator, "checked_sampling", None):
+            check(**{name: value for name, value in self.options.items() if name not in parameters})
 
     def __call__(self, images: Any) -> Iterator[Sequence[Any]]:
         """Pictures of each image, made when they are asked for; the generator gets all images at once."""
-        return iter(self.generator.generate_iter(images, self.poses, **{"progress": False, **self.options}))
+        return iter(self.generator.generate_iter(images, self.poses, **self.options))
 
 
 class PictureFolder(PosedPictures):
@@ -119,7 +128,8 @@ class PictureFolder(PosedPictures):
     Args:
         directory: where the pictures are.
         poses: that the pictures are in, to be compared with their notes; None: unknown, the same for every image.
-        num_poses: M of eq. 9, the first so many of an image's pictures. None: as many as `poses`, else 8.
+        num_poses: M of eq. 9, the first so many of an image's pictures. None: as many as `poses`, else as there are
+            folders pose1, pose2, ..., else 8.
         pose_inputs: see `PosedPictures`; of the standard poses, if `poses` is None.
     """
 
@@ -131,7 +141,8 @@ class PictureFolder(PosedPictures):
         pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
     ) -> None:
         if poses is None:
-            unknown = [None] * checked_count(_STANDARD_POSES if num_poses is None else num_poses, "num_poses", least=0)
+            every = pose_folders(directory) or _STANDARD_POSES
+            unknown = [None] * checked_count(every if num_poses is None else num_poses, "num_poses", least=0)
             poses = "standard" if pose_inputs else unknown
         super().__init__(poses, num_poses, pose_inputs)
         self.directory = checked_directory(directory, self.num_poses)
@@ -156,7 +167,7 @@ def in_order(pictures: Pictures, images: Any) -> tuple[Iterator[Sequence[Any]], 
         first = next(stream, ())
         count, stream = _length(first, 0), chain([first], stream)
     if count == 0:
-        raise ValueError("num_poses must be at least 1 for features of generated images, got 0.")
+        raise ValueError("pictures must be at least 1 of every image for features of generated images, got 0.")
     return _checked(stream, len(images), count), count
 
 
@@ -174,8 +185,10 @@ def _checked(stream: Iterator[Sequence[Any]], n: int, count: int) -> Iterator[Se
 
 
 def _length(pictures: Any, i: int) -> int:
-    if not hasattr(pictures, "__len__"):
-        raise TypeError(f"pictures of images[{i}] must be a sequence, such as a list, got {type(pictures).__name__}.")
+    one = isinstance(pictures, (str, os.PathLike)) or getattr(pictures, "ndim", 4) < 4
+    if one or not hasattr(pictures, "__len__"):
+        given = f"got {type(pictures).__name__}"
+        raise TypeError(f"pictures of images[{i}] must be a sequence, such as a list, of M pictures, {given}.")
     return len(pictures)
 
 

@@ -40,10 +40,9 @@ class Sampling:
 
     def replaced(self, **settings: Any) -> Sampling:
         """With other settings: `num_inference_steps`, `guidance_scale`, `seed`, `size`."""
-        for name, field in _FIELDS.items():
-            if name != field and {name, field} <= settings.keys():
-                raise TypeError(f"{name} and {field} must not be given both: they are one setting.")
-        return replace(self, **{_FIELDS.get(name, name): value for name, value in settings.items()})
+        for name in settings.keys() - _FIELDS.keys():
+            raise TypeError(f"sampling has no setting {name!r}. They are {', '.join(_FIELDS)}.")
+        return replace(self, **{_FIELDS[name]: value for name, value in settings.items()})
 
     def keywords(self) -> dict[str, Any]:
         """As keywords of `generate`."""

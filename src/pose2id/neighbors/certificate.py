@@ -46,7 +46,7 @@ def certified(
             engine = make(space)
             nearest[left], certain = _searched(space, engine, rows, k)
         except UnusableError as error:
-            name = getattr(make, "func", make).__name__.lower()
+            name = getattr(getattr(make, "func", make), "__name__", type(make).__name__).lower()
             if forced:
                 raise RuntimeError(f"backend={name!r} cannot be used: {error}") from error
             message = f"neighbours are searched without {name}: {error}"

@@ -151,6 +151,8 @@ def neighbors_of_rows(rows: Rows, k: int, neighbors: NeighborSearch) -> Tensor:
         if tuple(values.shape) != (rows.n, k + 1):
             given = f"got {tuple(values.shape)}"
             raise ValueError(f"neighbors must return {name} of shape {(rows.n, k + 1)}, a list per query, {given}.")
+    if (distances[:, 1:] < distances[:, :-1]).any():
+        raise ValueError("neighbors must return the nearest first, got distances that fall. Are they similarities?")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(f"neighbors must return integer indices first, got {indices.dtype}. Are distances first?")
     indices = indices.to(rows.device, torch.int64)
