@@ -115,6 +115,16 @@ def test_a_truncated_file_is_said_to_be_damaged(share, features, tmp_path):
         load_features(path)
 
 
+def test_a_mat_file_that_crashes_its_reader(tmp_path):
+    path = tmp_path / "f.mat"
+    savemat(path, {"query_f": np.ones((2, 3)), "gallery_f": np.ones((2, 3))})
+    content = bytearray(path.read_bytes())
+    content[145] = 9  # "complex", without imaginary parts: scipy 1.17 reads beyond its memory
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"f\.mat cannot be read \(.*Save it in MATLAB with -v7, or as \.npz"):
+        load_features(path)
+
+
 @pytest.mark.parametrize(("suffix", "name"), [(".mat", "query_f"), (".npz", "g_pids")])
 def test_no_other_array_takes_the_place_of_features(suffix, name, features, tmp_path):
     stray = FeatureFile(features.query_feats, features.gallery_feats, others={name: np.zeros(3)})

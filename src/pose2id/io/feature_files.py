@@ -6,6 +6,8 @@ Both are read as plain arrays: nothing in a file is ever executed. Written files
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -169,10 +171,15 @@ def _read_npz(path: Path) -> dict[str, Any]:
 def _read_mat(path: Path) -> dict[str, Any]:
     from scipy.io import loadmat  # noqa: PLC0415 - slow to import
 
-    try:
-        content = loadmat(path)
-    except Exception as error:  # loadmat raises many kinds, NotImplementedError for version 7.3 among them
-        raise ValueError(f"{path} cannot be read ({error}). Save it in MATLAB with -v7, or as .npz.") from error
+    # Damaged files can end scipy's process: another one reads the file first.
+    reading = [sys.executable, "-c", "import sys; from scipy.io import loadmat; loadmat(sys.argv[1])", str(path)]
+    done = subprocess.run(reading, capture_output=True, text=True, check=False)
+    if (
+        done.returncode
+    ):  # also of an exception: loadmat raises many kinds, NotImplementedError for version 7.3 among them
+        problem = done.stderr.strip().rpartition("\n")[2] or f"scipy's reader ended with status {done.returncode}"
+        raise ValueError(f"{path} cannot be read ({problem}). Save it in MATLAB with -v7, or as .npz.")
+    content = loadmat(path)
     return {name: value for name, value in content.items() if not name.startswith("__")}
 
 
