@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ from pose2id.ipg.pixels import References, load_poses
 from pose2id.ipg.sampler import denoise
 from pose2id.ipg.sampling import Sampling
 from pose2id.ipg.weights import PARTS
+
+logger = logging.getLogger(__name__)
 
 SHEETS = "sheets"
 _GAP = 4  # pixels between the pictures of a contact sheet
@@ -77,10 +80,11 @@ def generate_files(
 ) -> Written:
     """Generate every person in every pose into PNG files, and go on where an earlier run stopped.
 
-    A file is kept if its note says that it was made from the same pixels, pose, weights, precision and settings; the
-    noise depends on nothing else, so a run that was interrupted gives the pictures of one that was not, up to the last
-    digits that other batches cost: 1 or 2 of 255 in single values. Files appear whole or not at all. Weights are told
-    apart by a hash of some values of each tensor, and of the scheduler's configuration.
+    A file is kept if its note says that it was made from the same pixels, pose, weights, precision and settings, and
+    its checksums that it is whole. The noise depends on nothing else, so a run that was interrupted gives the pictures
+    of one that was not, up to the last digits that other batches cost: 1 or 2 of 255 in single values. Files appear
+    whole or not at all. Weights are told apart by a hash of some values of each tensor, and of the scheduler's
+    configuration.
 
     Args:
         generator: of the pictures.
@@ -343,8 +347,12 @@ def _content_keys(images: Mapping[str, Path], references: References) -> list[st
 
 
 def _look(target: Path) -> dict[str, Any] | None:
-    """A file's note, {} if it has none; None: there is no file."""
-    return read_note(target) if target.exists() else None
+    """A file's note, {} if it has none; None: there is no file, or a damaged one of ours, which is made anew."""
+    try:
+        return read_note(target) if target.exists() else None
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _save(picture: Image.Image, target: Path, note: str) -> None:
