@@ -220,6 +220,8 @@ BAD = "must be empty or a JSON list of 18 entries"
         ("a.png,1\nb.png,2\n", "line 1 must be a header.*got 'a.png,1' without path and identity"),
         ("\n\npath;identity\na.png;1\n", "line 3 must be a header.*got 'path;identity' without path and identity"),
         ("path,camera\na.png,1\n", "line 1 must be a header.*without identity"),
+        ("path,identity\na.png,1\na\0b.png,1\n", "line 3.* must .*(NUL|no control characters, got 'a.x00b)"),
+        ("path,identity\na\x1b[2J.png,1\n", r"line 2, column path must hold no control characters, got 'a\\x1b"),
         ("path,identity,path\na.png,1,b.png\n", "line 1 must name each column once, got path more than once"),
         (HEADER, "must have a line for each image below its header, got none"),
         (f"{HEADER}a.png,1,,\nb.png,1\n", "line 3 must have 4 cells, as the header, got 2"),
@@ -503,7 +505,7 @@ def test_drawn_people_go_to_an_empty_folder(people, tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_interrupted_write_leaves_no_table_and_no_half_pictures(people, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_nothing_and_can_be_done_again(people, tmp_path, monkeypatch):
     samples, save = people[:4], Image.Image.save
     written = []
 
@@ -517,8 +519,10 @@ def test_an_interrupted_write_leaves_no_table_and_no_half_pictures(people, tmp_p
     monkeypatch.setattr(Image.Image, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_people(samples, tmp_path)
-    assert [item.name for item in tmp_path.iterdir()] == ["images"]
-    assert sorted(item.name for item in (tmp_path / "images").iterdir()) == ["0001_c1_0.png", "0001_c1_1.png"]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert len(read_table(write_people(samples, tmp_path))) == 4
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["images", "table.csv"]
 
 
 def test_a_table_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
