@@ -34,6 +34,7 @@ _COLUMNS = (*_NEEDED, "camera", "keypoints")
 _BY_NAME = re.compile(r"(0*-0*1|\d+)_c(\d+)")
 _NOBODY = re.compile(r"0*-0*1|00+")  # junk and distractors, as data sets write them: -1, 00-1, 0000
 _CAMERA = re.compile(r"_c(\d+)|^c(\d+)_")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tabs and line breaks
 _SHOWN_LENGTH = 60  # characters of a cell that an error shows
 
 
@@ -232,6 +233,9 @@ def _image(cell: dict[str, str], folder: Path, where: str) -> PersonImage:
     for name in _NEEDED:
         if not cell[name].strip():
             raise ValueError(f"{where}, column {name} must not be empty, got {cell[name]!r}.")
+    if _CONTROL.search(cell["path"]):
+        given = _shortened(cell["path"])
+        raise ValueError(f"{where}, column path must hold no control characters, got {given}. Rename the file.")
     keypoints = cell.get("keypoints", "")
     pose = _pose(keypoints, f"{where}, column keypoints") if keypoints.strip() else None
     return PersonImage(folder / cell["path"], cell["identity"], cell.get("camera", ""), pose)
