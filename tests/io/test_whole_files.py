@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,47 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
             (unfinished / name).write_text("whole")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.txt", "b.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "a.txt", "b.txt", "new"]
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize("make", [new_file, new_directory])
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (f"{LONG}.txt", OSError, rf"{LONG}\.txt cannot be written: File name too long\."),
+        ("file/a.txt", FileExistsError, r"file must be a folder, and .*file is a file\."),
+        ("file/deeper/a.txt", FileExistsError, r"file.deeper must be a folder, and .*file is a file\."),
+    ],
+    ids=["long", "in a file", "below a file"],
+)
+def test_where_nothing_can_be_written(tmp_path, make, name, error, message):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(error, match=message):
+        make(tmp_path / name)
+
+
+def test_a_name_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"a\\x00b' cannot be the name of a file: embedded null byte\."):
+        new_file(tmp_path / "a\0b")
+
+
+def test_the_longest_name_that_the_system_has(tmp_path):
+    with whole_file(tmp_path / LONG[:255]) as unfinished:
+        unfinished.write_text("whole")
+    assert (tmp_path / LONG[:255]).read_text() == "whole"
+
+
+def test_a_clean_up_that_fails_hides_no_error(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system", "clean-up")
+
+    def write():
+        with whole_file(tmp_path / "a.txt") as unfinished:
+            unfinished.write_text("half")
+            raise OSError(28, "No space left")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(OSError, match=r"a\.txt cannot be written: No space left\."):
+        write()

@@ -236,6 +236,12 @@ def test_bad_input_writes_nothing(generator, people, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file"):
         generate_files(generator, [people], tmp_path / "file", **OPTIONS)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "pose2").touch()
+    for where in ("file/out", "in"):
+        with pytest.raises(FileExistsError, match=r"must be a folder, and .*(file|pose2) is a file"):
+            generate_files(generator, [people], tmp_path / where, **OPTIONS)
+    assert below(tmp_path / "in") == {"pose2"}
     for function in (generate_files, missing_pictures):
         with pytest.raises(ValueError, match="seed must be at least 0"):
             function(generator, [people], tmp_path / "out", seed=-5)

@@ -38,14 +38,18 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suf
     Raises:
         FileExistsError: it exists and may not.
         FileNotFoundError: its folder does not exist.
+        OSError: its folder is a file, its name too long.
         ValueError: another ending.
     """
-    target = Path(path).resolve()
+    with _named(path):
+        target = Path(path).resolve()
+        exists = target.exists()
     if suffixes and Path(path).suffix.lower() not in suffixes:
         raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
+    check_folder(target.parent)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {Path(path).parent}.")
-    if target.exists() and not overwrite:
+    if exists and not overwrite:
         raise FileExistsError(f"{path} exists. Choose another name{'' if overwrite is None else ', or overwrite it'}.")
     return target
 
@@ -54,13 +58,25 @@ def new_directory(path: str | os.PathLike[str]) -> Path:
     """A directory to fill, which does not exist yet or is empty.
 
     Raises:
-        FileExistsError: it is neither.
+        FileExistsError: it is neither, or would be in a file.
+        OSError: its name is too long.
     """
     target = Path(path).expanduser()
+    check_folder(target.parent)
     _remove_leftovers(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    with _named(path):
+        exists = target.exists()
+    if exists and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty. Choose another.")
     return target
+
+
+def check_folder(path: Path) -> None:
+    """Raise a FileExistsError if a file is where this folder, or one that it is in, should be."""
+    with _named(path):
+        place = next((place for place in (path, *path.parents) if place.exists()), path)
+    if place.is_file():
+        raise FileExistsError(f"{path} must be a folder, and {place} is a file. Choose another.")
 
 
 @contextmanager
@@ -94,7 +110,8 @@ def whole_directory(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """
     target = new_directory(path)
     made, moved = not target.exists(), []
-    target.mkdir(parents=True, exist_ok=True)
+    with _named(path):
+        target.mkdir(parents=True, exist_ok=True)
     try:
         # Inside the target, which may be a mount, or all that may be written to.
         with _hidden(target, ".unfinished-") as unfinished:
@@ -109,6 +126,17 @@ def whole_directory(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
             with suppress(OSError):  # another process put something there
                 target.rmdir()
         raise
+
+
+@contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in an OSError what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} cannot be the name of a file: {error}.") from error
 
 
 @contextmanager

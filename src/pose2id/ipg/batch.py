@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from pose2id.io.checks import first_few
 from pose2id.io.images import content_key, image_files, load_image
-from pose2id.io.whole_files import whole_file
+from pose2id.io.whole_files import check_folder, whole_file
 from pose2id.ipg.folder import NOTE, read_note
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pixels import References, load_poses
@@ -235,11 +235,12 @@ class _Job:
         grid: bool,
         overwrite: bool,
     ) -> None:
-        if directory.exists() and not directory.is_dir():
-            raise FileExistsError(f"directory must not be a file, and {directory} is a file.")
+        check_folder(directory)
         found = collect_images(images, directory)
         self.names, self.directory, self.overwrite = list(found), directory, overwrite
         self.poses = load_poses(poses)
+        for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):
+            check_folder(directory / folder)
         self.references = References(list(found.values()), [f"image {name}" for name in found])
         self._keys = _content_keys(found, self.references)
         self._made_with = {
