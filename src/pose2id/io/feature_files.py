@@ -68,7 +68,8 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a broken file, pickled objects, a missing array, or bad content, named.
+        ValueError: another ending, a broken file, pickled objects, an array that is missing or there twice, an .npz of
+            more than 1 GiB that is packed to less than a hundredth, or bad content, named.
     """
     path = Path(path)
     keys = _keys(path)
