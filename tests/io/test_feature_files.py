@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from pose2id.io import feature_files
 from pose2id.io.feature_files import FeatureFile, load_features, save_features
 
 
@@ -104,6 +105,58 @@ def test_pickles_are_refused_and_never_run(features, tmp_path):
     (tmp_path / "h.mat").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="cannot be read"):
         load_features(tmp_path / "h.mat")
+
+
+def written(path, features, *more):
+    """A feature file with further members (name, content)."""
+    save_features(features, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in more:
+            archive.writestr(name, content)
+
+
+def npy(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+HUGE = npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}\n")
+NESTED = npy(b"(" * 5000 + b"\n")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.npy", HUGE, "x of .* cannot be read"),
+        ("x.npy", NESTED, "x of .* cannot be read"),
+        ("query_feats.npy", HUGE, "must hold each array once, got query_feats more than once"),
+        ("extra", b"", "must hold each array once, got extra more than once"),
+    ],
+    ids=["huge", "nested", "twice", "twice by another name"],
+)
+def test_hostile_members_are_named(features, tmp_path, name, content, message):
+    written(tmp_path / "f.npz", features, (name, content))
+    with pytest.raises(ValueError, match=message):
+        load_features(tmp_path / "f.npz")
+
+
+def test_encrypted_members_are_named(features, tmp_path):
+    path = tmp_path / "f.npz"
+    save_features(features, path)
+    content = bytearray(path.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags of the first member, in both its headers
+        content[content.index(mark) + at] |= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"query_feats of .* cannot be read .*encrypted"):
+        load_features(path)
+
+
+def test_bombs_are_not_unpacked(features, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_files, "_BOMB_BYTES", 1 << 20)
+    written(tmp_path / "f.npz", features, ("x.npy", bytes(2 << 20)))
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match=r"must hold features, which hardly pack, got 0\.0021 GB packed into"):
+        load_features(tmp_path / "f.npz")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])

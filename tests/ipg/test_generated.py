@@ -278,3 +278,9 @@ class TestNotes:
     def test_of_what_is_no_picture(self, tmp_path, content):
         (tmp_path / "x.png").write_bytes(content)
         assert read_note(tmp_path / "x.png") == {}
+
+    def test_of_a_note_that_is_none(self, tmp_path):
+        text = PngImagePlugin.PngInfo()
+        text.add_text("pose2id", "[" * 100_000)
+        Image.new("RGB", (10, 20)).save(tmp_path / "x.png", pnginfo=text)
+        assert read_note(tmp_path / "x.png") == {}

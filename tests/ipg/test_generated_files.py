@@ -15,6 +15,7 @@ from pose2id.cli import main
 from pose2id.ipg import batch as files
 from pose2id.ipg import generate_files
 from pose2id.ipg.batch import collect_images, contact_sheet, missing_pictures, seconds_per_picture
+from pose2id.ipg.pictures import PictureFolder
 
 FEW = poses.standard()[:2]
 OPTIONS = {"poses": FEW, "num_inference_steps": 1, "progress": False}
@@ -96,6 +97,29 @@ def test_an_interrupted_run_goes_on(generator, people, tmp_path, monkeypatch):
     before = {name: (out / name).stat().st_mtime_ns for name in below(out)}
     assert generate_files(generator, [people], out, **options) == files.Written(0, 6)
     assert {name: (out / name).stat().st_mtime_ns for name in below(out)} == before
+
+
+def cut(content):
+    return content[:-200]
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("damage", [cut, flipped])
+def test_damaged_pictures_are_made_anew(generator, people, tmp_path, damage, overwrite):
+    out, options = tmp_path / "out", {**OPTIONS, "grid": True, "overwrite": overwrite, "batch_size": 2}
+    generate_files(generator, [people], out, **options)
+    whole = contents(out)
+    for name in ("pose2/b.png", "sheets/a.png"):
+        (out / name).write_bytes(damage(whole[name]))
+    with pytest.raises(ValueError, match=r"pose2/b\.png must be a whole picture, and is damaged .*Generate it anew"):
+        PictureFolder(out, FEW)([people / "b.jpg"])
+    assert generate_files(generator, [people], out, **options) == files.Written(1, 5)
+    assert contents(out) == whole
 
 
 SETTINGS = {"seed": 1, "guidance_scale": 2.0, "num_inference_steps": 2, "size": (64, 32)}
@@ -212,6 +236,12 @@ def test_bad_input_writes_nothing(generator, people, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is a file"):
         generate_files(generator, [people], tmp_path / "file", **OPTIONS)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "pose2").touch()
+    for where in ("file/out", "in"):
+        with pytest.raises(FileExistsError, match=r"must be a folder, and .*(file|pose2) is a file"):
+            generate_files(generator, [people], tmp_path / where, **OPTIONS)
+    assert below(tmp_path / "in") == {"pose2"}
     for function in (generate_files, missing_pictures):
         with pytest.raises(ValueError, match="seed must be at least 0"):
             function(generator, [people], tmp_path / "out", seed=-5)

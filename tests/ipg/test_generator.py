@@ -463,6 +463,50 @@ def test_a_scheduler_that_is_none():
             tiny.generator(scheduler=scheduler)
 
 
+MISFITS = [
+    (diffusers.EDMEulerScheduler, {}, ValueError, "another kind of noise schedule"),
+    (diffusers.IPNDMScheduler, {}, ValueError, "another kind of noise schedule"),
+    (diffusers.DDPMWuerstchenScheduler, {}, ValueError, "another kind of noise schedule"),
+    (diffusers.UniPCMultistepScheduler, {"use_flow_sigmas": True}, ValueError, "another kind of noise schedule"),
+    (diffusers.DDIMScheduler, {"prediction_type": "flow_prediction"}, ValueError, "prediction_type 'flow_prediction'"),
+    (diffusers.DDIMInverseScheduler, {}, ValueError, "lead from images to noise"),
+    (diffusers.DPMSolverMultistepInverseScheduler, {}, ValueError, "lead from images to noise"),
+    (diffusers.RePaintScheduler, {}, TypeError, "whose step needs more .*original_image"),
+    (diffusers.FlowMatchEulerDiscreteScheduler, {}, TypeError, "without init_noise_sigma, scale_model_input"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changed", "error", "message"), MISFITS)
+def test_schedulers_that_do_not_fit(generator, kind, changed, error, message):
+    before = generator.scheduler
+    scheduler = kind.from_config({**tiny.SCHEDULER, **changed})
+    with pytest.raises(error, match=rf"scheduler must be .* for noise prediction, got {kind.__name__}.*{message}"):
+        generator.scheduler = scheduler
+    with pytest.raises(error, match=message):
+        generator.replaced(scheduler=scheduler)
+    assert generator.scheduler is before
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("name", ["DDPM", "PNDM", "EulerAncestralDiscrete", "HeunDiscrete", "LCM", "UniPCMultistep"])
+def test_a_scheduler_that_fits_can_be_assigned(generator, name):
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(tiny.SCHEDULER)
+    other = generator.replaced(scheduler=scheduler)
+    other.scheduler = generator.scheduler
+    other.scheduler = scheduler
+    assert other.scheduler is scheduler
+
+
+def test_a_generator_draws_the_noise_of_steps_for_each_picture(people, poses):
+    generator = tiny.generator(torch.float64, scheduler=diffusers.DDPMScheduler(**tiny.SCHEDULER))
+
+    def pictures(batch_size):
+        options = {"num_inference_steps": 2, "batch_size": batch_size, "output": "tensor"}
+        return generator.generate(people[:2], poses[:2], generator=torch.Generator().manual_seed(1), **options)
+
+    torch.testing.assert_close(pictures(1), pictures(4), rtol=0, atol=2.01 / 255)
+
+
 def test_schedulers_that_add_noise_take_the_generator(people, poses):
     generator = tiny.generator(scheduler=diffusers.DDPMScheduler(**tiny.SCHEDULER))
 

@@ -432,3 +432,9 @@ def test_push_without_a_token(hub, original):
     with pytest.raises(HfHubHTTPError, match="401"):
         original.push_to_hub("user/pushed")
     assert not hub.has("user/pushed")
+
+
+def test_offline_by_the_environment_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="not in the cache, and HF_HUB_OFFLINE is set"):
+        IdentityGenerator.from_pretrained("user/name", cache_dir=tmp_path)

@@ -445,6 +445,18 @@ def test_a_cut_safetensors_file_is_named(tmp_path, own):
         (lambda content: content["parts"]["pose_encoder"].update(channels=[]), "configuration of pose_encoder"),
         (lambda content: content["parts"]["identity_encoder"].update(stride=0), "configuration of identity_encoder"),
         (lambda content: content["parts"]["identity_encoder"].update(heads=5), "dim must be a multiple of heads"),
+        (
+            lambda content: content["parts"]["identity_encoder"].update(depth=10**8),
+            "configuration of identity_encoder builds no TransReID: more than 10,000 tensors",
+        ),
+        (
+            lambda content: content["parts"]["denoising_unet"].update(transformer_layers_per_block=10**8),
+            "configuration of denoising_unet builds no UNet2DConditionModel: more than 10,000 tensors",
+        ),
+        (
+            lambda content: content["scheduler"].update(num_train_timesteps=10**12),
+            r"configuration of the scheduler .*num_train_timesteps 1e\+12, more than 100,000",
+        ),
         (lambda content: content["settings"].pop("round_bank"), "settings in .* must be image_size and round_bank"),
         (
             lambda content: content["settings"].update(round_bank="false"),
@@ -464,7 +476,7 @@ def test_a_wrong_configuration_is_named(tmp_path, own, change, message):
         IdentityGenerator.from_pretrained(tmp_path / "own", device="cpu")
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
 def test_json_that_is_none(tmp_path, own, content):
     shutil.copytree(own, tmp_path / "own")
     (tmp_path / "own" / "pose2id.json").write_text(content)

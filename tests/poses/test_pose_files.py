@@ -140,6 +140,8 @@ def test_what_is_not_visible_does_not_decide_on_pixels(file):
 def test_people_of_whom_nothing_is_visible_are_left_out(file):
     nobody = {"pose_keypoints_2d": [0] * 54}
     assert read(file({"people": [nobody, person(ONE), nobody]})) == [ONE]
+    null = {"pose_keypoints_2d": None, "hand_left_keypoints_2d": None}  # as ControlNet writes it
+    assert read(file([{"people": [null, person(ONE)]}, {"people": [null]}])) == [ONE]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,8 @@ def test_people_of_whom_nothing_is_visible_are_left_out(file):
         ([7], r"\[0\] must be an object with a list 'people', got int"),
         ({"persons": []}, r"with a list 'people', got \['persons'\]"),
         ({"people": {}}, "with a list 'people'"),
-        ({"people": [{"pose_keypoints_2d": None}]}, r"people\[0\] must be an object with a list 'pose_keypoints_2d'"),
+        ({"people": [{"pose_keypoints_2d": None}]}, "no person with a visible keypoint"),
+        ({"people": [{"pose_keypoints_2d": 7}]}, r"people\[0\] must be an object with a list 'pose_keypoints_2d'"),
         ([{"people": []}, {"people": [person(ONE), {}]}], r"\[1\]\.people\[1\] must be an object with a list"),
         (
             {"people": [person(ONE), {"pose_keypoints_2d": [0] * 53}]},

@@ -15,6 +15,7 @@ from PIL import Image
 from pose2id.cli import main
 from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.io import whole_files as _outputs
+from pose2id.io.images import image_files
 from pose2id.poses import Pose, standard, write
 from pose2id.training.table import PersonImage, read_table, table_of_folder, write_table
 
@@ -61,6 +62,11 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def people():
     return SyntheticPedestrians(3, num_cameras=2, images_per_camera=2, seed=5)
+
+
+def test_the_same_text_is_the_same_person(table):
+    path = table(f"{HEADER}a.png, 1, 2,\nb.png,1 ,2,\nc.png,01,2,\n")
+    assert [(image.identity, image.camera) for image in read_table(path)] == [("1", "2"), ("1", "2"), ("01", "2")]
 
 
 def test_reading(table, tmp_path):
@@ -214,6 +220,8 @@ BAD = "must be empty or a JSON list of 18 entries"
         ("a.png,1\nb.png,2\n", "line 1 must be a header.*got 'a.png,1' without path and identity"),
         ("\n\npath;identity\na.png;1\n", "line 3 must be a header.*got 'path;identity' without path and identity"),
         ("path,camera\na.png,1\n", "line 1 must be a header.*without identity"),
+        ("path,identity\na.png,1\na\0b.png,1\n", "line 3.* must .*(NUL|no control characters, got 'a.x00b)"),
+        ("path,identity\na\x1b[2J.png,1\n", r"line 2, column path must hold no control characters, got 'a\\x1b"),
         ("path,identity,path\na.png,1,b.png\n", "line 1 must name each column once, got path more than once"),
         (HEADER, "must have a line for each image below its header, got none"),
         (f"{HEADER}a.png,1,,\nb.png,1\n", "line 3 must have 4 cells, as the header, got 2"),
@@ -307,6 +315,34 @@ def test_folders_that_are_people(folder, monkeypatch):
     folder("stray.jpg")
     with pytest.raises(ValueError, match=r"must be in folders.* got 1 of 6 others: .*stray\.jpg\. Move"):
         table_of_folder(root, identity="folder")
+
+
+@pytest.mark.parametrize("junk", ["-1", "00-1", "-001", "0000", " -1 "])
+def test_folders_of_junk_are_nobody(folder, caplog, junk):
+    root = folder("007/a.jpg", "7/a.jpg", f"{junk}/a.jpg", f"deeper/{junk}/a.jpg")
+    assert [image.identity for image in table_of_folder(root, identity="folder")] == ["007", "7"]
+    assert caplog.messages == ["2 of 4 images left out: identities -1 (junk) and 0"]
+
+
+def test_spaces_make_no_other_person(folder):
+    with pytest.raises(ValueError, match=r"every person must have one folder, got 2 folders '1'"):
+        table_of_folder(folder("1/a.jpg", " 1/a.jpg"), identity="folder")
+
+
+def test_each_real_file_once(folder, tmp_path):
+    root = folder("d/a.jpg", "d/b.jpg", ".hidden/c.jpg")
+    for name, target in {"d/again": ".", "d/twice": ".", "d/up": "..", "a": "d"}.items():
+        (root / name).symlink_to(target)
+    folder("../elsewhere/e.jpg")
+    (root / "f").symlink_to(tmp_path / "elsewhere")
+    for name, target in {"g.jpg": "d/a.jpg", "h.jpg": ".hidden/c.jpg", "i.jpg": ".hidden/c.jpg"}.items():
+        (root / name).symlink_to(root / target)
+    assert sorted(image_files(root)) == [
+        ("", str(root / "h.jpg")),
+        ("d", str(root / "d" / "a.jpg")),
+        ("d", str(root / "d" / "b.jpg")),
+        ("f", str(root / "f" / "e.jpg")),
+    ]
 
 
 def test_folders_in_folders_that_would_make_one_person_of_two(folder):
@@ -469,7 +505,7 @@ def test_drawn_people_go_to_an_empty_folder(people, tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_interrupted_write_leaves_no_table_and_no_half_pictures(people, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_nothing_and_can_be_done_again(people, tmp_path, monkeypatch):
     samples, save = people[:4], Image.Image.save
     written = []
 
@@ -483,8 +519,10 @@ def test_an_interrupted_write_leaves_no_table_and_no_half_pictures(people, tmp_p
     monkeypatch.setattr(Image.Image, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_people(samples, tmp_path)
-    assert [item.name for item in tmp_path.iterdir()] == ["images"]
-    assert sorted(item.name for item in (tmp_path / "images").iterdir()) == ["0001_c1_0.png", "0001_c1_1.png"]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert len(read_table(write_people(samples, tmp_path))) == 4
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["images", "table.csv"]
 
 
 def test_a_table_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):

@@ -834,7 +834,15 @@ def test_a_damaged_checkpoint(short, run, tmp_path, capsys, damage):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"settings": 5, "images": ""}', '{"settings": {}, "images": "", "generator": ""}']
+    "content",
+    [
+        "{",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"settings": 5, "images": ""}',
+        '{"settings": {}, "images": "", "generator": ""}',
+    ],
 )
 def test_a_damaged_description_is_named(short, run, tmp_path, content):
     directory = until(short, 1, tmp_path / "run")
@@ -843,7 +851,7 @@ def test_a_damaged_description_is_named(short, run, tmp_path, content):
         run(directory)
 
 
-@pytest.mark.parametrize("content", ["garbage\n", "[]\n", '{"loss": 0.5}\n'])
+@pytest.mark.parametrize("content", ["garbage\n", "[" * 100_000 + "\n", "[]\n", '{"loss": 0.5}\n'])
 def test_a_damaged_record_is_named(short, run, tmp_path, content):
     directory = until(short, 1, tmp_path / "run")
     (directory / "metrics.jsonl").write_text(content)

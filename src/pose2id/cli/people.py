@@ -9,8 +9,9 @@ from typing import Any
 from pose2id.cli.options import command
 
 _TABLE = """The table has a line for each image: path (from the table's folder), identity, camera, keypoints.
-  --identity name    names are identity, _c and camera: 0002_c1s1_000451_03.jpg; -1 and 0 are left out
+  --identity name    names are identity, _c and camera: 0002_c1s1_000451_03.jpg
   --identity folder  every person has one folder, with images right in it
+Identities -1 and 0 (0000) are left out.
 """
 
 

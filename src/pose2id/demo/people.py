@@ -31,7 +31,7 @@ from pose2id.demo.figure import (
     random_pose,
 )
 from pose2id.io.checks import checked_count, checked_number
-from pose2id.io.whole_files import new_directory, whole_file
+from pose2id.io.whole_files import new_directory, whole_directory, whole_file
 from pose2id.poses.skeleton import Pose
 from pose2id.training.table import PersonImage, write_table
 
@@ -540,9 +540,7 @@ def _infrared(cameras: Any, num_cameras: int) -> list[int]:
 
 
 def write_people(people: Sequence[Sample], folder: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """Write drawn pedestrians as files: pictures as `images/PID_cCAMID_INDEX.png`, and last of all `table.csv`.
-
-    A folder without a table was not finished.
+    """Write drawn pedestrians as files, all or none: pictures as `images/PID_cCAMID_INDEX.png`, and `table.csv`.
 
     Args:
         people: `SyntheticPedestrians`, or some of its samples.
@@ -557,16 +555,15 @@ def write_people(people: Sequence[Sample], folder: str | os.PathLike[str], *, pr
         OSError: a file cannot be written.
         ValueError: no samples, or one that is there twice.
     """
-    folder = new_directory(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    images = []
-    for sample in tqdm(people, unit="img", disable=None if progress else True):
-        identity, camera = f"{sample.pid:04d}", str(sample.camid)
-        path = folder / "images" / f"{identity}_c{camera}_{sample.index}.png"
-        with whole_file(path) as unfinished:
-            Image.fromarray(sample.image).save(unfinished, "PNG")
-        seen = np.where(sample.visible[:, None], sample.keypoints, np.nan)
-        images.append(PersonImage(path, identity, camera, Pose(seen) if sample.visible.any() else None))
-    table = folder / "table.csv"
-    write_table(images, table)
-    return table
+    folder, images = new_directory(folder), []
+    with whole_directory(folder, last="table.csv") as unfinished:
+        (unfinished / "images").mkdir()
+        for sample in tqdm(people, unit="img", disable=None if progress else True):
+            identity, camera = f"{sample.pid:04d}", str(sample.camid)
+            path = unfinished / "images" / f"{identity}_c{camera}_{sample.index}.png"
+            with whole_file(path) as file:
+                Image.fromarray(sample.image).save(file, "PNG")
+            seen = np.where(sample.visible[:, None], sample.keypoints, np.nan)
+            images.append(PersonImage(path, identity, camera, Pose(seen) if sample.visible.any() else None))
+        write_table(images, unfinished / "table.csv")
+    return folder / "table.csv"

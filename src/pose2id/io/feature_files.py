@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id.io.checks import checked_labels
+from pose2id.io.checks import checked_labels, first_few
 from pose2id.io.rows import Rows, checked_pair
 from pose2id.io.whole_files import new_file, whole_file
 
 _MAT_NAME_LENGTH = 63
+_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100  # Deflate makes a thousandth of zeros
 _LABELS = ("q_pids", "g_pids", "q_camids", "g_camids")
 _NPZ_KEYS = {name: name for name in ("query_feats", "gallery_feats", *_LABELS)}
 # The layout in which Market1501 features are commonly passed around between Python and MATLAB.
@@ -70,7 +70,8 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a broken file, pickled objects, a missing array, or bad content, named.
+        ValueError: another ending, a broken file, pickled objects, an array that is missing or there twice, an .npz of
+            more than 1 GiB that is packed to less than a hundredth, or bad content, named.
     """
     path = Path(path)
     keys = _keys(path)
@@ -151,17 +152,23 @@ def _write_mat(file: Any, arrays: Mapping[str, Any]) -> None:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path):
-            pass
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
         file = np.load(path, allow_pickle=False)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} is damaged, or not an .npz file ({error}).") from error
     arrays = {}
     with file:
+        twice = {name for name in file.files if file.files.count(name) > 1}
+        if twice:
+            raise ValueError(f"{path} must hold each array once, got {first_few(sorted(twice))} more than once.")
+        if unpacked > max(_BOMB_BYTES, _BOMB_RATIO * path.stat().st_size):
+            given = f"{unpacked / 1e9:.3g} GB packed into {path.stat().st_size:,} bytes"
+            raise ValueError(f"{path} must hold features, which hardly pack, got {given}. Write it uncompressed.")
         for name in file.files:
             try:
                 arrays[name] = file[name]
-            except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            except Exception as error:
                 raise ValueError(
                     f"{name} of {path} cannot be read ({error}). Pickled objects, which can run code, are refused."
                 ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,38 @@ def content_key(picture: Image.Image) -> str:
 
 
 def image_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(relative folder, path) of all image files below a folder: strings, since there may be a million."""
-    for parent, _, names in os.walk(folder, followlinks=True):
-        relative = Path(parent).relative_to(folder).as_posix()
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield "" if relative == "." else relative, os.path.join(parent, name)
+    """(relative folder, path) of all image files below a folder: strings, since there may be a million.
+
+    Hidden files and folders are left out. Links are followed, and each real file comes once: under its own name, if
+    that is below the folder.
+    """
+    folders, linked = deque([os.fspath(folder)]), []
+    seen: set[str] = set()  # real folders, and real files elsewhere
+    while folders:
+        for parent, inner, names in os.walk(folders.popleft()):
+            real = os.path.realpath(parent)
+            inner[:] = () if real in seen else sorted(name for name in inner if not name.startswith("."))
+            if real in seen:
+                continue
+            seen.add(real)
+            # After all that is no link: they may lead back to it.
+            folders += (path for name in inner if os.path.islink(path := os.path.join(parent, name)))
+            relative = Path(parent).relative_to(folder).as_posix()
+            for name in sorted(filter(_is_listed, names)):
+                file = "" if relative == "." else relative, os.path.join(parent, name)
+                if os.path.islink(file[1]):
+                    linked.append(file)
+                else:
+                    yield file
+    for file in linked:
+        parent, name = os.path.split(real := os.path.realpath(file[1]))
+        if real not in seen and not (parent in seen and _is_listed(name)):
+            seen.add(real)
+            yield file
+
+
+def _is_listed(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def _check_pixels(item: Any, name: str) -> None:

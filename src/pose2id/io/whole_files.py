@@ -1,16 +1,30 @@
-"""Files that are written atomically, and replace nothing unless asked."""
+"""Files that are written atomically, and replace nothing unless asked.
+
+While they are written they have hidden names, which tell machine and process: what a killed process left is removed by
+the next one that writes into that folder.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
-import secrets
+import platform
+import re
+import shutil
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_MACHINE = f"{zlib.crc32(platform.node().encode()) & 0xFFFFFF:06x}"
+_HIDDEN = re.compile(rf"\.(?:.+\.|unfinished-){_MACHINE}([0-9a-f]{{6}})[0-9a-f]{{4}}", re.DOTALL)
+_numbers = itertools.count()
+_at_work: set[str] = set()  # hidden names of this process
+_swept: set[Path] = set()  # folders
 
 
 def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suffixes: tuple[str, ...] = ()) -> Path:
@@ -24,14 +38,18 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suf
     Raises:
         FileExistsError: it exists and may not.
         FileNotFoundError: its folder does not exist.
+        OSError: its folder is a file, its name too long.
         ValueError: another ending.
     """
-    target = Path(path).resolve()
+    with _named(path):
+        target = Path(path).resolve()
+        exists = target.exists()
     if suffixes and Path(path).suffix.lower() not in suffixes:
         raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
+    check_folder(target.parent)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {Path(path).parent}.")
-    if target.exists() and not overwrite:
+    if exists and not overwrite:
         raise FileExistsError(f"{path} exists. Choose another name{'' if overwrite is None else ', or overwrite it'}.")
     return target
 
@@ -40,12 +58,25 @@ def new_directory(path: str | os.PathLike[str]) -> Path:
     """A directory to fill, which does not exist yet or is empty.
 
     Raises:
-        FileExistsError: it is neither.
+        FileExistsError: it is neither, or would be in a file.
+        OSError: its name is too long.
     """
     target = Path(path).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    check_folder(target.parent)
+    _remove_leftovers(target)
+    with _named(path):
+        exists = target.exists()
+    if exists and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty. Choose another.")
     return target
+
+
+def check_folder(path: Path) -> None:
+    """Raise a FileExistsError if a file is where this folder, or one that it is in, should be."""
+    with _named(path):
+        place = next((place for place in (path, *path.parents) if place.exists()), path)
+    if place.is_file():
+        raise FileExistsError(f"{path} must be a folder, and {place} is a file. Choose another.")
 
 
 @contextmanager
@@ -55,19 +86,103 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; named. FileExistsError: without `replace`, it appeared in the meantime.
     """
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        yield unfinished
-        if replace:
-            unfinished.replace(path)
-        else:
-            _link(unfinished, path)
+        with _hidden(path.parent, f".{path.name[:40]}.") as unfinished:
+            yield unfinished
+            if replace:
+                unfinished.replace(path)
+            else:
+                _link(unfinished, path)
     except FileExistsError as error:
         raise FileExistsError(f"{path} was created by another process in the meantime. Choose another name.") from error
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextmanager
+def whole_directory(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """A hidden directory to fill: its content becomes that of `path`, new or empty, when all has gone well.
+
+    `last` is moved there last: without it, the directory is not whole. If anything fails, nothing is left in it.
+
+    Raises:
+        FileExistsError: the directory holds something.
+    """
+    target = new_directory(path)
+    made, moved = not target.exists(), []
+    with _named(path):
+        target.mkdir(parents=True, exist_ok=True)
+    try:
+        # Inside the target, which may be a mount, or all that may be written to.
+        with _hidden(target, ".unfinished-") as unfinished:
+            unfinished.mkdir()
+            yield unfinished
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == last):
+                moved.append(file.rename(target / file.name))
+    except BaseException:
+        for file in moved:
+            _remove(file)
+        if made:
+            with suppress(OSError):  # another process put something there
+                target.rmdir()
+        raise
+
+
+@contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in an OSError what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} cannot be the name of a file: {error}.") from error
+
+
+@contextmanager
+def _hidden(folder: Path, prefix: str) -> Iterator[Path]:
+    """A hidden name in a folder. What has it in the end is removed, and before, once, what killed processes left."""
+    if folder not in _swept:
+        _swept.add(folder)
+        _remove_leftovers(folder)
+    name = f"{prefix}{_MACHINE}{os.getpid() & 0xFFFFFF:06x}{next(_numbers) & 0xFFFF:04x}"
+    _at_work.add(name)
+    try:
+        yield folder / name
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(folder / name)
+        _at_work.discard(name)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove hidden files and directories whose process, on this machine, is no more."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            found = _HIDDEN.fullmatch(path.name)
+            if found and path.name not in _at_work and not _is_alive(int(found[1], 16)):
+                _remove(path)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether another process has this number. In a container, a killed one may have had ours."""
+    if os.name == "nt":  # where a signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return process != os.getpid()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or directory if it can be: no error may hide the one before."""
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _link(source: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,13 +21,15 @@ from PIL import Image, PngImagePlugin
 
 from pose2id.io.checks import first_few
 from pose2id.io.images import content_key, image_files, load_image
-from pose2id.io.whole_files import whole_file
+from pose2id.io.whole_files import check_folder, whole_file
 from pose2id.ipg.folder import NOTE, read_note
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pixels import References, load_poses
 from pose2id.ipg.sampler import denoise
 from pose2id.ipg.sampling import Sampling
 from pose2id.ipg.weights import PARTS
+
+logger = logging.getLogger(__name__)
 
 SHEETS = "sheets"
 _GAP = 4  # pixels between the pictures of a contact sheet
@@ -78,10 +81,11 @@ def generate_files(
 ) -> Written:
     """Generate every person in every pose into PNG files, and go on where an earlier run stopped.
 
-    A file is kept if its note says that it was made from the same pixels, pose, weights, precision and settings; the
-    noise depends on nothing else, so a run that was interrupted gives the pictures of one that was not, up to the last
-    digits that other batches cost: 1 or 2 of 255 in single values. Files appear whole or not at all. Weights are told
-    apart by a hash of some values of each tensor, and of the scheduler's configuration.
+    A file is kept if its note says that it was made from the same pixels, pose, weights, precision and settings, and
+    its checksums that it is whole. The noise depends on nothing else, so a run that was interrupted gives the pictures
+    of one that was not, up to the last digits that other batches cost: 1 or 2 of 255 in single values. Files appear
+    whole or not at all. Weights are told apart by a hash of some values of each tensor, and of the scheduler's
+    configuration.
 
     Args:
         generator: of the pictures.
@@ -232,11 +236,12 @@ class _Job:
         grid: bool,
         overwrite: bool,
     ) -> None:
-        if directory.exists() and not directory.is_dir():
-            raise FileExistsError(f"directory must not be a file, and {directory} is a file.")
+        check_folder(directory)
         found = collect_images(images, directory)
         self.names, self.directory, self.overwrite = list(found), directory, overwrite
         self.poses = load_poses(poses)
+        for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):
+            check_folder(directory / folder)
         self.references = References(list(found.values()), [f"image {name}" for name in found])
         self._keys = _content_keys(found, self.references)
         self._made_with = {
@@ -344,8 +349,12 @@ def _content_keys(images: Mapping[str, Path], references: References) -> list[st
 
 
 def _look(target: Path) -> dict[str, Any] | None:
-    """A file's note, {} if it has none; None: there is no file."""
-    return read_note(target) if target.exists() else None
+    """A file's note, {} if it has none; None: there is no file, or a damaged one of ours, which is made anew."""
+    try:
+        return read_note(target) if target.exists() else None
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _save(picture: Image.Image, target: Path, note: str) -> None:

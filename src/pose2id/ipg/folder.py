@@ -126,13 +126,25 @@ def _files_by_name(folder: Path) -> dict[str, list[str]]:
 
 
 def read_note(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings recorded in a generated PNG; {} for other files."""
+    """The settings recorded in a generated PNG; {} for other files.
+
+    Raises:
+        ValueError: the PNG has a note, and is damaged.
+    """
     try:
         with Image.open(path) as picture:
             note = json.loads(picture.info.get(NOTE, "{}"))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError):
         return {}
-    return note if isinstance(note, dict) else {}
+    if not isinstance(note, dict) or not note:
+        return {}
+    try:
+        # The note comes before the pixels, whose checksums decoding doesn't look at.
+        with Image.open(path) as picture:
+            picture.verify()
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{path} must be a whole picture, and is damaged ({error}). Generate it anew.") from error
+    return note
 
 
 def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: Sequence[Any]) -> None:

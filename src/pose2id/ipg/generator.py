@@ -23,10 +23,10 @@ from pose2id.io.rows import blocks
 from pose2id.ipg import reference, weights
 from pose2id.ipg.identity import IdentityTokens
 from pose2id.ipg.networks import Networks, check_shape, present_device
-from pose2id.ipg.noise import Noise
+from pose2id.ipg.noise import Noise, steps_seed
 from pose2id.ipg.pixels import References, load_poses, pixels, to_pictures, to_tensor
 from pose2id.ipg.pose_encoder import PoseEncoder
-from pose2id.ipg.sampler import Sampler, denoise, guided
+from pose2id.ipg.sampler import Sampler, checked_scheduler, denoise, guided
 from pose2id.ipg.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class IdentityGenerator:
 
     Raises:
         TypeError: not a diffusers scheduler.
-        ValueError: networks that do not fit each other, named, with the sizes, dtypes or devices that differ.
+        ValueError: a scheduler of flows or of sigmas of its own, or from images to noise; networks that do not fit each
+            other, named, with the sizes, dtypes or devices that differ.
     """
 
     def __init__(
@@ -87,11 +88,6 @@ class IdentityGenerator:
         sources: Mapping[str, str] | None = None,
         license: str = weights.OPENRAIL,  # noqa: A002 - what the Hub calls it
     ) -> None:
-        needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
-        lacking = [name for name in needed if not hasattr(scheduler, name)]
-        if lacking:
-            given = f"{type(scheduler).__name__} without {', '.join(lacking)}"
-            raise TypeError(f"scheduler must be a diffusers scheduler for noise prediction, got {given}.")
         if not callable(sampler):
             raise TypeError(f"sampler must be callable, such as pose2id.ipg.sampler.denoise, got {sampler!r}.")
         self.networks = Networks(
@@ -120,6 +116,15 @@ class IdentityGenerator:
     latent_shape: tuple[int, int, int] = _of_networks("latent_shape")
     device: torch.device = _of_networks("device")
     dtype: torch.dtype = _of_networks("dtype")
+
+    @property
+    def scheduler(self) -> Any:
+        """A diffusers scheduler; one that is assigned is checked as the constructor's."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._scheduler = checked_scheduler(scheduler)
 
     def encode_identity(self, images: Tensor) -> Tensor:
         """Identity tokens (B, N, D) of images (B, 3, *identity_encoder.image_size) in [0, 1]."""
@@ -327,7 +332,8 @@ class IdentityGenerator:
             guidance_scale: from 0 to 1000; 1 leaves guidance out.
             seed: at least 0.
             generator: draws the noise in place of the seed, on its device, as (M, 4, h, w) per image in the images'
-                order: with the published seed on CUDA, and the published order of images, the published noise.
+                order: with the published seed on CUDA, and the published order of images, the published noise. For
+                schedulers that add noise in their steps it gives a seed, of which each picture's steps draw alone.
             latents: (N, M, 4, h, w) float noise in place of drawn noise. `seed` or `generator` then serve only
                 schedulers that add noise in their steps.
             batch_size: pictures per forward. "auto": 32 on CUDA, fewer where its free memory is small; else 8. When
@@ -392,7 +398,8 @@ class IdentityGenerator:
             for i in range(len(references)):
                 references[i]  # whole: a header does not tell that its file breaks off
 
-        noise = Noise(self.latent_shape, [key for key, _ in drawn], sampling.seed, generator, latents)
+        seed = sampling.seed if generator is None else steps_seed(generator, drawn_from=latents is None)
+        noise = Noise(self.latent_shape, [key for key, _ in drawn], seed, generator, latents)
         stream = self._stream(references, [drawing for _, drawing in drawn], noise, sampling, batch_size, progress)
         pictures = (to_pictures(images, sampling.size, f"pictures of images[{i}]") for i, images in enumerate(stream))
         return pictures if output == "pil" else map(to_tensor, pictures)
@@ -419,8 +426,7 @@ class IdentityGenerator:
                     pose_features,
                     torch.stack([noise.initial(i, key, self.device) for i, key in enumerate(keys, some.start)]),
                 )
-                generated, draws = None, noise.generator
-                state = None if draws is None else draws.get_state()
+                generated = None
                 while generated is None:
                     steps_draw = noise.of_steps(keys)
                     try:
@@ -431,8 +437,6 @@ class IdentityGenerator:
                             remedy = "Pass a smaller one, or enable_model_cpu_offload()"
                             raise torch.cuda.OutOfMemoryError(f"{lacking}. {remedy}.") from error
                         batch_size, halved = batch_size // 2, True
-                        if draws is not None and state is not None:  # it drew for some steps already
-                            draws.set_state(state)
                         logger.warning("%s ran out of memory; going on with batch_size=%d", self.device, batch_size)
                 for in_poses in generated:
                     yield in_poses

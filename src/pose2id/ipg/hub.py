@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -52,7 +52,8 @@ class Place:
         self._argument = argument
         self._revision = revision
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._cache_only = "local_files_only=True" if local_files_only else ""  # the reason, if so
+        reasons = {"local_files_only=True": local_files_only, "HF_HUB_OFFLINE is set": constants.HF_HUB_OFFLINE}
+        self._cache_only = next((reason for reason, holds in reasons.items() if holds), "")
         self._token = token
         directory = Path(self.name).expanduser()
         self._directory = directory if self.name and directory.is_dir() else None

@@ -48,7 +48,7 @@ class Noise:
         shape: (channels, height, width) of one picture's latents.
         pose_keys: of the M poses.
         seed: of `ItemNoise`.
-        generator: of the run, in place of the seed.
+        generator: of the run; draws what pictures begin as in place of the seed.
         latents: (N, M, *shape), in place of drawn ones.
     """
 
@@ -67,11 +67,19 @@ class Noise:
         shape, at = (len(self.pose_keys), *self.shape), self.generator.device
         return torch.randn(shape, generator=self.generator, device=at, dtype=torch.float32).to(device)
 
-    def of_steps(self, image_keys: Sequence[str]) -> torch.Generator | list[list[torch.Generator]]:
-        """For schedulers that add noise in their steps: the run's generator, or fresh ones for each picture's poses."""
-        if self.generator is not None:
-            return self.generator
+    def of_steps(self, image_keys: Sequence[str]) -> list[list[torch.Generator]]:
+        """For schedulers that add noise in their steps: fresh generators, one for each pose of each image."""
         return [[item.generator() for item in self._items(key)] for key in image_keys]
 
     def _items(self, image_key: str) -> list[ItemNoise]:
         return [ItemNoise(self.seed, image_key, pose_key) for pose_key in self.pose_keys]
+
+
+def steps_seed(generator: torch.Generator, *, drawn_from: bool) -> int:
+    """The seed of `ItemNoise` that a run's generator gives, for the steps of schedulers that add noise.
+
+    A generator that what pictures begin as is drawn from (`drawn_from`) stays as it is: the published order of draws.
+    """
+    if drawn_from:
+        generator = torch.Generator(generator.device).set_state(generator.get_state())
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

@@ -80,6 +80,34 @@ def denoise(
     return latents.view_as(noise)
 
 
+def checked_scheduler(scheduler: Any) -> Any:
+    """A diffusers scheduler that can take the steps of `denoise`.
+
+    Raises:
+        TypeError: not a scheduler for predictions of noise or v, or one whose steps need more than these.
+        ValueError: a scheduler of flows, or of sigmas of its own (without `alphas_cumprod`); one of another prediction
+            type, or whose steps lead from images to noise.
+    """
+    name, rule = type(scheduler).__name__, "scheduler must be a diffusers scheduler for noise prediction"
+    needed = ("config", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
+    lacking = [attribute for attribute in needed if not hasattr(scheduler, attribute)]
+    if lacking:
+        raise TypeError(f"{rule}, got {name} without {', '.join(lacking)}.")
+    try:
+        inspect.signature(scheduler.step).bind(None, None, None, return_dict=False)
+    except TypeError as error:
+        raise TypeError(f"{rule}, got {name}, whose step needs more ({error}).") from error
+    config = scheduler.config
+    if not hasattr(scheduler, "alphas_cumprod") or config.get("use_flow_sigmas"):
+        raise ValueError(f"{rule}, got {name}, of another kind of noise schedule. Take DDIM, Euler or DPM-Solver.")
+    if config.get("prediction_type") not in (None, "epsilon", "v_prediction", "sample"):
+        raise ValueError(f"{rule}, got {name} of prediction_type {config['prediction_type']!r}.")
+    timesteps = getattr(scheduler, "timesteps", None)  # from the start, but PNDM's
+    if timesteps is not None and timesteps[0] < timesteps[-1]:
+        raise ValueError(f"{rule}, got {name}, whose steps lead from images to noise.")
+    return scheduler
+
+
 def guided(guidance_scale: float) -> bool:
     """Whether unconditional rows have a weight: at scale 1 they have none."""
     return guidance_scale != 1

@@ -6,17 +6,18 @@ safetensors file per network and pose2id.json, which holds every configuration. 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import itertools
 import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import tempfile
+import threading
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +29,10 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pose2id.io.checks import first_few
-from pose2id.io.whole_files import new_directory
+from pose2id.io.whole_files import new_directory, whole_directory
 from pose2id.ipg.hub import MissingFilesError, Place
 from pose2id.ipg.identity import IdentityTokens, TransReID
 from pose2id.ipg.pose_encoder import PoseEncoder
@@ -111,7 +113,9 @@ PARTS: Mapping[str, Part] = {
     ),
 }
 # What constructors raise for unknown or senseless arguments.
-CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+_MOST_TENSORS = 10_000  # of a network: Stable Diffusion's UNet has 686
+_MOST_TIMESTEPS = 100_000
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LFS_POINTER = b"version https://git-lfs"
 # Attention of VAEs that were saved before diffusers 0.15.
@@ -165,6 +169,10 @@ class Weights:
         kind = getattr(diffusers, str(name), None)
         if not inspect.isclass(kind) or not issubclass(kind, diffusers.SchedulerMixin):
             raise ValueError(f"_class_name of the scheduler in {CONFIG_FILE} must be one of diffusers, got {name!r}.")
+        timesteps = self.scheduler_config.get("num_train_timesteps", 1000)
+        if isinstance(timesteps, (int, float)) and timesteps > _MOST_TIMESTEPS:
+            given = f"num_train_timesteps {timesteps:g}, more than {_MOST_TIMESTEPS:,}"
+            raise ValueError(f"the configuration of the scheduler builds no {name}: {given}")
         try:
             with torch.device("cpu"):  # whatever the default is: its tables are looked up there in every step
                 return cast("Any", kind).from_config(dict(self.scheduler_config))
@@ -174,7 +182,7 @@ class Weights:
     def build(self, name: str) -> nn.Module:
         """A network in shapes only, on the meta device."""
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _bounded():
                 return PARTS[name].build(self.configs[name])
         except CONFIG_ERRORS as error:
             raise ValueError(f"the configuration of {name} builds no {PARTS[name].kind.__name__}: {error}") from error
@@ -187,6 +195,22 @@ class Weights:
             key: torch.empty_like(stored[key], dtype=dtype, device=device).copy_(stored[key])
             for key in module.state_dict()
         }
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Within, a network of too many tensors is an error while it is built, not after hours."""
+    numbers, thread = itertools.count(1), threading.get_ident()
+
+    def count(module: nn.Module, name: str, _: Any) -> None:
+        if threading.get_ident() == thread and next(numbers) > _MOST_TENSORS:
+            raise ValueError(f"more than {_MOST_TENSORS:,} tensors, at {name} of a {type(module).__name__}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def open_weights(
@@ -251,7 +275,7 @@ def save(
 
     `weights` describe them; `states` are (network, tensors), taken one after the other. `notes` end the model card.
     """
-    target, terms = new_directory(directory), checked_license(weights.license)
+    terms = checked_license(weights.license)
     content = {
         "format": _FORMAT,
         "parts": {name: dict(config) for name, config in weights.configs.items()},
@@ -261,12 +285,8 @@ def save(
         "license": terms,
     }
     description = json.dumps(content, indent=2) + "\n"
-    made, moved = not target.exists(), []
-    target.mkdir(parents=True, exist_ok=True)
-    # Inside the target, which may be a mount, or all that may be written to.
-    unfinished = target / f".unfinished-{secrets.token_hex(4)}"
-    try:
-        unfinished.mkdir()
+    # The configuration last: without it, nothing takes the directory for weights.
+    with whole_directory(directory, last=CONFIG_FILE) as unfinished:
         (unfinished / CONFIG_FILE).write_text(description, encoding="utf-8")
         (unfinished / CARD).write_text(model_card(weights.sources, terms, notes), encoding="utf-8")
         for name, state in states:
@@ -278,18 +298,6 @@ def save(
                 raise OSError(f"{file.name} could not be written: {error}") from error
             # safetensors makes files that only their owner may read.
             shutil.copymode(unfinished / CONFIG_FILE, file)
-        # The configuration last: without it, nothing takes the directory for weights.
-        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == CONFIG_FILE):
-            moved.append(file.rename(target / file.name))
-        unfinished.rmdir()
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for file in moved:
-            file.unlink()
-        if made:
-            with contextlib.suppress(OSError):  # another process put something there
-                target.rmdir()
-        raise
 
 
 def convert(
@@ -338,7 +346,7 @@ def json_object(path: Path, argument: str = "") -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} must be a JSON file, and there is none.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} must hold a JSON object, got {type(content).__name__}.")

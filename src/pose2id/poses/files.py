@@ -115,10 +115,13 @@ def _parsed(data: Any, size: tuple[int, int] | None, threshold: float) -> list[P
 def _poses_of(picture: Any, where: str, size: tuple[int, int] | None, threshold: float) -> list[Pose]:
     """The people of a picture; an entry of COCO's results is a picture of one."""
     if isinstance(picture, dict) and "keypoints" in picture:
-        people = {where: _list(picture, "keypoints", where)}
+        key, entries = "keypoints", {where: picture}
     else:
+        key = "pose_keypoints_2d"
         entries = {f"{where}.people[{i}]": entry for i, entry in enumerate(_list(picture, "people", where))}
-        people = {place: _list(entry, "pose_keypoints_2d", place) for place, entry in entries.items()}
+    # ControlNet writes null for a person of whom only hands or face were found.
+    bodies = {place: entry for place, entry in entries.items() if not _is_null(entry, key)}
+    people = {place: _list(entry, key, place) for place, entry in bodies.items()}
     found = {place: _placed(numbers, place, threshold) for place, numbers in people.items()}
     found = {place: keypoints for place, keypoints in found.items() if not np.isnan(keypoints).all()}
     if any(np.nanmin(keypoints) < LOWEST or np.nanmax(keypoints) > HIGHEST for keypoints in found.values()):
@@ -156,6 +159,10 @@ def _list(data: Any, key: str, where: str) -> list[Any]:
         given = list(data) if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{_named(where)} must be an object with a list {key!r}, got {given}.")
     return found
+
+
+def _is_null(data: Any, key: str) -> bool:
+    return isinstance(data, dict) and key in data and data[key] is None
 
 
 def _named(where: str) -> str:

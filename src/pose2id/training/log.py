@@ -104,6 +104,6 @@ def _logged(path: Path) -> list[dict[str, Any]]:
         values: list[dict[str, Any]] = [dict(json.loads(line)) for line in lines]
         if all("step" in of_line for of_line in values):
             return values
-    except (TypeError, ValueError):
+    except (RecursionError, TypeError, ValueError):
         pass
     raise ValueError(f"{path} is damaged: each line must be JSON with a step. Remove it; only the log is lost.")

@@ -224,6 +224,6 @@ def _read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content["settings"], dict) and content.keys() >= _KEYS and content["format"] == _FORMAT:
             return content
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         pass
     raise ValueError(f"{path} is damaged, or of another version of pose2id. Train in another directory.")

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 _NEEDED = ("path", "identity")
 _COLUMNS = (*_NEEDED, "camera", "keypoints")
-_BY_NAME = re.compile(r"(-1|\d+)_c(\d+)")
+_BY_NAME = re.compile(r"(0*-0*1|\d+)_c(\d+)")
+_NOBODY = re.compile(r"0*-0*1|00+")  # junk and distractors, as data sets write them: -1, 00-1, 0000
 _CAMERA = re.compile(r"_c(\d+)|^c(\d+)_")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tabs and line breaks
 _SHOWN_LENGTH = 60  # characters of a cell that an error shows
 
 
@@ -42,8 +44,8 @@ class PersonImage:
 
     Attributes:
         path: of the image.
-        identity: who it is: the same text for the same person, not empty.
-        camera: which took it; empty where unknown.
+        identity: who it is: the same text for the same person, not empty; spaces around it don't count.
+        camera: which took it, as a text; empty where unknown.
         pose: the person's keypoints, in fractions of the image's width and height; None where unknown.
     """
 
@@ -58,6 +60,8 @@ class PersonImage:
                 raise TypeError(f"{name} must be {self.__annotations__[name]}, got {type(given).__name__}.")
         if not self.identity.strip():
             raise ValueError(f"identity must not be empty, got {self.identity!r} for {self.path}.")
+        for name in ("identity", "camera"):
+            object.__setattr__(self, name, getattr(self, name).strip())
 
 
 def check_people(images: Sequence[Any]) -> None:
@@ -159,9 +163,10 @@ def table_of_folder(
     Args:
         folder: with images at any depth.
         identity: "name": file names begin with identity, `_c` and camera, as in Market1501
-            (`0002_c1s1_000451_03.jpg`); identities -1 (junk) and 0 (distractors) are left out. "folder": every person
-            has one folder, named by the identity; the camera is the number after `_c` in a file's name, or in
-            `c1_...`, if there is one.
+            (`0002_c1s1_000451_03.jpg`). "folder": every person has one folder, named by the identity; the camera is the
+            number after `_c` in a file's name, or in `c1_...`, if there is one. Identities -1 (junk) and 0
+            (distractors) are left out, as 00-1 and 0000 too; but a folder 0 may be the first of people numbered from 0.
+            All others are texts: 007 is not 7.
         keypoints: directory with `NAME.json`, or OpenPose's `NAME_keypoints.json`, in any format of `poses.read`; NAME
             is the image's path below `folder` without suffix. The person with most visible keypoints counts. Without
             such a file, or if it shows nobody, an image has no pose; nor, with a warning, if one of the two is broken.
@@ -228,6 +233,9 @@ def _image(cell: dict[str, str], folder: Path, where: str) -> PersonImage:
     for name in _NEEDED:
         if not cell[name].strip():
             raise ValueError(f"{where}, column {name} must not be empty, got {cell[name]!r}.")
+    if _CONTROL.search(cell["path"]):
+        given = _shortened(cell["path"])
+        raise ValueError(f"{where}, column path must hold no control characters, got {given}. Rename the file.")
     keypoints = cell.get("keypoints", "")
     pose = _pose(keypoints, f"{where}, column keypoints") if keypoints.strip() else None
     return PersonImage(folder / cell["path"], cell["identity"], cell.get("camera", ""), pose)
@@ -251,7 +259,7 @@ def _shortened(text: str) -> str:
 def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must be a directory of images, and there is no directory {folder}.")
-    files = sorted(Path(file) for parent, file in image_files(folder) if "/." not in f"/{parent}")
+    files = sorted(Path(file) for _, file in image_files(folder))
     if not files:
         raise FileNotFoundError(f"{folder} must hold image files, and has none.")
     labels = {file: _label(file, folder, identity) for file in files}
@@ -261,10 +269,11 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
         given = f"{len(strange)} of {len(files)} others: {first_few(strange)}"
         raise ValueError(f"images in {folder} must {rule}, got {given}. Move them, or take identities from the other.")
     images = [PersonImage(file, *label) for file, label in labels.items() if label is not None]
+    people = [image for image in images if not _NOBODY.fullmatch(image.identity)]
     if identity == "folder":
-        _check_folders(images)
-        return images
-    people = [image for image in images if int(image.identity) > 0]
+        _check_folders(people)
+    else:
+        people = [image for image in people if image.identity != "0"]
     if not people:
         raise ValueError(f"images in {folder} must show people, got {len(files)} of identities -1 (junk) and 0 only.")
     if len(people) < len(files):
