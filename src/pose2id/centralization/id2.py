@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import checked_choice, checked_labels
+from pose2id.io.checks import checked_choice, checked_flag, checked_labels
 from pose2id.io.rows import Rows
 
 _CONVENTIONS = ("published", "printed")
@@ -66,9 +66,10 @@ def identity_density(
 ) -> IdentityDensity:
     """`id2_score` with its parts: per identity and per sample. Arguments and errors are those of `id2_score`."""
     checked_choice(convention, "convention", _CONVENTIONS)
+    counted = checked_flag(count_distractors, "count_distractors")
     rows = Rows(features, "features", normalize=True)
     labels = checked_labels(pids, "pids", rows.n)
-    measured = (labels != -1) & (count_distractors | (labels != 0))
+    measured = (labels != -1) & (counted | (labels != 0))
     if not measured.any():
         raise ValueError(f"pids must leave at least one feature to measure, got {rows.n} rows, all of them left out.")
     identities, first, inverse, counts = np.unique(

@@ -165,7 +165,7 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
 def dense(value: Any, name: str) -> None:
     """Raise for arrays and tensors that don't hold each of their values plainly; anything else may be."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must not be a masked array. Drop what is masked, or fill it (numpy.ma.filled).")
+        raise TypeError(f"{name} must not be masked, got a MaskedArray. Drop what is masked, or fill it.")
     if isinstance(value, Tensor) and value.is_meta:
         raise TypeError(f"{name} must be dense, with values, got a tensor on the device 'meta'.")
     if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested or value.is_quantized):

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pose2id.io.checks import checked_flag
+
 
 def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suffixes: tuple[str, ...] = ()) -> Path:
     """The file to write: `path`, or what it links to, so that a link stays one. Called before any work.
@@ -31,7 +33,7 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suf
         raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {Path(path).parent}.")
-    if target.exists() and not overwrite:
+    if target.exists() and not (overwrite is not None and checked_flag(overwrite, "overwrite")):
         raise FileExistsError(f"{path} exists. Choose another name{'' if overwrite is None else ', or overwrite it'}.")
     return target
 
