@@ -15,7 +15,7 @@ from pose2id.centralization.diagnostics import GenerationDiagnostics, generation
 from pose2id.centralization.fusion import fuse
 from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, with_neighbors
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
-from pose2id.io.checks import checked_choice, checked_count, checked_memory, checked_number
+from pose2id.io.checks import checked_choice, checked_count, checked_flag, checked_memory, checked_number
 from pose2id.io.decoding import decoding_once
 from pose2id.io.rows import FeatureArray, Rows, as_container, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
@@ -181,6 +181,7 @@ class Centralizer:
             (query, gallery), L2-normalised, parts each by itself, each in the shape, container, dtype and device it
             came in.
         """
+        joint = checked_flag(joint, "joint")
         query = Rows(query_feats, "query_feats", normalize=not joint, parts=True)
         gallery = Rows(gallery_feats, "gallery_feats", normalize=not joint, parts=True)
         checked_pair(query, gallery, "query_feats", "gallery_feats")

@@ -134,7 +134,7 @@ def feature_maps(
     Args:
         axes: one for each set.
         features: title to (N, D) features; L2-normalised here.
-        pids: (N,) integer identities of the rows.
+        pids: (N,) identities of the rows, as in `pose2id.evaluate`.
         num_identities: draw the identities with the most images, at least 1; never -1 and 0.
         seed: of the t-SNE.
 

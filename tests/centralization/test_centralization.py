@@ -630,6 +630,10 @@ class TestDiagnostics:
         assert "camera" not in str(found)
         assert found.mutual_share == pytest.approx(2 / 3)
 
+    def test_cameras_of_every_kind(self):
+        found = [nfc_diagnostics(np.eye(3), camids=camids) for camids in ([0, 1, 0], ["a", "b", "a"], [0.0, 1, 0])]
+        assert len(set(map(str, found))) == 1
+
     def test_bad_input(self):
         with pytest.raises(ValueError, match="at least 2 rows"):
             nfc_diagnostics(np.ones((1, 2)))

@@ -48,6 +48,15 @@ def test_junk_distractors_and_singletons(rng):
     assert "num_singletons=2" in repr(density)
 
 
+def test_identities_that_are_strings(rng):
+    x, pids = rng.standard_normal((6, 4)), ["b", "-1", "0000", "a", "b", "00-1"]
+    density = identity_density(x, pids, count_distractors=False)
+    assert density.pids.tolist() == ["a", "b"]
+    assert density.counts.tolist() == [1, 2]
+    assert density.score == identity_density(x, [2, -1, 0, 1, 2, -1], count_distractors=False).score
+    assert id2_score(x, pids) == id2_score(x, [2.0, -1, 0, 1, 2, -1])
+
+
 @pytest.mark.parametrize(
     ("x", "pids", "arguments", "error", "message"),
     [
@@ -55,6 +64,8 @@ def test_junk_distractors_and_singletons(rng):
         (np.ones((3, 2)), None, {}, TypeError, "pids must hold integers, got None"),
         (np.ones((3, 2)), "abc", {}, TypeError, "pids"),
         (np.ones((3, 2)), [0.5, 1, 2], {}, TypeError, "pids must hold integers"),
+        (np.ones((3, 2)), [2.0**60, 1, 2], {}, TypeError, r"pids must hold integers.*2\*\*53"),
+        (np.ones((3, 2)), ["a", None, "b"], {}, TypeError, "pids must hold integers, got dtype object"),
         (np.ones((2, 2)), [-1, -1], {}, ValueError, "at least one feature"),
         (np.ones((0, 2)), [], {}, ValueError, "at least one feature"),
         (np.ones(2), [1, 1], {}, ValueError, r"features must have shape \(N, D\)"),

@@ -240,7 +240,7 @@ IMAGES, PIDS = of(UNSEEN)
         ({"images": "people.png"}, "images must be a sequence of images"),
         ({"images": [*IMAGES[:-1], "nowhere.png"]}, r"images\[11\] cannot be read"),
         ({"pids": PIDS[:-1]}, r"pids must have shape \(12,\)"),
-        ({"pids": [str(pid) for pid in PIDS]}, "pids must hold integers"),
+        ({"pids": [pid + 0.5 for pid in PIDS]}, "pids must hold integers"),
         ({"pids": None}, "pids must hold integers, got None"),
         ({"pids": np.arange(12)}, "pids must hold at least people_per_batch=2 people with two images or more, got 0"),
         ({"people_per_batch": 3}, "at least people_per_batch=3 people with two images or more, got 2"),

@@ -1,8 +1,28 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
+from pose2id import (
+    Centralizer,
+    evaluate,
+    evaluate_rank,
+    fuse,
+    id2_score,
+    identity_density,
+    k_reciprocal,
+    nearest_neighbors,
+    nfc,
+    nfc_diagnostics,
+    part_distances,
+    re_ranking,
+)
 from pose2id.io.checks import first_few
+from pose2id.io.feature_files import FeatureFile, save_features
+from pose2id.report import compare
+
+X, PIDS = np.eye(6, 4) + 1, [1, 2, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -17,3 +37,72 @@ from pose2id.io.checks import first_few
 )
 def test_the_first_few_then_how_many_more(names, options, expected):
     assert first_few(iter(names), **options) == expected
+
+
+def quantized(x):
+    return torch.quantize_per_tensor(torch.tensor(x, dtype=torch.float32), 1.0, 0, torch.qint8)
+
+
+def jagged(x):
+    return torch.nested.nested_tensor([torch.tensor(x)], layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (np.ma.masked_array, "must not be masked"),
+        (lambda x: torch.tensor(x).to_sparse(), "must be dense.* torch.sparse_coo"),
+        (lambda x: torch.tensor(x, device="meta"), "must be dense.*'meta'"),
+        (quantized, "must be dense.* torch.qint8"),
+        (lambda x: torch.nested.nested_tensor([torch.tensor(x)]), "must be dense.* nested"),
+        (jagged, "must be dense.* nested"),
+    ],
+    ids=["masked", "sparse", "meta", "quantized", "nested", "jagged"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantiz")
+@pytest.mark.parametrize(
+    ("name", "value", "function"),
+    [
+        ("features", X, nfc),
+        ("generated", X[:, None], lambda x: fuse(X, x)),
+        ("distmat", X, lambda x: evaluate_rank(x, PIDS, PIDS[:4])),
+        ("g_g_dist", X, lambda x: re_ranking(X, X, x)),
+        ("g_pids", PIDS, lambda x: evaluate(X, X, PIDS, x)),
+        ("q_camids", PIDS, lambda x: evaluate(X, X, PIDS, PIDS, x, PIDS)),
+        ("pids", PIDS, lambda x: id2_score(X, x)),
+        ("camids", PIDS, lambda x: nfc_diagnostics(X, camids=x)),
+        ("visibility", X[:, None, 0], lambda x: nfc(X[:, None], visibility=x)),
+        ("visibility", X[:, None, None, 0], lambda x: fuse(X[:, None], X[:, None, None], visibility=x)),
+        ("g_visibility", X[:, None, 0], lambda x: part_distances(X[:, None], X[:, None], g_visibility=x)),
+    ],
+)
+def test_what_does_not_hold_each_value_is_refused(name, value, function, made, message):
+    with pytest.raises(TypeError, match=f"^{name}.* {message}"):
+        function(made(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("normalize", lambda flag: nfc(X, normalize=flag)),
+        ("normalize", lambda flag: nearest_neighbors(X, 2, normalize=flag)),
+        ("normalize", lambda flag: part_distances(X[:, None], X[:, None], normalize=flag)),
+        ("normalize", lambda flag: k_reciprocal(X, X, normalize=flag)),
+        ("joint", lambda flag: Centralizer().enhance(X, X, joint=flag)),
+        ("count_distractors", lambda flag: id2_score(X, [0, 1, 0, 1, 1, 1], count_distractors=flag)),
+        ("count_distractors", lambda flag: identity_density(X, PIDS, count_distractors=flag).score),
+        ("rerank", lambda flag: compare(FeatureFile(X, X, PIDS, PIDS), rerank=flag)[0].id2),
+    ],
+)
+def test_flags_are_true_or_false(name, function):
+    for value in (1, 0, None, "no", 1.0, np.ones(2)):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+            function(value)
+    for value in (True, False):
+        np.testing.assert_array_equal(function(np.bool_(value)), function(value))
+
+
+def test_overwriting_is_true_or_false(tmp_path):
+    (tmp_path / "f.npz").touch()
+    with pytest.raises(TypeError, match="overwrite must be True or False, got 'no'"):
+        save_features(FeatureFile(X, X), tmp_path / "f.npz", overwrite="no")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from pose2id import evaluate
 from pose2id.io import feature_files
 from pose2id.io.feature_files import FeatureFile, load_features, save_features
 
@@ -222,6 +223,15 @@ def test_labels_that_are_no_integers(label, features, tmp_path):
     savemat(tmp_path / "f.mat", {"query_f": np.ones((1, 2)), "gallery_f": np.ones((1, 2)), "query_label": label})
     with pytest.raises(TypeError, match=r"query_label of .* must hold integers"):
         load_features(tmp_path / "f.mat")
+
+
+@pytest.mark.parametrize("ending", [".npz", ".mat"])
+def test_labels_that_are_strings_stay(ending, features, tmp_path):
+    words = FeatureFile(np.eye(2, 3), np.eye(3), q_pids=np.array(["b", "cc"]), g_pids=np.array(["a", "b", "cc"]))
+    save_features(words, tmp_path / f"f{ending}")
+    again = load_features(tmp_path / f"f{ending}")
+    assert evaluate(again.query_feats, again.gallery_feats, again.q_pids, again.g_pids).mAP == pytest.approx(5 / 12)
+    assert [label.strip() for label in again.q_pids] == ["b", "cc"]
 
 
 def test_endings_in_capitals(features, tmp_path):

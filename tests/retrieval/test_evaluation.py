@@ -279,6 +279,29 @@ def test_cuda_equals_cpu(rng):
     assert evaluate(qf.cuda(), gf.cuda(), *labels).mAP == pytest.approx(evaluate(qf, gf, *labels).mAP, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda pids: [f"{pid:04d}" if pid < 1 else f"person {pid}" for pid in pids],
+        lambda pids: np.array([str(pid) for pid in pids], dtype=object),
+        lambda pids: [f" {pid:05d} " for pid in pids],
+        lambda pids: pids.astype(np.float32),
+        lambda pids: torch.from_numpy(pids).bfloat16(),
+    ],
+    ids=["words", "objects", "padded", "float32", "bfloat16"],
+)
+def test_labels_of_every_kind(kind, rng):
+    qf, gf = rng.standard_normal((6, 4)), rng.standard_normal((30, 4))
+    labels = rng.integers(1, 4, 6), rng.integers(-1, 6, 30), rng.integers(0, 2, 6), rng.integers(0, 3, 30)
+    expected = evaluate(qf, gf, *labels)
+    np.testing.assert_array_equal(evaluate(qf, gf, *map(kind, labels)).average_precision, expected.average_precision)
+    distances = part_distances(qf[:, None], gf[:, None])
+    np.testing.assert_array_equal(
+        evaluate_rank(distances, *map(kind, labels)).average_precision,
+        evaluate_rank(distances, *labels).average_precision,
+    )
+
+
 ONES = np.ones((2, 3))
 
 

@@ -137,7 +137,7 @@ def nfc_diagnostics(
         features: (N, D) features of one set, N at least 2; as in `nfc`.
         k1: as in `nfc`.
         k2: as in `nfc`.
-        camids: (N,) integer camera labels, optional.
+        camids: (N,) camera labels, optional: integers, whole floats or strings.
         backend: as in `nfc`.
         neighbors: as in `nfc`.
         max_memory: as in `nfc`.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pose2id.io.checks import checked_number, checked_visibility
+from pose2id.io.checks import checked_number, checked_visibility, dense
 from pose2id.io.rows import FeatureArray, Rows, unit
 
 _PARTS_NDIM = 3
@@ -56,6 +56,7 @@ def centralized(f: Tensor, f_m: Iterable[Tensor], w_m: Iterable[Tensor], eta: fl
 def stacked_rows(features: Any, generated: Any) -> tuple[Rows, list[Rows]]:
     """The original images' rows, and those of each of the M generated images, checked to be of the same images."""
     originals = Rows(features, "features", parts=True)
+    dense(generated, "generated")
     if not isinstance(generated, (np.ndarray, Tensor)):
         raise TypeError(f"generated must be a numpy array or a torch tensor, got {type(generated).__name__}.")
     n, *feature_shape = features.shape

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import checked_choice, checked_labels
+from pose2id.io.checks import checked_choice, checked_flag, checked_labels
 from pose2id.io.rows import Rows
 
 _CONVENTIONS = ("published", "printed")
@@ -22,7 +22,7 @@ class IdentityDensity:
 
     Attributes:
         score: the ID² score: lower is denser.
-        pids: (I,) int64 identities that were measured, ascending.
+        pids: (I,) identities that were measured, ascending: int64, or strings where strings were given.
         counts: (I,) int64 features of each identity.
         per_identity: (I,) float64 mean distance of an identity's features to its centre.
         per_sample: (N,) float64 distance of every feature to its centre; nan where it was left out.
@@ -30,7 +30,7 @@ class IdentityDensity:
     """
 
     score: float
-    pids: NDArray[np.int64] = field(repr=False)
+    pids: NDArray[Any] = field(repr=False)
     counts: NDArray[np.int64] = field(repr=False)
     per_identity: NDArray[np.float64] = field(repr=False)
     per_sample: NDArray[np.float64] = field(repr=False)
@@ -50,7 +50,7 @@ def id2_score(features: Any, pids: Any, *, convention: str = "published", count_
 
     Args:
         features: (N, D) floating numpy array or torch tensor; L2-normalised here.
-        pids: (N,) integer identities; -1 marks junk, which is left out.
+        pids: (N,) identities, of the kinds that `pose2id.evaluate` takes; -1 marks junk, which is left out.
         convention: "published" or "printed".
         count_distractors: count pid 0 as one more identity, as the published code does; False leaves it out.
 
@@ -66,12 +66,17 @@ def identity_density(
 ) -> IdentityDensity:
     """`id2_score` with its parts: per identity and per sample. Arguments and errors are those of `id2_score`."""
     checked_choice(convention, "convention", _CONVENTIONS)
+    counted = checked_flag(count_distractors, "count_distractors")
     rows = Rows(features, "features", normalize=True)
     labels = checked_labels(pids, "pids", rows.n)
-    measured = (labels != -1) & (count_distractors | (labels != 0))
+    measured = (labels != -1) & (counted | (labels != 0))
     if not measured.any():
         raise ValueError(f"pids must leave at least one feature to measure, got {rows.n} rows, all of them left out.")
-    identities, inverse, counts = np.unique(labels[measured], return_inverse=True, return_counts=True)
+    identities, first, inverse, counts = np.unique(
+        labels[measured], return_index=True, return_inverse=True, return_counts=True
+    )
+    if not isinstance(pids, Tensor) and np.asarray(pids).dtype.kind not in "iuf":
+        identities = np.asarray(pids)[measured][first].astype(str)
     groups = np.full(rows.n, len(identities))  # rows that are left out make one more group
     groups[measured] = inverse
 

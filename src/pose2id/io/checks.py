@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import numbers
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 
 _MAX_VISIBILITY = 1 + 1e-6  # rounding
 _LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
+_WHOLE = re.compile(r"0*(-?[0-9]{1,19})")
+_FIRST_WORD = 2**62
 MIN_BLOCK_BYTES = 1 << 20
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
 
@@ -21,34 +25,35 @@ BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller 
 def checked_count(value: Any, name: str, least: int = 1, most: int = 2**63 - 1) -> int:
     """An integer in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
+        raise TypeError(f"{name} must be an integer, got {_shown(value)}.")
     number = int(value)
     if not least <= number <= most:
         bound = f"at least {least}" if number < least else f"at most {most}"
-        raise ValueError(f"{name} must be {bound}, got {number}.")
+        raise ValueError(f"{name} must be {bound}, got {_shown(number)}.")
     return number
 
 
 def checked_number(value: Any, name: str, low: float, high: float) -> float:
     """A finite real number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not low <= float(value) <= high:  # NaN fails too
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
+        raise TypeError(f"{name} must be a number, got {_shown(value)}.")
+    exact = int(value) if isinstance(value, numbers.Integral) else float(value)  # 10**400 is beyond floats
+    if not low <= exact <= high:  # NaN fails too
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {_shown(value)}.")
     return float(value)
 
 
 def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
     """One of a few strings."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}.")
     return str(value)
 
 
 def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
     """A (height, width) in pixels."""
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
-        raise ValueError(f"{name} must be (height, width) in pixels, got {size!r}.")
+        raise ValueError(f"{name} must be (height, width) in pixels, got {_shown(size)}.")
     return checked_count(size[0], name), checked_count(size[1], name)
 
 
@@ -61,34 +66,86 @@ def checked_memory(max_memory: Any) -> int:
 
 
 def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
-    """Integer labels (array, tensor or sequence) as a (length,) int64 array."""
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    """Labels (array, tensor or sequence of integers, whole floats or strings) as a (length,) int64 array."""
+    return labels_together({name: (labels, length)})[0]
+
+
+def labels_together(sides: Mapping[str, tuple[Any, int]]) -> list[NDArray[np.int64]]:
+    """`checked_labels` of several sides, by name: what is equal on two sides gets one number.
+
+    A string that spells an integer is that integer: "-1" stays junk and "0000" a distractor. Others count from 2**62.
+    """
+    arrays = [_label_array(labels, name, length) for name, (labels, length) in sides.items()]
+    words = {word for array in arrays if array.dtype.kind == "U" for word in array.tolist()}
+    numbers = {word: int(found[1]) for word in words if (found := _WHOLE.fullmatch(word))}
+    numbers = {word: number for word, number in numbers.items() if abs(number) < _FIRST_WORD}
+    for name, array in zip(sides, arrays, strict=True):
+        if len(numbers) < len(words) and array.size and array.dtype.kind == "i":
+            other = next(name for name, array in zip(sides, arrays, strict=True) if array.dtype.kind == "U")
+            raise TypeError(f"{other} must hold integers, as {name} does; it holds strings. Use one kind for both.")
+    numbers |= {word: _FIRST_WORD + at for at, word in enumerate(sorted(words - numbers.keys()))}
+    return [
+        np.array([numbers[word] for word in array.tolist()], dtype=np.int64) if array.dtype.kind == "U" else array
+        for array in arrays
+    ]
+
+
+def _label_array(labels: Any, name: str, length: int) -> NDArray[Any]:
+    """(length,) int64 or str."""
+    dense(labels, name)
+    digits = 53
+    if isinstance(labels, Tensor):
+        if labels.is_floating_point():
+            digits, labels = round(1 - math.log2(torch.finfo(labels.dtype).eps)), labels.double()
+        labels = labels.numpy(force=True)
+    try:
+        array = np.asarray(labels)
+    except ValueError as error:
+        raise ValueError(f"{name} must have shape ({length},), one label per row; it is ragged.") from error
     if array.size == 0 and length == 0:
         return np.zeros(0, dtype=np.int64)
-    if array.dtype.kind not in "iu":
-        given = f"dtype {array.dtype}. Try numpy.unique(labels, return_inverse=True)[1]"
-        raise TypeError(f"{name} must hold integers, got {None if labels is None else given}.")
-    if array.size and array.max() > np.iinfo(np.int64).max:
+    if array.dtype.kind == "O" and array.ndim:
+        array = _unboxed(array, name)
+    if array.dtype.kind == "f":
+        digits = min(digits, np.finfo(array.dtype).nmant + 1)  # further numbers share one float
+        whole = (array == np.rint(array)) & (np.abs(array) < 2.0**digits)
+        array = array.astype(np.int64) if whole.all() else array
+    if array.dtype.kind not in "iuUT" or isinstance(labels, str):
+        given = None if labels is None else f"dtype {array.dtype}"
+        given = f"{given}, of which some are not whole, or beyond 2**{digits}" if array.dtype.kind == "f" else given
+        raise TypeError(f"{name} must hold integers, got {given}. Whole floats and strings will do.")
+    if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must fit into 64-bit signed integers, got {array.max()}.")
     if array.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), one label per row, got {array.shape}.")
-    return array.astype(np.int64)
+    return np.char.strip(array.astype(str)) if array.dtype.kind in "UT" else array.astype(np.int64)
+
+
+def _unboxed(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """An array of Python's strings (as pandas has) or integers, in numpy's own dtype; others stay."""
+    kind = next((kind for kind in (str, int) if all(type(label) is kind for label in array.flat)), object)
+    try:
+        return array.astype(kind)
+    except OverflowError as error:
+        raise ValueError(f"{name} must fit into 64-bit signed integers; one does not.") from error
 
 
 def checked_distances(distances: Any, name: str) -> NDArray[Any]:
-    """A (Q, G) matrix of distances as a floating numpy array, without a copy where it is one already."""
+    """A (Q, G) matrix of distances as a numpy array of floats or integers, without a copy where it is one already."""
+    dense(distances, name)
     if isinstance(distances, Tensor):
-        distances = distances.detach().cpu()
-        distances = (distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances).numpy()
+        distances = distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances
+        distances = distances.numpy(force=True)
     if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {_kind(distances)}.")
     if distances.ndim != 2 or 0 in distances.shape:
         raise ValueError(f"{name} must have two dimensions with at least one entry, got shape {distances.shape}.")
-    return distances if distances.dtype.kind == "f" else distances.astype(np.float64)
+    return np.asarray(distances)  # numpy.matrix would give rows with two dimensions
 
 
 def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None) -> Tensor:
     """Visibility of parts, of any numeric dtype, as a float64 tensor on the CPU; None: whole features have none."""
+    dense(visibility, name)
     if isinstance(visibility, np.ndarray) and visibility.dtype.kind in "biuf":
         weights = torch.from_numpy(visibility.astype(np.float64))
     elif isinstance(visibility, Tensor) and not visibility.is_complex():
@@ -105,19 +162,31 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
     return torch.where(weights >= _LEAST_VISIBILITY, weights, 0.0)
 
 
+def dense(value: Any, name: str) -> None:
+    """Raise for arrays and tensors that don't hold each of their values plainly; anything else may be."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be masked, got a MaskedArray. Drop what is masked, or fill it.")
+    if isinstance(value, Tensor) and value.is_meta:
+        raise TypeError(f"{name} must be dense, with values, got a tensor on the device 'meta'.")
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested or value.is_quantized):
+        kind = "nested" if value.is_nested else value.dtype if value.is_quantized else value.layout
+        raise TypeError(f"{name} must be dense, got a tensor that is {kind}. Try to_dense() or dequantize().")
+
+
 def checked_device(device: Any) -> torch.device:
     """A torch device."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}.") from error
+        given = _shown(device)
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {given}.") from error
 
 
 def checked_flag(value: Any, name: str) -> bool:
     """True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
-    return value
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}.")
+    return bool(value)
 
 
 def require_modules(need: str, install: str, *modules: str) -> None:
@@ -139,3 +208,10 @@ def first_few(names: Iterable[Any], total: int | None = None, most: int = 3, sep
 
 def _kind(value: Any) -> Any:
     return value.dtype if hasattr(value, "dtype") else type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    """What an error says of a value: neither a whole array, nor more digits than Python writes."""
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim:
+        return f"an array of shape {tuple(value.shape)}"
+    return repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of over 300 digits"

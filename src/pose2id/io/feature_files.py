@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id.io.checks import checked_labels, first_few
+from pose2id.io.checks import first_few, labels_together
 from pose2id.io.rows import Rows, checked_pair
 from pose2id.io.whole_files import new_file, whole_file
 
@@ -39,16 +39,16 @@ class FeatureFile:
     Attributes:
         query_feats: (Q, D) floating features.
         gallery_feats: (G, D) floating features.
-        q_pids, g_pids, q_camids, g_camids: (Q,) or (G,) int64 labels, or None where the file has none.
+        q_pids, g_pids, q_camids, g_camids: (Q,) or (G,) labels, int64 or strings, or None where the file has none.
         others: every other array of the file, by name; kept when the file is written again.
     """
 
     query_feats: NDArray[Any]
     gallery_feats: NDArray[Any]
-    q_pids: NDArray[np.int64] | None = None
-    g_pids: NDArray[np.int64] | None = None
-    q_camids: NDArray[np.int64] | None = None
-    g_camids: NDArray[np.int64] | None = None
+    q_pids: NDArray[Any] | None = None
+    g_pids: NDArray[Any] | None = None
+    q_camids: NDArray[Any] | None = None
+    g_camids: NDArray[Any] | None = None
     others: dict[str, Any] = field(default_factory=dict)
 
     def with_features(self, query_feats: NDArray[Any], gallery_feats: NDArray[Any]) -> FeatureFile:
@@ -66,7 +66,7 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
         path: the file; its ending tells the format.
 
     Returns:
-        The arrays, checked: features are finite and of one width, labels integers and as many as features.
+        The arrays, checked: features are finite and of one width, labels integers (or strings) and as many as features.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -84,10 +84,12 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
     found: dict[str, Any] = {name: arrays.pop(key, None) for name, key in keys.items()}
     query, gallery = (Rows(found[name], f"{keys[name]} of {path}") for name in ("query_feats", "gallery_feats"))
     checked_pair(query, gallery, keys["query_feats"], keys["gallery_feats"])
-    for name in _LABELS:
-        if found[name] is not None:
-            labels = _integral(np.asarray(found[name]))
-            found[name] = checked_labels(labels, f"{keys[name]} of {path}", (query if name[0] == "q" else gallery).n)
+    for names in (_LABELS[:2], _LABELS[2:]):
+        given = {name: _flat(np.asarray(found[name])) for name in names if found[name] is not None}
+        sizes = {"q": query.n, "g": gallery.n}
+        sides = {f"{keys[name]} of {path}": (labels, sizes[name[0]]) for name, labels in given.items()}
+        for (name, labels), integers in zip(given.items(), labels_together(sides), strict=True):
+            found[name] = labels if labels.dtype.kind == "U" else integers
     return FeatureFile(**found, others=arrays)
 
 
@@ -190,8 +192,6 @@ def _read_mat(path: Path) -> dict[str, Any]:
     return {name: value for name, value in content.items() if not name.startswith("__")}
 
 
-def _integral(labels: NDArray[Any]) -> NDArray[Any]:
-    """MATLAB has rows for vectors and doubles for integers."""
-    flat = labels.reshape(-1) if labels.ndim == 2 and 1 in labels.shape else labels
-    is_whole = flat.dtype.kind == "f" and bool(((flat == np.rint(flat)) & (np.abs(flat) < 2**53)).all())
-    return flat.astype(np.int64) if is_whole else flat
+def _flat(labels: NDArray[Any]) -> NDArray[Any]:
+    """MATLAB has rows for vectors."""
+    return labels.reshape(-1) if labels.ndim == 2 and 1 in labels.shape else labels

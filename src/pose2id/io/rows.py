@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import BLOCK_BYTES, checked_visibility, first_few
+from pose2id.io.checks import BLOCK_BYTES, checked_flag, checked_visibility, dense, first_few
 
 FeatureArray = TypeVar("FeatureArray", "NDArray[Any]", Tensor)
 
@@ -55,7 +55,8 @@ class Rows:
         self._part_norms = self._finite_norms(name)
         self.norms = row_norms(self._part_norms)
         # A zero vector has no direction: it stays the zero vector.
-        self._divide_by(torch.where(self._part_norms > 0, self._part_norms, 1.0) if normalize else None)
+        wanted = checked_flag(normalize, "normalize")
+        self._divide_by(torch.where(self._part_norms > 0, self._part_norms, 1.0) if wanted else None)
 
     def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows at `index` (slice or int64 tensor) as a fresh tensor on `self.device`, in `dtype` or `self.dtype`."""
@@ -223,10 +224,12 @@ def checked_pair(first: Rows, second: Rows, first_name: str, second_name: str) -
 
 
 def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
+    dense(features, name)
     if isinstance(features, Tensor):
-        floating = features.dtype in FLOAT_DTYPES and features.layout == torch.strided
+        floating = features.dtype in FLOAT_DTYPES
         features = features.detach()
-    elif isinstance(features, np.ndarray) and not isinstance(features, np.ma.MaskedArray):
+    elif isinstance(features, np.ndarray):
+        features = np.asarray(features) if isinstance(features, np.matrix) else features  # rows with one dimension
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
     else:
         given = type(features).__name__

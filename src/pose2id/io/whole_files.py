@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pose2id.io.checks import checked_flag
+
 _MACHINE = f"{zlib.crc32(platform.node().encode()) & 0xFFFFFF:06x}"
 _HIDDEN = re.compile(rf"\.(?:.+\.|unfinished-){_MACHINE}([0-9a-f]{{6}})[0-9a-f]{{4}}", re.DOTALL)
 _numbers = itertools.count()
@@ -49,7 +51,7 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suf
     check_folder(target.parent)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {Path(path).parent}.")
-    if exists and not overwrite:
+    if exists and not (overwrite is not None and checked_flag(overwrite, "overwrite")):
         raise FileExistsError(f"{path} exists. Choose another name{'' if overwrite is None else ', or overwrite it'}.")
     return target
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import checked_choice, checked_count, checked_distances, checked_labels
+from pose2id.io.checks import checked_choice, checked_count, checked_distances, labels_together
 from pose2id.io.rows import Rows, checked_pair
 from pose2id.neighbors.search import tying_distances
 from pose2id.neighbors.visible_parts import mean_distances, query_blocks, query_memory
@@ -76,10 +76,11 @@ def evaluate(
         qf: (Q, D) query features, or (Q, P, D) of parts, which are ranked as by `part_distances`; floating numpy array
             (memory-mapped too) or torch tensor.
         gf: (G, D) or (G, P, D) gallery features, on the same device.
-        q_pids: (Q,) integer identities.
-        g_pids: (G,) integer identities.
-        q_camids: (Q,) integer cameras; give both or neither. Without them nothing is dropped by camera.
-        g_camids: (G,) integer cameras.
+        q_pids: (Q,) identities: integers, whole floats or strings, of one kind on both sides; a string that spells an
+            integer is that integer.
+        g_pids: (G,) identities.
+        q_camids: (Q,) cameras, of the same kinds; give both or neither. Without them nothing is dropped by camera.
+        g_camids: (G,) cameras.
         q_visibility: (Q, P) of the queries' parts, as in `part_distances`: None, booleans, or weights. Gallery images
             that share no visible part with a query come last, by index.
         g_visibility: (G, P) of the gallery's parts.
@@ -149,12 +150,12 @@ class RankingProtocol:
     """Which gallery images are a query's matches, and which are dropped for it, by Market1501's rules."""
 
     def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
-        self.q_pids = checked_labels(q_pids, "q_pids", q)
-        g_pids = checked_labels(g_pids, "g_pids", g)
+        self.q_pids, g_pids = labels_together({"q_pids": (q_pids, q), "g_pids": (g_pids, g)})
         if (q_camids is None) != (g_camids is None):
             raise ValueError("q_camids and g_camids must be given together, or neither; one of them is missing.")
-        self.q_camids = None if q_camids is None else checked_labels(q_camids, "q_camids", q)
-        self.g_camids = None if g_camids is None else checked_labels(g_camids, "g_camids", g)
+        self.q_camids = self.g_camids = None
+        if q_camids is not None:
+            self.q_camids, self.g_camids = labels_together({"q_camids": (q_camids, q), "g_camids": (g_camids, g)})
         self._junk = np.flatnonzero(g_pids == JUNK_PID)
         self._by_pid = np.argsort(g_pids, kind="stable")
         self._sorted_pids = g_pids[self._by_pid]
