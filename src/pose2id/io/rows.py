@@ -241,7 +241,6 @@ def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
         floating = features.dtype in FLOAT_DTYPES
         features = features.detach()
     elif isinstance(features, np.ndarray):
-        features = np.asarray(features) if isinstance(features, np.matrix) else features  # rows with one dimension
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
     else:
         given = type(features).__name__
