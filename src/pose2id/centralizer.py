@@ -198,7 +198,7 @@ class Centralizer:
             shown = query.visibility(query_visibility, "query_visibility")
             visibility = torch.cat([shown, gallery.visibility(gallery_visibility, "gallery_visibility")])
         both = nfc(both, visibility=visibility, part_distance=self.part_distance, **settings)
-        enhanced = torch.as_tensor(both).flatten(1)
+        enhanced = (both if isinstance(both, Tensor) else torch.from_numpy(both)).flatten(1)
         results = query.empty(), gallery.empty()
         query.write(results[0], slice(None), enhanced[: query.n])
         gallery.write(results[1], slice(None), enhanced[query.n :])

@@ -659,6 +659,13 @@ BAD_FEATURES = [
 ]
 
 
+@pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-300, 5e299])
+@pytest.mark.parametrize("function", [nfc, lambda x: fuse(x, x[:, None]), lambda x: Centralizer().enhance(x, x)[0]])
+def test_features_of_any_size_are_normalised(function, size):
+    features = np.array([[1.0, 1, 0], [0, 1, 1], [0, 0, 0]])
+    np.testing.assert_allclose(function(features * size), function(features), rtol=1e-15)
+
+
 @pytest.mark.parametrize(("features", "error", "message"), BAD_FEATURES)
 @pytest.mark.parametrize("function", [nfc, nfc_diagnostics, lambda x: nearest_neighbors(x, 1), lambda x: fuse(x, None)])
 def test_bad_features(function, features, error, message):

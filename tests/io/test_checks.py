@@ -6,9 +6,12 @@ import torch
 
 from pose2id import (
     Centralizer,
+    aqe,
+    database_augmentation,
     evaluate,
     evaluate_rank,
     fuse,
+    generation_diagnostics,
     id2_score,
     identity_density,
     k_reciprocal,
@@ -16,6 +19,7 @@ from pose2id import (
     nfc,
     nfc_diagnostics,
     part_distances,
+    query_expansion,
     re_ranking,
 )
 from pose2id.io.checks import first_few
@@ -106,3 +110,35 @@ def test_overwriting_is_true_or_false(tmp_path):
     (tmp_path / "f.npz").touch()
     with pytest.raises(TypeError, match="overwrite must be True or False, got 'no'"):
         save_features(FeatureFile(X, X), tmp_path / "f.npz", overwrite="no")
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_of_numpy_is_a_matrix():
+    np.testing.assert_array_equal(nfc(np.matrix(X)), nfc(X))
+    np.testing.assert_array_equal(
+        nfc(X[:, None], visibility=np.matrix(X[:, :1] / 2)), nfc(X[:, None], visibility=X[:, :1] / 2)
+    )
+    assert evaluate(np.matrix(X), X, PIDS, PIDS).mAP == evaluate(X, X, PIDS, PIDS).mAP
+
+
+@pytest.mark.parametrize("made", [np.asarray, torch.from_numpy])
+def test_the_default_device_changes_nothing(made):
+    def results():
+        x, shown = made(X), made(X[:, :1] / 2)
+        distances, labels = made(1 / X[:, :4]), (PIDS, PIDS[:4])
+        yield evaluate(x, x, PIDS, PIDS, metric="euclidean").average_precision
+        yield evaluate(x[:, None], x[:, None], PIDS, PIDS, q_visibility=shown).average_precision
+        yield evaluate_rank(distances, *labels).average_precision
+        yield re_ranking(distances[:4], distances[:4], distances[:4], 2, 1)
+        yield from (k_reciprocal(x, x, 2, 1), *k_reciprocal(x, x, 2, 2, topk=2), nfc(x, 2, 3))
+        yield from (nfc(x[:, None], visibility=shown), fuse(x, x[:, None]), fuse(x[:, None], x[:, None, None]))
+        yield from (id2_score(x, PIDS), identity_density(x, PIDS).per_sample)
+        yield from Centralizer().enhance(x, x, joint=True)
+        yield from (*aqe(x, x), query_expansion(x, x), database_augmentation(x))
+        yield str(nfc_diagnostics(x, camids=PIDS)) + str(generation_diagnostics(x, x[:, None]))
+
+    expected = list(results())
+    with torch.device("meta"):
+        found = list(results())
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -302,6 +302,22 @@ def test_labels_of_every_kind(kind, rng):
     )
 
 
+@pytest.mark.parametrize("container", [np.int64, np.uint64, torch.from_numpy])
+def test_integers_that_are_no_floats_keep_their_order(container):
+    distances = container(np.array([[2**62, 2**62 - 1, 2**62]]))
+    assert evaluate_rank(distances, [1], [1, 2, 1]).average_precision == pytest.approx([(1 / 2 + 2 / 3) / 2])
+
+
+def test_similarities_in_place_of_distances_are_noticed(rng):
+    q_pids, g_pids = np.arange(1, 41), np.repeat(np.arange(1, 41), 3)
+    similarities = np.where(q_pids[:, None] == g_pids, 0.8, 0.1) + rng.random((40, 120)) / 10
+    with pytest.warns(UserWarning, match=r"distmat looks like similarities: .* mAP is 100.0% .* Pass 1 - similarity"):
+        evaluate_rank(similarities, q_pids, g_pids)
+    evaluate_rank(1 - similarities, q_pids, g_pids)  # warnings are errors here
+    evaluate_rank(similarities * 3, q_pids, g_pids)
+    evaluate_rank(rng.random((40, 120)), q_pids, g_pids)
+
+
 ONES = np.ones((2, 3))
 
 
@@ -326,6 +342,11 @@ ONES = np.ones((2, 3))
         ({"g_pids": [8, 9]}, ValueError, "none of the 2 queries has a match"),
         ({"metric": "dot"}, ValueError, "metric must be one of 'cosine', 'euclidean'"),
         ({"max_rank": 0}, ValueError, "max_rank must be at least 1"),
+        ({"max_rank": 2 * 10**9}, ValueError, "max_rank must be at most 10000000"),
+        ({"max_rank": 10**5000}, ValueError, "max_rank must be at most .* over 300 digits"),
+        ({"metric": np.ones(3)}, ValueError, r"metric must be one of .* got an array of shape \(3,\)"),
+        ({"q_pids": [[1], [2, 3]]}, ValueError, r"q_pids must have shape \(2,\).* ragged"),
+        ({"g_pids": [1, 10**400]}, ValueError, "g_pids must fit into 64-bit"),
     ],
 )
 def test_bad_input(arguments, error, message):

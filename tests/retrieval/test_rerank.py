@@ -340,6 +340,7 @@ ONES = np.ones((2, 3))
         ({"k1": 0}, ValueError, "k1 must be at least 1"),
         ({"k2": 0.5}, TypeError, "k2 must be an integer"),
         ({"lambda_value": 1.5}, ValueError, r"lambda_value must be in \[0, 1\]"),
+        ({"lambda_value": 10**400}, ValueError, r"lambda_value must be in \[0, 1\]"),
         ({"lambda_value": "x"}, TypeError, "lambda_value must be a number"),
         ({"topk": 0}, ValueError, "topk must be at least 1"),
         ({"topk": 2.0}, TypeError, "topk must be an integer"),
@@ -351,6 +352,30 @@ ONES = np.ones((2, 3))
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         k_reciprocal(**{"qf": ONES, "gf": ONES, **arguments})
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        lambda matrix: matrix / matrix.max() * 1.5e308,
+        lambda matrix: matrix.astype(np.longdouble),
+        lambda matrix: np.round(matrix / matrix.max() * 2**63).astype(np.uint64),
+        np.matrix,
+    ],
+    ids=["large", "longdouble", "uint64", "matrix"],
+)
+def test_distances_of_any_size_and_kind(scaled, rng):
+    x = rng.standard_normal((14, 3))
+    distances = np.sqrt(squared(x, x))
+    distances /= distances.max()
+    whole = scaled(distances)
+    found = re_ranking(whole[:5, 5:], whole[:5, :5], whole[5:, 5:], 4, 2)
+    np.testing.assert_allclose(
+        found, re_ranking(distances[:5, 5:], distances[:5, :5], distances[5:, 5:], 4, 2), atol=1e-6
+    )
+    labels = rng.integers(1, 3, 5), rng.integers(1, 3, 9)
+    assert evaluate_rank(whole[:5, 5:], *labels).mAP == evaluate_rank(distances[:5, 5:], *labels).mAP
 
 
 @pytest.mark.parametrize(

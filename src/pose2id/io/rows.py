@@ -57,6 +57,7 @@ class Rows:
         # A zero vector has no direction: it stays the zero vector.
         wanted = checked_flag(normalize, "normalize")
         self._divide_by(torch.where(self._part_norms > 0, self._part_norms, 1.0) if wanted else None)
+        self._vanishing = wanted and bool(_vanishing(self._part_norms).any())
 
     def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows at `index` (slice or int64 tensor) as a fresh tensor on `self.device`, in `dtype` or `self.dtype`."""
@@ -64,6 +65,8 @@ class Rows:
         if self._scale is None:
             return self._raw(index, dtype)
         rows = self._raw(index, torch.float64 if self._beyond_float32 else dtype)
+        if self._vanishing:
+            return unit(self.by_part(rows)).flatten(1).to(dtype)
         self.by_part(rows).div_(self._scale[index, :, None].to(rows.dtype))
         return rows.to(dtype)
 
@@ -194,7 +197,16 @@ def square_root(values: Tensor) -> Tensor:
 def unit(rows: Tensor) -> Tensor:
     """Rows (..., D), L2-normalised; a zero row has no direction and stays zero."""
     norms = row_norms(rows.flatten(0, -2)).view(rows.shape[:-1])
+    small = _vanishing(norms)
+    if small.any():
+        rows = torch.where(small[..., None], rows / torch.finfo(rows.dtype).tiny, rows)
+        norms = row_norms(rows.flatten(0, -2)).view(rows.shape[:-1])
     return rows / torch.where(norms > 0, norms, 1.0)[..., None]
+
+
+def _vanishing(norms: Tensor) -> Tensor:
+    """Which norms are too small to have all digits."""
+    return (norms > 0) & (norms < torch.finfo(norms.dtype).tiny)
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:
@@ -229,7 +241,6 @@ def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
         floating = features.dtype in FLOAT_DTYPES
         features = features.detach()
     elif isinstance(features, np.ndarray):
-        features = np.asarray(features) if isinstance(features, np.matrix) else features  # rows with one dimension
         floating = features.dtype.kind == "f" and features.dtype.itemsize in (2, 4, 8)
     else:
         given = type(features).__name__

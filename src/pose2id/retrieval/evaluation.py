@@ -5,6 +5,7 @@ Names at this boundary are the field's: qf, gf are query and gallery features, p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,10 @@ from pose2id.neighbors.visible_parts import mean_distances, query_blocks, query_
 
 _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
+_MAX_RANK = 10**7  # the CMC curve has as many entries
+_MAX_COSINE = 1.001  # rounding, in half precision too
+_SAMPLED_QUERIES = 256
+_LEAST_QUERIES = 3  # a few queries are better in reverse by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +89,7 @@ def evaluate(
         q_visibility: (Q, P) of the queries' parts, as in `part_distances`: None, booleans, or weights. Gallery images
             that share no visible part with a query come last, by index.
         g_visibility: (G, P) of the gallery's parts.
-        max_rank: length of the CMC curve.
+        max_rank: length of the CMC curve, at most 10**7.
         metric: "cosine": Euclidean distance of the L2-normalised features, which orders by cosine similarity; each part
             is normalised by itself. "euclidean": Euclidean distance of the features as they are.
         max_memory: bytes for working blocks, at least 1 MiB, but for the distances of one query to the whole gallery
@@ -122,7 +127,8 @@ def evaluate_rank(
 
     Args:
         distmat: (Q, G) distances, numpy array or torch tensor of any real dtype, small is near; infinity is allowed,
-            NaN is not. Not modified.
+            NaN is not. Not modified. Warns if values are in [-1, 1] and mAP in reverse order is 3 times as high:
+            similarities are no distances.
         q_pids: as in `evaluate`, and so are the other labels.
         g_pids: as in `evaluate`.
         q_camids: as in `evaluate`.
@@ -141,9 +147,31 @@ def evaluate_rank(
         for query, row in enumerate(matrix):
             if np.isnan(row).any():
                 raise ValueError(f"distmat must not hold NaN; row {query} does. Find the feature that caused it.")
-            yield row.copy()
+            yield _floating(row)
 
-    return _measure(distances(), labels, max_rank)
+    result = _measure(distances(), labels, max_rank)
+    if result.mAP < 1 / 3 and matrix.min() >= -_MAX_COSINE and matrix.max() <= _MAX_COSINE:
+        _warn_of_similarities(matrix, labels, result.average_precision)
+    return result
+
+
+def _floating(row: NDArray[Any]) -> NDArray[Any]:
+    """Distances of a query as a fresh floating array, with the order and the ties of integers of any size."""
+    if row.dtype.kind == "f":
+        return row.copy()
+    if row.dtype.itemsize == 8:  # not every 64-bit integer is a float
+        row = np.unique(row, return_inverse=True)[1]
+    return row.astype(np.float64)
+
+
+def _warn_of_similarities(matrix: NDArray[Any], labels: RankingProtocol, precisions: NDArray[np.float64]) -> None:
+    """Similarities in place of distances rank everything in reverse: warn where that shows in a sample of queries."""
+    valid = np.flatnonzero(~np.isnan(precisions))
+    sample = valid[:: -(-len(valid) // _SAMPLED_QUERIES)]
+    reverse = np.mean([_precision(_match_ranks(-_floating(matrix[query]), query, labels)) for query in sample])
+    if len(sample) >= _LEAST_QUERIES and reverse > 3 * precisions[sample].mean():
+        given = f"in reverse order, mAP is {reverse:.1%} in place of {precisions[sample].mean():.1%}"
+        warnings.warn(f"distmat looks like similarities: {given}. Pass 1 - similarity.", stacklevel=3)
 
 
 class RankingProtocol:
@@ -174,18 +202,15 @@ class RankingProtocol:
 
 
 def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_rank: int) -> EvaluationResult:
-    max_rank = checked_count(max_rank, "max_rank")
+    max_rank = checked_count(max_rank, "max_rank", most=_MAX_RANK)
     first_match = np.zeros(max_rank, dtype=np.int64)
     precisions = np.full(len(labels.q_pids), np.nan)
     penalties: list[float] = []
     for query, row in enumerate(distances):
-        matches, dropped = labels.of_query(query)
-        if len(matches) == 0:
+        ranks = _match_ranks(row, query, labels)
+        if len(ranks) == 0:
             continue
-        # NaN compares false: what is dropped is nearer than nothing.
-        row[dropped] = np.nan
-        ranks = _ranks(row, matches)
-        precisions[query] = (np.arange(1, len(ranks) + 1) / ranks).mean()
+        precisions[query] = _precision(ranks)
         penalties.append(len(ranks) / float(ranks[-1]))
         if ranks[0] <= max_rank:
             first_match[ranks[0] - 1] += 1
@@ -200,6 +225,19 @@ def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_ran
         num_valid_queries=valid,
         average_precision=precisions,
     )
+
+
+def _match_ranks(row: NDArray[Any], query: int, labels: RankingProtocol) -> NDArray[np.int64]:
+    """`_ranks` of a query's matches; `row` is overwritten."""
+    matches, dropped = labels.of_query(query)
+    # NaN compares false: what is dropped is nearer than nothing.
+    row[dropped] = np.nan
+    return _ranks(row, matches) if len(matches) else matches
+
+
+def _precision(ranks: NDArray[np.int64]) -> float:
+    """Average precision."""
+    return float((np.arange(1, len(ranks) + 1) / ranks).mean())
 
 
 def _ranks(row: NDArray[Any], matches: NDArray[np.int64]) -> NDArray[np.int64]:

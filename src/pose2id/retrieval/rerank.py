@@ -229,7 +229,7 @@ class _GivenDistances:
         of_gallery = np.maximum(_extent(self._q_g, 0), _extent(self._g_g, 0))
         extent = np.concatenate([of_queries, of_gallery]).astype(np.float64)
         # A power of two, so that no square overflows or vanishes; only ratios count.
-        self._scale = 2.0 ** math.frexp(extent.max())[1]
+        self._scale = 2.0 ** min(math.frexp(extent.max())[1], 1023)
         largest = self._squared(extent)
         self._largest: NDArray[np.float32] = np.where(largest > 0, largest, np.float32(1))
 
@@ -278,6 +278,9 @@ def _extent(matrix: NDArray[Any], axis: int) -> NDArray[Any]:
 
 def _finite(distances: Any, name: str) -> NDArray[Any]:
     matrix = checked_distances(distances, name)
+    if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
+        with np.errstate(over="ignore"):  # infinity is refused
+            matrix = matrix.astype(np.float64)
     for row in range(len(matrix)):
         if not np.isfinite(matrix[row]).all():
             raise ValueError(f"{name} must be finite; row {row} holds NaN or infinity.")
