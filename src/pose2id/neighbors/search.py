@@ -151,10 +151,10 @@ def neighbors_of_rows(rows: Rows, k: int, neighbors: NeighborSearch) -> Tensor:
         if tuple(values.shape) != (rows.n, k + 1):
             given = f"got {tuple(values.shape)}"
             raise ValueError(f"neighbors must return {name} of shape {(rows.n, k + 1)}, a list per query, {given}.")
-    if (distances[:, 1:] < distances[:, :-1]).any():
-        raise ValueError("neighbors must return the nearest first, got distances that fall. Are they similarities?")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(f"neighbors must return integer indices first, got {indices.dtype}. Are distances first?")
+    if (distances[:, 1:] < distances[:, :-1]).any():
+        raise ValueError("neighbors must return the nearest first, got distances that fall. Are they similarities?")
     indices = indices.to(rows.device, torch.int64)
     if int(indices.min()) < -1 or int(indices.max()) >= rows.n:
         raise ValueError(f"neighbors must return indices in [-1, {rows.n}), got {indices.min()} to {indices.max()}.")
