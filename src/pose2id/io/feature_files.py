@@ -183,9 +183,7 @@ def _read_mat(path: Path) -> dict[str, Any]:
     # Damaged files can end scipy's process: another one reads the file first.
     reading = [sys.executable, "-c", "import sys; from scipy.io import loadmat; loadmat(sys.argv[1])", str(path)]
     done = subprocess.run(reading, capture_output=True, text=True, check=False)
-    if (
-        done.returncode
-    ):  # also of an exception: loadmat raises many kinds, NotImplementedError for version 7.3 among them
+    if done.returncode:  # of an exception, too: NotImplementedError for version 7.3, and many kinds
         problem = done.stderr.strip().rpartition("\n")[2] or f"scipy's reader ended with status {done.returncode}"
         raise ValueError(f"{path} cannot be read ({problem}). Save it in MATLAB with -v7, or as .npz.")
     content = loadmat(path)
