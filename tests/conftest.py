@@ -48,6 +48,7 @@ _LONGEST = (
     "test_training",
     "test_neighbors",
     "test_snippets",
+    "test_fuzz",
     "test_generator",
     "test_memory",
     "test_training_runs",

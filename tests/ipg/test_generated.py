@@ -110,7 +110,7 @@ def test_too_few_pose_folders(tmp_path):
     ("directory", "images", "count", "error", "message"),
     [
         (3, ["a.png"], 1, TypeError, "PathLike.* not .?int"),
-        ("missing", ["a.png"], 1, ValueError, "directory must exist, got missing"),
+        ("missing", ["a.png"], 1, ValueError, "directory must exist, got 'missing'"),
         (".", ["a.png", np.zeros((2, 2, 3))], 1, TypeError, r"images\[1\] must be a path.*got ndarray"),
         (".", ["a.png"], 0, ValueError, "count must be at least 1"),
     ],

@@ -184,7 +184,7 @@ def _search(
     rows: Any, queries: Rows | None, k: int, backend: Any, max_memory: int | Memory | None, *, own: bool
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """The k nearest rows of each query, of each row itself without queries, and what computes their distances."""
-    if isinstance(backend, str):
+    if isinstance(backend, str) or not (isinstance(backend, (list, tuple)) and all(map(callable, backend))):
         checked_choice(backend, "backend", BACKENDS)
     everything = rows if queries is None else JoinedRows(rows, queries)
     lists, copies = everything.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k), 6 * everything.n * (rows.dim + 6)
