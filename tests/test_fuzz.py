@@ -89,9 +89,9 @@ def test_valid_input_gives_what_the_restatements_give(request):
         matrix = np.sqrt(((x[:, None] - g) ** 2).sum(-1))
         try:
             expected = reference.evaluate_rank(matrix, pids, other_pids, max_rank=9)
-        except (IndexError, ValueError, UnboundLocalError):
+        except RuntimeWarning:  # the mean of no query at all
             expected = None
-        if expected is not None and expected[3]:
+        if expected is not None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "distmat looks like similarities")
                 result = pose2id.evaluate_rank(matrix, pids, other_pids, max_rank=9)

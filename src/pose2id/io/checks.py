@@ -134,7 +134,8 @@ def checked_distances(distances: Any, name: str) -> NDArray[Any]:
     """A (Q, G) matrix of distances as a numpy array of floats or integers, without a copy where it is one already."""
     dense(distances, name)
     if isinstance(distances, Tensor):
-        distances = distances.float() if distances.dtype in (torch.float16, torch.bfloat16) else distances
+        if distances.is_floating_point() and distances.element_size() < 4:  # numpy has not all of these
+            distances = distances.float()
         distances = distances.numpy(force=True)
     if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {_kind(distances)}.")
