@@ -134,9 +134,7 @@ def checked_distances(distances: Any, name: str) -> NDArray[Any]:
     """A (Q, G) matrix of distances as a numpy array of floats or integers, without a copy where it is one already."""
     dense(distances, name)
     if isinstance(distances, Tensor):
-        if distances.is_floating_point() and distances.element_size() < 4:  # numpy has not all of these
-            distances = distances.float()
-        distances = distances.numpy(force=True)
+        distances = as_numpy(distances)
     if not isinstance(distances, np.ndarray) or distances.dtype.kind not in "fiu":
         raise TypeError(f"{name} must be a numpy array or a torch tensor of numbers, got {_kind(distances)}.")
     if distances.ndim != 2 or 0 in distances.shape:
@@ -161,6 +159,13 @@ def checked_visibility(visibility: Any, name: str, shape: tuple[int, ...] | None
         given = f"[{weights.min():g}, {weights.max():g}]"
         raise ValueError(f"{name} must be in [0, 1], got values in {given}. Divide by the largest.")
     return torch.where(weights >= _LEAST_VISIBILITY, weights, 0.0)
+
+
+def as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's values on the CPU, in float32 at least where they are floats: numpy has no bfloat16."""
+    if tensor.is_floating_point() and tensor.element_size() < 4:
+        tensor = tensor.float()
+    return tensor.numpy(force=True)
 
 
 def dense(value: Any, name: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pose2id.io.checks import checked_count
+from pose2id.io.checks import as_numpy, checked_count
 from pose2id.ipg.folder import check_notes, checked_directory, find, pose_folders
 from pose2id.ipg.pixels import checked_poses
 from pose2id.ipg.sampling import Sampling
@@ -192,14 +192,6 @@ def _length(pictures: Any, i: int) -> int:
     return len(pictures)
 
 
-def _array(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        if value.is_floating_point() and value.element_size() < 4:  # numpy has no bfloat16
-            value = value.float()
-    return np.asarray(value)
-
-
 def _stacked(values: list[Any], like: Any, name: str) -> Any:
     """Values of the poses as one tensor, array or list: in the container and dtype of `like`, if that is one.
 
@@ -208,7 +200,7 @@ def _stacked(values: list[Any], like: Any, name: str) -> Any:
     kinds = (np.ndarray, Tensor)
     if not isinstance(like, kinds) and (like is not None or not all(isinstance(value, kinds) for value in values)):
         return values
-    arrays = [_array(value) for value in values]
+    arrays = [as_numpy(value) if isinstance(value, Tensor) else np.asarray(value) for value in values]
     wanted = arrays[0].shape if like is None else tuple(like.shape[1:])
     for m, array in enumerate(arrays):
         if array.shape != wanted:
