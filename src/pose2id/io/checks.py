@@ -17,7 +17,7 @@ from torch import Tensor
 _MAX_VISIBILITY = 1 + 1e-6  # rounding
 _LEAST_VISIBILITY = 1e-100  # products of two larger ones don't vanish
 _WHOLE = re.compile(r"0*(-?[0-9]{1,19})")
-_FIRST_WORD = 2**62
+FIRST_WORD = 2**62
 MIN_BLOCK_BYTES = 1 << 20
 BLOCK_BYTES = 32 << 20  # what one block of temporaries takes unless the caller sets max_memory
 
@@ -78,16 +78,35 @@ def labels_together(sides: Mapping[str, tuple[Any, int]]) -> list[NDArray[np.int
     arrays = [_label_array(labels, name, length) for name, (labels, length) in sides.items()]
     words = {word for array in arrays if array.dtype.kind == "U" for word in array.tolist()}
     numbers = {word: int(found[1]) for word in words if (found := _WHOLE.fullmatch(word))}
-    numbers = {word: number for word, number in numbers.items() if abs(number) < _FIRST_WORD}
+    numbers = {word: number for word, number in numbers.items() if abs(number) < FIRST_WORD}
     for name, array in zip(sides, arrays, strict=True):
         if len(numbers) < len(words) and array.size and array.dtype.kind == "i":
             other = next(name for name, array in zip(sides, arrays, strict=True) if array.dtype.kind == "U")
             raise TypeError(f"{other} must hold integers, as {name} does; it holds strings. Use one kind for both.")
-    numbers |= {word: _FIRST_WORD + at for at, word in enumerate(sorted(words - numbers.keys()))}
+    numbers |= {word: FIRST_WORD + at for at, word in enumerate(sorted(words - numbers.keys()))}
     return [
         np.array([numbers[word] for word in array.tolist()], dtype=np.int64) if array.dtype.kind == "U" else array
         for array in arrays
     ]
+
+
+def camera_numbers(sides: Mapping[str, tuple[Any, int]]) -> list[Tensor]:
+    """Camera labels of several sides, by name, as int64 tensors: -1, None and NaN, or None for all, are unknown: -1."""
+    known = {name: (_numbered(labels), length) for name, (labels, length) in sides.items() if labels is not None}
+    found = dict(zip(known, labels_together(known), strict=True))
+    return [torch.from_numpy(found.get(name, np.full(length, -1))) for name, (_, length) in sides.items()]
+
+
+def _numbered(labels: Any) -> Any:
+    """Labels with -1 in the place of None and NaN."""
+    if isinstance(labels, str) or not np.iterable(labels) or getattr(labels, "dtype", None) in (np.int64, torch.int64):
+        return labels
+    values = list(labels)
+    missing = [value is None or (isinstance(value, (float, np.floating)) and bool(np.isnan(value))) for value in values]
+    if not any(missing):
+        return labels
+    unknown = "-1" if any(isinstance(value, str) for value in values) else -1
+    return [unknown if gone else value for gone, value in zip(missing, values, strict=True)]
 
 
 def _label_array(labels: Any, name: str, length: int) -> NDArray[Any]:

@@ -37,6 +37,7 @@ class Rows:
         device: where rows are computed: the features' own device, or the CPU for devices without float64 (MPS).
         dtype: what results are computed in: float64 for float64 features, else float32.
         norms: (n,) float64 Euclidean norms.
+        directions: (n,) int64, how many parts are not zero.
 
     Raises:
         TypeError: not a numpy array or torch tensor of a floating dtype.
@@ -54,6 +55,7 @@ class Rows:
         self.dtype = torch.float64 if self._array.dtype.itemsize == 8 else torch.float32
         self._part_norms = self._finite_norms(name)
         self.norms = row_norms(self._part_norms)
+        self.directions = (self._part_norms > 0).sum(1)
         # A zero vector has no direction: it stays the zero vector.
         wanted = checked_flag(normalize, "normalize")
         self._divide_by(torch.where(self._part_norms > 0, self._part_norms, 1.0) if wanted else None)
@@ -158,6 +160,20 @@ class JoinedRows(Rows):
         result[in_first] = self._first.read(index[in_first], result.dtype)
         result[~in_first] = self._second.read(index[~in_first] - self._first.n, result.dtype)
         return result
+
+
+class ChosenRows(Rows):
+    """Some rows of a set, by index (int64 tensor)."""
+
+    def __init__(self, rows: Rows, index: Tensor) -> None:
+        self._rows, self._index = rows, index
+        self.n, self.dim, self.parts, self.in_parts = len(index), rows.dim, rows.parts, rows.in_parts
+        self.device, self.dtype = rows.device, rows.dtype
+        self.norms, self.directions = rows.norms[index], rows.directions[index]
+
+    def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """As `Rows.read`."""
+        return self._rows.read(self._index[index], dtype)
 
 
 def row_norms(rows: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""Which method centralizes query and gallery features, and on what evidence; and how each of them goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pose2id.centralization.cameras import CameraModel, centres_of, known_cameras, mapped, sum_weights
+from pose2id.centralization.guard import MIN_IMAGES, Evidence, Guard
+from pose2id.centralization.links import Searched, links_among, links_to, map_of
+from pose2id.io.rows import Rows, unit
+from pose2id.neighbors.members import Compared, Links, in_blocks
+
+METHODS = ("auto", "nfc", "guarded", "cameras", "centring")
+_OPEN = 0.5  # the gate from which on camera-aware sums are made unasked
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Centralized query and gallery features, and why so."""
+
+    features: tuple[Any, Any]
+    reason: str
+
+
+class Enhancement:
+    """Query and gallery, L2-normalised, with what is known of their cameras and of their parts' visibility."""
+
+    def __init__(
+        self,
+        query: Rows,
+        gallery: Rows,
+        camids: tuple[Any, Any],
+        camera_model: CameraModel | None,
+        statistics: str,
+        visibility: tuple[Tensor | None, Tensor | None],
+        backend: str,
+        max_memory: int | None,
+    ) -> None:
+        if query.in_parts and not (camids[0] is None and camids[1] is None and camera_model is None):
+            remedy = "Leave the cameras out, or flatten the parts where all are visible"
+            raise ValueError(f"query_camids and gallery_camids must be None for features in parts. {remedy}.")
+        self._query, self._gallery, self._visibility = query, gallery, visibility
+        self._backend, self._max_memory = backend, max_memory
+        self._of_query, self._of_gallery, of_model = known_cameras(query, gallery, *camids, camera_model)
+        self._model = camera_model
+        names, counts = torch.unique(self._of_gallery[self._of_gallery != -1], return_counts=True)
+        self._num_cameras = len(names)
+        # Cameras that each see few people tell little: half of the gallery must be in others.
+        self._usable = 2 * int(counts[counts >= MIN_IMAGES].sum()) >= gallery.n and len(names) > 0
+        self._centres = centres_of(query, gallery, self._of_query, self._of_gallery, of_model, statistics, camera_model)
+
+    def run(self, method: str) -> Outcome:
+        """One of `METHODS` but NFC."""
+        if method in ("cameras", "centring"):
+            if not self._num_cameras:
+                raise ValueError(f"gallery_camids must name cameras for method={method!r}; none is known.")
+            query, gallery = self._centred()
+            if method == "centring":
+                return Outcome(self._written(query, gallery), f"centring: {self._cameras()}, without guard")
+            return Outcome(self._summed(query, gallery), f"cameras: {self._cameras()}, without guard")
+        if not self._usable:
+            known = f"{self._cameras()}, too few images each" if self._num_cameras else "no cameras"
+            guard = Guard(self._compared(self._gallery), None)
+            guarded = self._guarded(guard, self._query, self._gallery, None)
+            return Outcome(guarded, f"guarded, {known}. {guard.evidence}")
+        query, gallery = self._centred()
+        guard = Guard(self._compared(gallery), self._of_gallery)
+        if method == "auto" and guard.evidence.gate >= _OPEN:
+            return Outcome(self._summed(query, gallery), f"cameras: {self._cameras()}. {guard.evidence}")
+        guarded = self._guarded(guard, query, gallery, self._of_query)
+        return Outcome(guarded, f"guarded, {self._cameras()}, centred. {guard.evidence}")
+
+    def evidence(self) -> Evidence:
+        """What the gallery says without cameras."""
+        return Guard(self._compared(self._gallery), None).evidence
+
+    def _cameras(self) -> str:
+        return f"{self._num_cameras} camera{'s' if self._num_cameras > 1 else ''}"
+
+    def _compared(self, gallery: Rows) -> Compared:
+        return Compared(gallery, self._visibility[1], self._backend, self._max_memory)
+
+    def _centred(self) -> tuple[Rows, Rows]:
+        return (
+            self._centres.applied(self._query, self._of_query),
+            self._centres.applied(self._gallery, self._of_gallery),
+        )
+
+    def _guarded(self, guard: Guard, query: Rows, gallery: Rows, cameras: Tensor | None) -> tuple[Any, Any]:
+        """A and B: as far as the gate is open, neighbours that are nearer than strangers."""
+        if guard.evidence.gate > 0:
+            of_query, of_gallery = self._visibility
+            summed = added(gallery, guard.gallery_links(), gallery, of_gallery)
+            query = added(query, guard.query_links(query, cameras, of_query), summed, of_gallery)
+            gallery = summed
+        return self._written(query, gallery)
+
+    def _summed(self, query: Rows, gallery: Rows) -> tuple[Any, Any]:
+        """C1: the map across cameras, then linked neighbours; queries are linked to the gallery alone."""
+        cameras, matrix = self._of_gallery, None if self._model is None else self._model.link_map.to(gallery.device)
+        if matrix is None:
+            matrix = map_of(self._compared(gallery), cameras)
+        query, gallery = mapped(query, matrix), mapped(gallery, matrix)
+        searched = Searched(self._compared(gallery), cameras)
+        links = sum_weights(links_to(query, self._of_query, searched), self._of_query, cameras, self._num_cameras)
+        query = added(query, links, gallery)
+        links = sum_weights(links_among(searched), cameras, cameras, self._num_cameras)
+        return self._written(query, added(gallery, links, gallery))
+
+    def _written(self, query: Rows, gallery: Rows) -> tuple[Any, Any]:
+        """Rows in the containers that they came in."""
+        results = self._query.empty(), self._gallery.empty()
+        for rows, like, result in ((query, self._query, results[0]), (gallery, self._gallery, results[1])):
+            for block in rows.blocks():
+                like.write(result, block, rows.read(block))
+        return results
+
+
+def added(rows: Rows, links: Links, source: Rows, visibility: Tensor | None = None) -> Rows:
+    """unit(row + sum over its links of weight times the row of `source`), part by part, as a copy."""
+    result = torch.empty((rows.n, rows.dim), dtype=rows.dtype, device=rows.device)
+    for block in in_blocks(rows):
+        total = rows.read(block) + links.sums(source, block, visibility).to(rows.dtype)
+        result[block] = unit(rows.by_part(total)).flatten(1)
+    return Rows(result.view(rows.n, rows.parts, -1) if rows.in_parts else result, "features", parts=True)

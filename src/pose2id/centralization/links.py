@@ -1,0 +1,245 @@
+"""Contrast links, and a linear map that shrinks what differs between linked images. No label is used.
+
+A link's weight says how far a similarity stands out, between the nearest (1) and the last (0) of both images' lists:
+
+    contrast(s; list) = clip((s - last) / (first - last), 0, 1)
+    w = min(contrast(s; x's 7 nearest in y's camera), contrast(s; y's 7 nearest in x's camera))^2
+    w = min(w, contrast(s; x's 21 nearest), contrast(s; y's 21 nearest))
+
+A method of this library, not of the paper.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pose2id.io.checks import camera_numbers, checked_memory
+from pose2id.io.rows import ChosenRows, FeatureArray, Rows, as_container, checked_pair
+from pose2id.neighbors.members import Compared, Links, in_blocks
+
+_NEAREST, _OVERALL = 6, 20  # K within a camera, and L over all: the list's last has contrast 0
+_LEAST_LIST = 3  # shorter lists tell nothing
+_FEW = 10  # cameras with fewer images share one list
+_LEAST_CONTRAST = 1e-6
+
+
+class WeightedLinks(NamedTuple):
+    """Links between images, ascending by row and column, in the container of the features.
+
+    Attributes:
+        row: (L,) int64 indices of the features.
+        column: (L,) int64 indices of the gallery (or of the features).
+        weight: (L,) float64 in (0, 1].
+    """
+
+    row: NDArray[np.int64] | Tensor
+    column: NDArray[np.int64] | Tensor
+    weight: NDArray[np.float64] | Tensor
+
+
+def link_weights(
+    features: Any,
+    camids: Any = None,
+    gallery_feats: Any = None,
+    gallery_camids: Any = None,
+    *,
+    backend: str = "auto",
+    max_memory: int | None = None,
+) -> WeightedLinks:
+    """Links of images to their nearest images in every camera, weighted by contrast.
+
+    Args:
+        features: (N, D) float16, bfloat16, float32 or float64, numpy array or torch tensor; L2-normalised first.
+        camids: (N,) cameras: integers, whole floats or strings, -1 or None for unknown; cameras with fewer than 10
+            images, of those that are linked to, share one list. None: all images are in one list.
+        gallery_feats: (G, D) images to link to, on the same device. None: the features themselves, no image to itself.
+        gallery_camids: (G,) their cameras.
+        backend: as in `pose2id.nearest_neighbors`.
+        max_memory: as in `pose2id.nearest_neighbors`, for each search; lists come on top, about 1 kB an image.
+
+    Returns:
+        The links that weigh anything, at most 20 a row.
+    """
+    checked_memory(max_memory)
+    rows = Rows(features, "features", normalize=True)
+    if gallery_feats is None:
+        if gallery_camids is not None:
+            raise ValueError("gallery_camids must be None without gallery_feats.")
+        cameras = camera_numbers({"camids": (camids, rows.n)})[0].to(rows.device)
+        links = links_among(Searched(Compared(rows, None, backend, max_memory), cameras))
+    else:
+        gallery = Rows(gallery_feats, "gallery_feats", normalize=True)
+        checked_pair(rows, gallery, "features", "gallery_feats")
+        sides = {"camids": (camids, rows.n), "gallery_camids": (gallery_camids, gallery.n)}
+        cameras, of_gallery = (side.to(rows.device) for side in camera_numbers(sides))
+        compared = Compared(gallery, None, backend, max_memory)
+        links = links_to(rows, cameras, Searched(compared, of_gallery))
+    order = torch.argsort(links.column, stable=True)
+    order = order[torch.argsort(links.row[order], stable=True)]
+    found = (as_container(values[order], features) for values in (links.row, links.column, links.weight))
+    return WeightedLinks(*found)
+
+
+def link_map(
+    features: FeatureArray, camids: Any = None, *, backend: str = "auto", max_memory: int | None = None
+) -> FeatureArray:
+    """A linear map that shrinks what differs between linked images: in closed form, without labels.
+
+        S = sum w_ij (x_i - x_j)(x_i - x_j)' / n = E diag(e) E',   n = sum w_ij
+        M = E diag((e + (a + D / n) mean e)^(-1/2)) E'
+
+    over the links (`link_weights`) between different cameras, with a = 1; without cameras over all links, with a = 3.
+
+    Args:
+        features: (N, D) as in `link_weights`; centre the cameras first (`centre_cameras`).
+        camids: (N,) cameras. Links of unknown ones don't count.
+        backend: as in `link_weights`.
+        max_memory: as in `link_weights`; (D, D) float64 matrices come on top.
+
+    Returns:
+        (D, D) symmetric float64, for features @ M, normalised again; the unit matrix where the links weigh less than 1
+        in all. In the container and on the device of `features`.
+    """
+    checked_memory(max_memory)
+    rows = Rows(features, "features", normalize=True)
+    cameras = camera_numbers({"camids": (camids, rows.n)})[0].to(rows.device)
+    found = map_of(Compared(rows, None, backend, max_memory), None if camids is None else cameras)
+    return as_container(found, features)  # type: ignore[return-value]
+
+
+def map_of(compared: Compared, cameras: Tensor | None) -> Tensor:
+    """`link_map` of normalised rows."""
+    rows, dim = compared.rows, compared.rows.dim
+    nowhere = torch.full((rows.n,), -1, dtype=torch.int64, device=rows.device)
+    links = links_among(Searched(compared, nowhere if cameras is None else cameras))
+    if cameras is not None:
+        links = links.chosen(_across(cameras[links.row], cameras[links.column]))
+    total = float(links.weight.sum())
+    unchanged = torch.eye(dim, dtype=torch.float64, device=rows.device)
+    if total < 1:
+        return unchanged
+    # sum w_ij (x_i - x_j)(x_i - x_j)' = X' (degrees - W - W') X, a block of rows at a time.
+    both = [torch.cat(pair) for pair in ((links.row, links.column), (links.column, links.row), 2 * (links.weight,))]
+    links = Links(*both)
+    degrees = torch.zeros(rows.n, dtype=torch.float64, device=rows.device).index_add_(0, links.row, links.weight)
+    scatter = torch.zeros((dim, dim), dtype=torch.float64, device=rows.device)
+    for block in in_blocks(rows):
+        x = rows.read(block, torch.float64)
+        scatter += x.T @ (degrees[block, None] * x - links.sums(rows, block, dtype=torch.float64))
+    e, vectors = torch.linalg.eigh((scatter + scatter.T) / (2 * total))
+    mean = float(e.mean())
+    if mean <= 0:  # linked images are copies
+        return unchanged
+    shrunk = (1 if cameras is not None else 3) + dim / total
+    return (vectors / (e.clamp(min=0) + shrunk * mean).sqrt()) @ vectors.T
+
+
+def cross_camera_weight(cameras: Tensor, others: Tensor, num_cameras: int) -> Tensor:
+    """What links count in a sum: 1 within a camera, 1 + 1 / (C - 1) across cameras."""
+    return 1 + _across(cameras, others) / (max(num_cameras, 2) - 1)
+
+
+def _across(cameras: Tensor, others: Tensor) -> Tensor:
+    """Which pairs are of different cameras, both known."""
+    return (cameras != others) & (cameras != -1) & (others != -1)
+
+
+class Searched:
+    """Images that are linked to: their cameras' lists, and how far their own lists reach.
+
+    Args:
+        compared: the rows, L2-normalised.
+        cameras: (n,) int64 camera of each, -1 for unknown.
+    """
+
+    def __init__(self, compared: Compared, cameras: Tensor) -> None:
+        self.compared = compared
+        self._names, counts = torch.unique(cameras, return_counts=True)
+        large = (counts >= _FEW) & (self._names != -1)
+        # Small and unknown cameras share the last list.
+        self._numbers = torch.where(large, large.cumsum(0) - 1, large.sum())
+        self.lists = self.listed(cameras)
+        self.sizes = torch.bincount(self.lists, minlength=int(large.sum()) + 1)
+        self.members = torch.argsort(self.lists, stable=True).split(self.sizes.tolist())
+        self.length = min(_OVERALL, compared.rows.n - 2) + 1
+        if self.length > 1:
+            self.indices, self.similarities = compared.nearest(self.length)
+
+    def listed(self, cameras: Tensor) -> Tensor:
+        """(B,) number of the list for rows in `cameras`, -1 for a camera without images here."""
+        at = torch.searchsorted(self._names, cameras).clamp(max=len(self._names) - 1)
+        absent = torch.where(cameras == -1, self._numbers.amax(), -1)
+        return torch.where(self._names[at] == cameras, self._numbers[at], absent)
+
+
+def links_among(searched: Searched) -> Links:
+    """Links of the searched rows among themselves."""
+    return _links(searched, None, searched.lists)
+
+
+def links_to(rows: Rows, cameras: Tensor, searched: Searched) -> Links:
+    """Links of rows to those of another set; each row by itself."""
+    return _links(searched, rows, searched.listed(cameras))
+
+
+def _links(searched: Searched, rows: Rows | None, lists: Tensor) -> Links:
+    """Links of `rows`, or of the searched rows among themselves; `lists` are the numbers of the cameras' lists."""
+    nowhere = torch.zeros(0, dtype=torch.int64, device=lists.device)
+    if searched.length < 2:
+        return Links(nowhere, nowhere, nowhere.double())
+    if rows is None:
+        indices, similarities = searched.indices, searched.similarities
+    else:
+        indices, similarities = searched.compared.nearest_to(rows, searched.length)
+    theirs = searched.similarities[indices]
+    weight = torch.minimum(
+        _contrast(similarities, similarities[:, :1], similarities[:, -1:]),
+        _contrast(similarities, theirs[..., 0], theirs[..., -1]),
+    )
+    ahead = searched.lists[indices]
+    own = (lists[:, None] == ahead).int() if rows is None else 0
+    length = searched.sizes[ahead] - own  # without the row itself
+    row, at = torch.nonzero((weight > 0) & (length >= _LEAST_LIST), as_tuple=True)
+    column, weight, s, ahead = indices[row, at], weight[row, at], similarities[row, at], ahead[row, at]
+    # The neighbour's list in the row's camera, in its own where that has too few images.
+    behind = lists[row]
+    behind = torch.where((behind >= 0) & (searched.sizes[behind] >= _LEAST_LIST), behind, ahead)
+    if rows is None:
+        both = _ends(searched, None, torch.cat([row, column]), torch.cat([ahead, behind]))
+        of_rows, of_neighbors = zip(*(values.split(len(row)) for values in both), strict=True)
+    else:
+        of_rows, of_neighbors = _ends(searched, rows, row, ahead), _ends(searched, None, column, behind)
+    near = torch.minimum(_contrast(s, *of_rows), _contrast(s, *of_neighbors)).square()
+    links = Links(row, column, torch.minimum(weight, near))
+    return links.chosen(links.weight > 0)
+
+
+def _ends(searched: Searched, rows: Rows | None, row: Tensor, lists: Tensor) -> tuple[Tensor, Tensor]:
+    """(L,) first and last similarity to the nearest of a list, for pairs of a row and a list; each pair is sought once.
+
+    Rows are those of another set, or those that are searched.
+    """
+    n = (searched.compared.rows if rows is None else rows).n
+    pairs, place = torch.unique(lists * n + row, return_inverse=True)
+    first, last = (torch.empty(len(pairs), dtype=torch.float64, device=row.device) for _ in range(2))
+    starts = torch.arange(len(searched.members) + 1, device=row.device) * n
+    bounds = torch.searchsorted(pairs, starts).tolist()
+    for members, low, high in zip(searched.members, bounds[:-1], bounds[1:], strict=True):
+        if low < high:
+            asking = pairs[low:high] % n
+            if rows is None:
+                found = searched.compared.nearest(_NEAREST + 1, members, asking)[1]
+            else:
+                found = searched.compared.nearest_to(ChosenRows(rows, asking), _NEAREST + 1, members)[1]
+            count = found.isfinite().sum(1, keepdim=True)
+            first[low:high], last[low:high] = found[:, 0], found.gather(1, count - 1)[:, 0]
+    return first[place], last[place]
+
+
+def _contrast(s: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    return ((s - last) / (first - last).clamp(min=_LEAST_CONTRAST)).clamp(0, 1)

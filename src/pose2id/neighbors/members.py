@@ -1,0 +1,151 @@
+"""Nearest rows among some members of a set, such as the images of one camera, with their cosine similarities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pose2id.io.checks import BLOCK_BYTES
+from pose2id.io.rows import ChosenRows, Rows, blocks
+from pose2id.neighbors.distance import nearest_columns
+from pose2id.neighbors.engines import own_entry
+from pose2id.neighbors.search import search_with_distances
+from pose2id.neighbors.visible_parts import mean_distances, query_memory
+
+
+class Compared:
+    """Normalised rows that are searched, and how: whole, or by the mean distance of their visible parts.
+
+    Lists are exact: by float64 distance, equal ones by the lower index. A similarity is the cosine 1 - d^2 / 2; of rows
+    in parts that of their mean distance d, of parts in one vector the mean over the parts. A zero row has cosine 0 with
+    all others.
+
+    Args:
+        rows: L2-normalised rows.
+        visibility: (n, P) float64 weights of parts, or None for rows that are compared as one vector.
+        backend: as in `pose2id.nearest_neighbors`.
+        max_memory: likewise, for each search.
+    """
+
+    def __init__(
+        self, rows: Rows, visibility: Tensor | None = None, backend: str = "auto", max_memory: int | None = None
+    ) -> None:
+        self.rows, self._visibility = rows, visibility
+        self._backend, self._max_memory = backend, max_memory
+        self._all = torch.arange(rows.n, device=rows.device)
+
+    def nearest(self, k: int, members: Tensor | None = None, asking: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k nearest others of rows among the members: (B, k) int64 indices of rows, and float64 similarities.
+
+        Args:
+            k: length of the lists; missing entries are -1, with similarity -infinity.
+            members: ascending indices of the rows that may be neighbours; None: all.
+            asking: ascending indices of the rows that ask; None: all.
+        """
+        members = self._all if members is None else members
+        asking = self._all if asking is None else asking
+        if len(members) == len(asking) and torch.equal(members, asking):
+            return self._lists(members, None, None, k)
+        at = torch.searchsorted(members, asking).clamp(max=len(members) - 1)
+        inside = members[at] == asking
+        indices = torch.empty((len(asking), k), dtype=torch.int64, device=self.rows.device)
+        similarities = torch.empty(indices.shape, dtype=torch.float64, device=self.rows.device)
+        for chosen, own in ((inside, asking[inside]), (~inside, None)):
+            some = ChosenRows(self.rows, asking[chosen])
+            indices[chosen], similarities[chosen] = self._lists(members, some, own, k)
+        return indices, similarities
+
+    def nearest_to(
+        self, queries: Rows, k: int, members: Tensor | None = None, visibility: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k nearest members of rows of another set, with the visibility of their parts: as in `nearest`."""
+        if self._visibility is not None:
+            assert visibility is not None
+            return _padded(*self._by_parts(queries, visibility, min(k, self.rows.n)), k)
+        return self._lists(self._all if members is None else members, queries, None, k)
+
+    def _lists(self, members: Tensor, asking: Rows | None, own: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """Lists of the members themselves, or of asking rows: which are members, with index `own`, or none is."""
+        rows = self.rows if len(members) == self.rows.n else ChosenRows(self.rows, members)
+        queries = rows if asking is None else asking
+        count = min(k, rows.n - (asking is None or own is not None))
+        if count < 1 or queries.n == 0:
+            nothing = torch.empty((queries.n, 0), dtype=torch.int64, device=rows.device)
+            return _padded(nothing, nothing.double(), k)
+        if self._visibility is not None:
+            found, similarities = self._by_parts(rows, self._visibility, count + 1)
+            own = members
+        else:
+            found, distances = search_with_distances(
+                rows, asking, count + (own is not None), self._backend, self._max_memory, own=asking is not None
+            )
+            found = members[found]
+            directions = queries.directions[:, None] + self.rows.directions[found]
+            similarities = (directions - distances.square()) / (2 * rows.parts)
+        if own is not None:  # the row itself was found, too
+            kept = ~own_entry(found, own)
+            found, similarities = found[kept].view(-1, count), similarities[kept].view(-1, count)
+        return _padded(found, similarities, k)
+
+    def _by_parts(self, queries: Rows, visibility: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        assert self._visibility is not None
+        indices = torch.empty((queries.n, count), dtype=torch.int64, device=queries.device)
+        similarities = torch.empty((queries.n, count), dtype=torch.float64, device=queries.device)
+        memory = query_memory(self._max_memory)
+        for block, distances, _ in mean_distances(queries, self.rows, visibility, self._visibility, *memory):
+            indices[block] = nearest_columns(distances, count)
+            # Rows that share no part are as far as any can be.
+            similarities[block] = 1 - distances.gather(1, indices[block]).clamp(max=2).square() / 2
+        return indices, similarities
+
+
+def _padded(indices: Tensor, similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    missing = (0, k - indices.shape[1])
+    return pad(indices, missing, value=-1), pad(similarities, missing, value=-torch.inf)
+
+
+class Links:
+    """Weighted links from rows to rows: three arrays of one length, ascending by row.
+
+    Attributes:
+        row, column: int64 indices.
+        weight: float64.
+    """
+
+    def __init__(self, row: Tensor, column: Tensor, weight: Tensor) -> None:
+        order = torch.argsort(row, stable=True)
+        self.row, self.column, self.weight = row[order], column[order], weight[order]
+
+    def chosen(self, mask: Tensor) -> Links:
+        """Those for which `mask` is True."""
+        return Links(self.row[mask], self.column[mask], self.weight[mask])
+
+    def sums(
+        self, source: Rows, block: slice, visibility: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """(B, D) sums over the links of the rows of a block: weight times the row of `source` at the column."""
+        dtype = dtype or source.dtype
+        low, high = torch.searchsorted(self.row, torch.tensor([block.start, block.stop], device=self.row.device))
+        own, column, weight = (x[low:high] for x in (self.row, self.column, self.weight))
+        own = own - block.start
+        total = torch.zeros((block.stop - block.start, source.dim), dtype=dtype, device=source.device)
+        if not len(own):
+            return total
+        # Link by link of each row: a fixed order of sums on every device, and no (rows, links, D) temporary.
+        counts = torch.bincount(own, minlength=len(total))
+        rank = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own]
+        order = torch.argsort(rank, stable=True)
+        for piece in torch.split(order, torch.bincount(rank).tolist()):
+            added = source.read(column[piece], dtype)
+            if visibility is not None:
+                source.by_part(added).mul_(visibility[column[piece], :, None].to(added.dtype))
+            total[own[piece]] += added.mul_(weight[piece, None].to(added.dtype))
+        return total
+
+
+def in_blocks(rows: Rows) -> Iterator[slice]:
+    """Blocks of rows for sums of links: the rows, what is added and what is written are alive."""
+    return blocks(rows.n, BLOCK_BYTES // (64 * rows.dim))
