@@ -83,6 +83,9 @@ CALLS = {
     "identity_density": lambda f, r: pose2id.identity_density(f["g"], r["labels"][1], convention="printed"),
     "k_reciprocal": lambda f, r: pose2id.k_reciprocal(f["q"], f["g"], k1=8, k2=3),
     "k_reciprocal, nearest": lambda f, r: pose2id.k_reciprocal(f["q"], f["g"], k1=8, k2=3, topk=7),
+    "k_reciprocal, cameras": lambda f, r: pose2id.k_reciprocal(
+        f["q"], f["g"], q_camids=r["labels"][2], g_camids=r["labels"][3], topk=7
+    ),
     "nearest_neighbors": lambda f, r: pose2id.nearest_neighbors(f["g"], 5),
     "nfc": lambda f, r: pose2id.nfc(f["g"], 3, 2),
     "nfc, parts": lambda f, r: pose2id.nfc(f["g_parts"], visibility=r["visible"][1]),

@@ -91,6 +91,17 @@ def test_nfc_from_file_to_file(files, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(written[::100], axis=1), 1, rtol=1e-5)
 
 
+def test_camera_aware_reranking_makes_no_matrix(files):
+    call = f"""
+            q, x = q[:, :64], x[:, :64]
+            for cameras in (6, 4000):
+                camids = {{"q_camids": np.arange(len(q)) % cameras, "g_camids": np.arange(len(x)) % cameras}}
+                pose2id.k_reciprocal(q, x, **camids, topk=5, max_memory={ALLOWED // 2})
+    """
+    # 4 kB an image for lists and encodings; all distances would take 248 MiB.
+    assert growth(call.strip(), files) < ALLOWED // 2 + 8060 * 4096 + 8 * MIB
+
+
 @pytest.mark.parametrize("shape", ["(-1, x.shape[1])", "(-1, 4, x.shape[1] // 4)"])
 def test_evaluation_of_a_file(shape, files):
     call = f"""

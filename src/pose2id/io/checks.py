@@ -109,6 +109,14 @@ def _numbered(labels: Any) -> Any:
     return [unknown if gone else value for gone, value in zip(missing, values, strict=True)]
 
 
+def cameras_together(sides: Mapping[str, tuple[Any, int]]) -> list[NDArray[np.int64]] | None:
+    """`labels_together` of the cameras of all sides, or None where no side has any."""
+    given = [labels is not None for labels, _ in sides.values()]
+    if any(given) and not all(given):
+        raise ValueError(f"{' and '.join(sides)} must be given together, or neither; one of them is missing.")
+    return labels_together(sides) if all(given) else None
+
+
 def _label_array(labels: Any, name: str, length: int) -> NDArray[Any]:
     """(length,) int64 or str."""
     dense(labels, name)

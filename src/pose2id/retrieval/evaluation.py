@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import checked_choice, checked_count, checked_distances, labels_together
+from pose2id.io.checks import cameras_together, checked_choice, checked_count, checked_distances, labels_together
 from pose2id.io.rows import Rows, checked_pair
 from pose2id.neighbors.search import tying_distances
 from pose2id.neighbors.visible_parts import mean_distances, query_blocks, query_memory
@@ -179,11 +179,10 @@ class RankingProtocol:
 
     def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
         self.q_pids, g_pids = labels_together({"q_pids": (q_pids, q), "g_pids": (g_pids, g)})
-        if (q_camids is None) != (g_camids is None):
-            raise ValueError("q_camids and g_camids must be given together, or neither; one of them is missing.")
-        self.q_camids = self.g_camids = None
-        if q_camids is not None:
-            self.q_camids, self.g_camids = labels_together({"q_camids": (q_camids, q), "g_camids": (g_camids, g)})
+        self.q_camids: NDArray[np.int64] | None
+        self.g_camids: NDArray[np.int64] | None
+        cameras = cameras_together({"q_camids": (q_camids, q), "g_camids": (g_camids, g)})
+        self.q_camids, self.g_camids = cameras or (None, None)
         self._junk = np.flatnonzero(g_pids == JUNK_PID)
         self._by_pid = np.argsort(g_pids, kind="stable")
         self._sorted_pids = g_pids[self._by_pid]

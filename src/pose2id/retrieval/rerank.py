@@ -1,6 +1,9 @@
 """k-reciprocal re-ranking (Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017).
 
-How images walk through: each gets a list of its nearest images (`_ranking`, exact); lists that name each other become a
+With camera ids CA-Jaccard (Chen et al., "CA-Jaccard: Camera-aware Jaccard Distance for Person Re-identification", CVPR
+2024), whose published code is dense: only the lists differ (`_camera_lists`).
+
+How images walk through: each gets a list of its nearest images (`search`, exact); lists that name each other become a
 sparse encoding of every image (`_encodings`); block by block of queries, the Jaccard distance between encodings is
 mixed with the original distance (`_rerank`). Nothing has (Q + G)^2 entries, and besides a dense result nothing Q x G:
 memory is linear in Q + G. All but the lists is float32; the published implementation rounds to float16.
@@ -9,7 +12,7 @@ memory is linear in Q + G. All but the lists is float32; the published implement
 from __future__ import annotations
 
 import math
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 from pose2id.io.checks import (
     BLOCK_BYTES,
     MIN_BLOCK_BYTES,
+    cameras_together,
     checked_count,
     checked_distances,
     checked_memory,
@@ -26,17 +30,34 @@ from pose2id.io.checks import (
 )
 from pose2id.io.rows import FeatureArray, JoinedRows, Rows, as_container, blocks, checked_pair
 from pose2id.neighbors.distance import full_precision, nearest_columns, squared_euclidean
+from pose2id.neighbors.groups import search_across, search_within
 from pose2id.neighbors.search import distinct, search
+from pose2id.neighbors.space import RowSource
+
+
+class CameraLists(NamedTuple):
+    """How many images camera-aware lists hold, by `k_reciprocal`'s names."""
+
+    k1_within: int = 5
+    k1_across: int = 12
+    k2_within: int = 2
+    k2_across: int = 2
 
 
 @overload
 def k_reciprocal(
     qf: FeatureArray,
     gf: FeatureArray,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    k1: int | None = None,
+    k2: int | None = None,
+    lambda_value: float | None = None,
     *,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    k1_within: int = 5,
+    k1_across: int = 12,
+    k2_within: int = 2,
+    k2_across: int = 2,
     normalize: bool = True,
     topk: None = None,
     backend: str = "auto",
@@ -48,10 +69,16 @@ def k_reciprocal(
 def k_reciprocal(
     qf: FeatureArray,
     gf: FeatureArray,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    k1: int | None = None,
+    k2: int | None = None,
+    lambda_value: float | None = None,
     *,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    k1_within: int = 5,
+    k1_across: int = 12,
+    k2_within: int = 2,
+    k2_across: int = 2,
     normalize: bool = True,
     topk: int,
     backend: str = "auto",
@@ -62,10 +89,16 @@ def k_reciprocal(
 def k_reciprocal(
     qf: FeatureArray,
     gf: FeatureArray,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    k1: int | None = None,
+    k2: int | None = None,
+    lambda_value: float | None = None,
     *,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    k1_within: int = 5,
+    k1_across: int = 12,
+    k2_within: int = 2,
+    k2_across: int = 2,
     normalize: bool = True,
     topk: int | None = None,
     backend: str = "auto",
@@ -81,18 +114,35 @@ def k_reciprocal(
     together. An image's list begins with the image itself; among exact copies the lower index comes first, so that of
     very many copies the last are not on their own lists.
 
+    With camera ids, CA-Jaccard (Chen et al., CVPR 2024): images of one camera resemble each other and crowd the lists,
+    so each image has one list of its own camera, itself first, and one of all others. V_i encodes image i by the images
+    whose list of the same kind names it in turn, and is averaged over the first k2_within and k2_across of its two
+    lists. Defaults suit centralized features; the published code has k1_within=5, k1_across=20, k2_within=3,
+    k2_across=3, lambda_value=0.3. Lists are as short as cameras are small; the published code fills them up with images
+    of the other kind.
+
     Args:
         qf: (Q, D) float16, bfloat16, float32 or float64 query features, Q at least 1; numpy array (memory-mapped too)
             or torch tensor. Not modified.
         gf: (G, D) gallery features, G at least 1, on the same device. Not modified.
         k1: how many neighbours besides the image itself are on its list, at least 1; more than there are means all.
+            None: 20. Not for use with camera ids.
         k2: how many images an encoding is averaged over (local query expansion), itself included; 1 leaves it out.
-        lambda_value: weight in [0, 1] of the original distance; the Jaccard distance has the rest.
+            None: 6. Not for use with camera ids.
+        lambda_value: weight in [0, 1] of the original distance; the Jaccard distance has the rest. None: 0.3, with
+            camera ids 0.5.
+        q_camids: (Q,) cameras: integers, whole floats or strings, as in `evaluate`; give both or neither. -1 is a
+            camera like any other.
+        g_camids: (G,) cameras.
+        k1_within: how many neighbours of its own camera are on an image's list besides itself, at least 1.
+        k1_across: one less than how many of other cameras are on its second list, as in the published code; at least 1.
+        k2_within: over how many images of its own camera an encoding is averaged, itself included, at least 1.
+        k2_across: over how many images of other cameras; 0 and k2_within=1 leave averaging out.
         normalize: L2-normalise the features first; a zero row stays the zero vector.
         topk: how many of the nearest gallery images to return for each query, at least 1; more than G means all. None:
             the distances to all of them, as one matrix.
         backend: "auto", "faiss" or "torch": who searches the neighbours (`pose2id.nearest_neighbors`); the lists are
-            the same.
+            the same. With camera ids "auto" or "torch", as faiss cannot leave out a camera.
         max_memory: bytes that the search of neighbours may take, see `pose2id.nearest_neighbors`; blocks after it take
             as much, but no more than 32 MiB. On top come the result, one float32 copy of the features (4 (Q + G) D
             bytes), lists and encodings (about 4 kB an image for k1 = 20 and k2 = 6), and faiss itself.
@@ -111,17 +161,34 @@ def k_reciprocal(
     Raises:
         RuntimeError: backend="faiss" and faiss cannot do it; the message names the repair.
     """
-    k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
-    lambda_value = checked_number(lambda_value, "lambda_value", 0, 1)
+    lengths = (
+        (k1_within, "k1_within", 1),
+        (k1_across, "k1_across", 1),
+        (k2_within, "k2_within", 1),
+        (k2_across, "k2_across", 0),
+    )
+    lists = CameraLists(*(checked_count(*length) for length in lengths))
+    aware = q_camids is not None or g_camids is not None
+    if aware and not (k1 is None and k2 is None):
+        raise ValueError(f"k1 and k2 must be None with cameras, whose lists have {', '.join(lists._fields)}.")
+    if not aware and lists != CameraLists():
+        raise ValueError(f"q_camids and g_camids must be given with {', '.join(lists._fields)}. Or set k1 and k2.")
+    k1, k2 = checked_count(20 if k1 is None else k1, "k1"), checked_count(6 if k2 is None else k2, "k2")
+    weight = (0.5 if aware else 0.3) if lambda_value is None else checked_number(lambda_value, "lambda_value", 0, 1)
     count = None if topk is None else checked_count(topk, "topk")
     block_bytes = min(checked_memory(max_memory), BLOCK_BYTES)
     queries, gallery = Rows(qf, "qf", normalize=normalize), Rows(gf, "gf", normalize=normalize)
     checked_pair(queries, gallery, "qf", "gf")
+    cameras = cameras_together({"q_camids": (q_camids, queries.n), "g_camids": (g_camids, gallery.n)})
 
     rows = JoinedRows(queries, gallery)
-    ranking = search(rows, max(k1 + 1, k2), backend, max_memory, own=True).cpu().numpy()
+    if cameras is None:
+        ranking = search(rows, max(k1 + 1, k2), backend, max_memory, own=True).cpu().numpy()
+        members, averaged = _expanded_reciprocal(ranking, k1), ranking[:, :k2]
+    else:
+        members, averaged = _camera_lists(rows, torch.from_numpy(np.concatenate(cameras)), lists, backend, max_memory)
     images = _FeatureDistances(queries, gallery, block_bytes)
-    distances, indices = _rerank(images, ranking, k1, k2, lambda_value, block_bytes, count)
+    distances, indices = _rerank(images, members, averaged, weight, block_bytes, count)
     found = as_container(distances, qf)
     return found if count is None else (found, as_container(indices, qf))  # type: ignore[return-value]
 
@@ -150,7 +217,8 @@ def re_ranking(
     lambda_value = checked_number(lambda_value, "lambda_value", 0, 1)
     images = _GivenDistances(q_g_dist, q_q_dist, g_g_dist)
     ranking = images.ranking(max(k1 + 1, k2))
-    return as_container(_rerank(images, ranking, k1, k2, lambda_value, BLOCK_BYTES)[0], q_g_dist)
+    members, averaged = _expanded_reciprocal(ranking, k1), ranking[:, :k2]
+    return as_container(_rerank(images, members, averaged, lambda_value, BLOCK_BYTES)[0], q_g_dist)
 
 
 class _FeatureDistances:
@@ -291,19 +359,27 @@ def _finite(distances: Any, name: str) -> NDArray[Any]:
 
 def _rerank(
     images: _FeatureDistances | _GivenDistances,
-    ranking: NDArray[np.int64],
-    k1: int,
-    k2: int,
+    members: Any,
+    averaged: NDArray[np.int64],
     lambda_value: float,
     block_bytes: int,
     count: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(Q, G) re-ranked distances, or the `count` least of each query; and then their columns."""
+    """(Q, G) re-ranked distances, or the `count` least of each query; and then their columns.
+
+    Args:
+        images: their distances.
+        members: (n, n) sparse; row i has ones at the images that encode image i.
+        averaged: (n, m) indices of images, -1 for none, over which encodings are averaged.
+        lambda_value: weight of the original distance.
+        block_bytes: what a block of queries may take.
+        count: how many distances of each query are wanted; None: all.
+    """
     gallery_size = images.n - images.num_queries
     shape = images.num_queries, gallery_size if count is None else min(count, gallery_size)
     distances = torch.empty(shape, dtype=torch.float32, device=images.device)
     indices = torch.empty(shape if count else (0,), dtype=torch.int64, device=images.device)
-    queries, gallery = _encodings(images, ranking, k1, k2)
+    queries, gallery = _encodings(images, members, averaged)
     for part in blocks(images.num_queries, block_bytes // (16 * gallery_size)):
         jaccard = torch.from_numpy(_jaccard(queries[part], gallery)).to(images.device)
         block = images.to_gallery(part).mul_(lambda_value).add_(jaccard, alpha=1 - lambda_value)
@@ -315,37 +391,58 @@ def _rerank(
 
 
 def _encodings(
-    images: _FeatureDistances | _GivenDistances, ranking: NDArray[np.int64], k1: int, k2: int
+    images: _FeatureDistances | _GivenDistances, members: Any, averaged: NDArray[np.int64]
 ) -> tuple[Any, Any]:
     """Sparse float32 encodings, (Q, n) of queries by row and (G, n) of gallery images by column; rows sum to 1 or 0."""
-    encoding = _expanded_reciprocal(ranking, k1)
-    row = np.repeat(np.arange(images.n), np.diff(encoding.indptr))
-    weight = np.exp(-images.pairs(row, encoding.indices))
+    row = np.repeat(np.arange(images.n), np.diff(members.indptr))
+    weight = np.exp(-images.pairs(row, members.indices))
     weight /= np.bincount(row, weights=weight, minlength=images.n)[row]
-    encoding.data = weight
-    if k2 > 1:
-        encoding = _lists(ranking[:, :k2]) @ encoding
-        encoding.data /= min(k2, images.n)
-    return encoding[: images.num_queries], encoding[images.num_queries :].tocsc()
+    members.data = weight
+    if averaged.shape[1] > 1:
+        lists = _lists(averaged)
+        members = lists @ members
+        members.data /= np.repeat(np.diff(lists.indptr).astype(np.float32), np.diff(members.indptr))
+    return members[: images.num_queries], members[images.num_queries :].tocsc()
 
 
-def _lists(ranking: NDArray[np.int64]) -> Any:
-    """Neighbour lists as a sparse 0/1 matrix: row i has ones at its list's columns."""
+def _lists(neighbors: NDArray[np.int64]) -> Any:
+    """Neighbour lists as a sparse 0/1 matrix: row i has ones at its list's columns; -1 is none."""
     from scipy import sparse  # noqa: PLC0415 - slow to import
 
-    n, length = ranking.shape
-    kind = np.int32 if ranking.size < 2**31 else np.int64
-    indices, start = ranking.ravel().astype(kind), np.arange(0, ranking.size + 1, length, dtype=kind)
-    return sparse.csr_array((np.ones(ranking.size, dtype=np.float32), indices, start), shape=(n, n))
+    n = len(neighbors)
+    kind = np.int32 if neighbors.size < 2**31 else np.int64
+    listed = neighbors >= 0
+    indices = neighbors[listed].astype(kind)
+    start = np.concatenate([[0], listed.sum(1).cumsum()]).astype(kind)
+    return sparse.csr_array((np.ones(len(indices), dtype=np.float32), indices, start), shape=(n, n))
+
+
+def _reciprocal(neighbors: NDArray[np.int64]) -> Any:
+    """The part of neighbour lists that name each other, as `_lists`."""
+    lists = _lists(neighbors)
+    return lists.multiply(lists.T).tocsr()
+
+
+def _camera_lists(
+    rows: RowSource, cameras: Tensor, lists: CameraLists, backend: str, max_memory: int | None
+) -> tuple[Any, NDArray[np.int64]]:
+    """What encodes an image, and what encodings are averaged over, as `_rerank` takes them."""
+    length = min(max(lists.k1_within, lists.k2_within - 1), rows.n)
+    within = search_within(rows, cameras, length, backend, max_memory).cpu().numpy()
+    within = np.concatenate([np.arange(rows.n)[:, None], within], 1)  # an image is the first on its own list
+    length = min(max(lists.k1_across + 1, lists.k2_across), rows.n)
+    across = search_across(rows, cameras, length, backend, max_memory).cpu().numpy()
+    # No image is on both lists.
+    members = _reciprocal(within[:, : lists.k1_within + 1]) + _reciprocal(across[:, : lists.k1_across + 1])
+    return members, np.concatenate([within[:, : lists.k2_within], across[:, : lists.k2_across]], 1)
 
 
 def _expanded_reciprocal(ranking: NDArray[np.int64], k1: int) -> Any:
     """R*(i, k1): reciprocal neighbours, with those of each member whose own half-length set lies mostly inside."""
     from scipy import sparse  # noqa: PLC0415 - slow to import
 
-    nearest = _lists(ranking[:, : k1 + 1])
-    half = _lists(ranking[:, : round(k1 / 2) + 1])  # Python and numpy both round halves to even
-    reciprocal, half = nearest.multiply(nearest.T).tocsr(), half.multiply(half.T).tocsr()
+    # Python and numpy both round halves to even.
+    reciprocal, half = _reciprocal(ranking[:, : k1 + 1]), _reciprocal(ranking[:, : round(k1 / 2) + 1])
     overlap = (reciprocal @ half.T).multiply(reciprocal).tocoo()
     inside = 3 * overlap.data > 2 * half.sum(1)[overlap.col]
     joined = sparse.csr_array(
