@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from pose2id.io.checks import checked_choice, checked_count, checked_flag
 from pose2id.io.images import checked_images, content_key
 from pose2id.io.rows import blocks
+from pose2id.io.threads import use_threads
 from pose2id.ipg import reference, weights
 from pose2id.ipg.identity import IdentityTokens
 from pose2id.ipg.networks import Networks, check_shape, present_device
@@ -388,6 +389,7 @@ class IdentityGenerator:
         sampling = self.checked_sampling(sampling, **settings)
         checked_choice(output, "output", OUTPUTS)
         checked_flag(progress, "progress")
+        use_threads(self.device)
         if generator is not None and not isinstance(generator, torch.Generator):
             given = type(generator).__name__
             raise TypeError(f"generator must be a torch.Generator, got {given}. For a seed pass seed=.")
