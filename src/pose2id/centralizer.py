@@ -15,7 +15,7 @@ from pose2id.centralization.diagnostics import GenerationDiagnostics, generation
 from pose2id.centralization.fusion import fuse
 from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, with_neighbors
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
-from pose2id.io.checks import checked_choice, checked_count, checked_flag, checked_memory, checked_number
+from pose2id.io.checks import checked_choice, checked_count, checked_flag, checked_flags, checked_memory, checked_number
 from pose2id.io.decoding import decoding_once
 from pose2id.io.rows import FeatureArray, Rows, as_container, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
@@ -143,6 +143,7 @@ class Centralizer:
         """
         if getattr(self.pictures, "num_poses", None) == 0:
             return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
+        checked_flags(progress=progress, return_visibility=return_visibility)
         fused = visibility = None
         with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
             for block in blocks(len(images), model.extractor.batch_size):
@@ -226,6 +227,7 @@ class Centralizer:
 
         Arguments and errors are those of `__call__`; the visibility is that of the generated images' parts, (N, M, P).
         """
+        checked_flags(progress=progress, return_visibility=return_visibility)
         with self._at_work(images, side_inputs, progress, both=False) as (model, _, pictures):
             features, visibility = model.next_features(pictures, len(images))
         return (features, visibility) if return_visibility else features
@@ -236,6 +238,7 @@ class Centralizer:
         Arguments and errors are those of `__call__`, for at least 2 images. All features are held; a few hundred images
         of different people are enough.
         """
+        checked_flag(progress, "progress")
         with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
             features, generated = (model.next_features(some, len(images))[0] for some in (originals, pictures))
         return generation_diagnostics(features, generated)

@@ -21,7 +21,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_choice, checked_count, checked_device, checked_flag, checked_size, first_few
+from pose2id.io.checks import (
+    checked_choice,
+    checked_count,
+    checked_device,
+    checked_flag,
+    checked_flags,
+    checked_size,
+    first_few,
+)
 from pose2id.io.images import checked_images, load_image
 from pose2id.io.rows import FLOAT_DTYPES, Rows, blocks
 
@@ -173,6 +181,7 @@ class Extractor:
         Raises:
             TypeError, ValueError: bad or unreadable images (named), non-finite outputs.
         """
+        checked_flags(normalize=normalize, progress=progress, return_visibility=return_visibility)
         given = Images(images, side_inputs)
         with self.at_work(len(images), progress) as run:
             features, visibility = run.next_features(given, len(images))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pose2id.centralization.id2 import id2_score
 from pose2id.centralizer import Centralizer
-from pose2id.io.checks import checked_flag
+from pose2id.io.checks import checked_flags
 from pose2id.io.feature_files import FeatureFile
 from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
 from pose2id.retrieval.rerank import k_reciprocal
@@ -63,8 +63,7 @@ def compare(
     Raises:
         ValueError: the features have no identity labels, or no query has a match; or as in `fuse`.
     """
-    for name, flag in (("nfc", nfc), ("rerank", rerank), ("control", control)):
-        checked_flag(flag, name)
+    checked_flags(nfc=nfc, rerank=rerank, control=control)
     labels, centralizer = _labels(features), centralizer or Centralizer()
     query, gallery = _pair(features)
     sets = [("baseline", "re-ranking", query, gallery)]

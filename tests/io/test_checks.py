@@ -27,6 +27,8 @@ from pose2id.io.feature_files import FeatureFile, save_features
 from pose2id.report import compare
 
 X, PIDS = np.eye(6, 4) + 1, [1, 2, 1, 2, 1, 2]
+PICTURES = list(torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+CENTRALIZER = Centralizer(lambda images: images.flatten(1), lambda images: ([image, 1 - image] for image in images))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,14 @@ def test_what_does_not_hold_each_value_is_refused(name, value, function, made, m
         ("count_distractors", lambda flag: id2_score(X, [0, 1, 0, 1, 1, 1], count_distractors=flag)),
         ("count_distractors", lambda flag: identity_density(X, PIDS, count_distractors=flag).score),
         ("rerank", lambda flag: compare(FeatureFile(X, X, PIDS, PIDS), rerank=flag)[0].id2),
+        ("normalize", lambda flag: CENTRALIZER.extract(PICTURES, normalize=flag)),
+        ("progress", lambda flag: CENTRALIZER(PICTURES, progress=flag)),
+        ("progress", lambda flag: CENTRALIZER.extract(PICTURES, progress=flag)),
+        ("progress", lambda flag: CENTRALIZER.extract_generated(PICTURES, progress=flag)),
+        ("progress", lambda flag: CENTRALIZER.diagnose(PICTURES, progress=flag).retention),
+        ("return_visibility", lambda flag: CENTRALIZER(PICTURES, return_visibility=flag)[0]),
+        ("return_visibility", lambda flag: CENTRALIZER.extract(PICTURES, return_visibility=flag)[0]),
+        ("return_visibility", lambda flag: CENTRALIZER.extract_generated(PICTURES, return_visibility=flag)[0]),
     ],
 )
 def test_flags_are_true_or_false(name, function):

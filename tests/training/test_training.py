@@ -24,7 +24,11 @@ from filelock import FileLock
 from miniature import STRESS, UNET, assert_equal, average, lines, losses, miniature, people, state, weights
 from PIL import Image
 
+from pose2id.demo.people import SyntheticPedestrians, write_people
+from pose2id.demo.pretraining import train_identity_encoder, train_vae
 from pose2id.ipg import IdentityGenerator, TransReID
+from pose2id.ipg.batch import generate_files
+from pose2id.poses import detect
 from pose2id.training import cache as latents
 from pose2id.training import checkpoints
 from pose2id.training import run as training
@@ -34,6 +38,7 @@ from pose2id.training.objective import TRAINED, Objective, TrainedParts
 from pose2id.training.pairs import Pairs, PairSettings, select
 from pose2id.training.run import train
 from pose2id.training.settings import TrainingSettings
+from pose2id.training.table import table_of_folder
 from pose2id.training.validation import people_shown, validate
 
 # Everything at once, and a checkpoint of every step.
@@ -1364,6 +1369,32 @@ def test_bad_arguments(run, tmp_path, monkeypatch, given, message):
     monkeypatch.setattr(checkpoints, "write", None)  # nothing is trained before it is said
     with pytest.raises((TypeError, ValueError), match=message):
         run(tmp_path / "run", **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("progress", lambda images, flag: train(miniature(), images, "run", progress=flag)),
+        ("progress", lambda images, flag: table_of_folder(images[0].path.parent, progress=flag)),
+        ("progress", lambda images, flag: detect([images[0].path], print, progress=flag)),
+        ("progress", lambda images, flag: write_people(SyntheticPedestrians(1), "drawn", progress=flag)),
+        ("progress", lambda images, flag: train_vae([images[0].path], image_size=(16, 8), progress=flag)),
+        ("progress", lambda images, flag: train_identity_encoder([images[0].path], [1], progress=flag)),
+        ("progress", lambda images, flag: miniature().generate([images[0].path], progress=flag)),
+        ("progress", lambda images, flag: generate_files(miniature(), [images[0].path], "out", progress=flag)),
+        ("overwrite", lambda images, flag: generate_files(miniature(), [images[0].path], "out", overwrite=flag)),
+        ("grid", lambda images, flag: generate_files(miniature(), [images[0].path], "out", grid=flag)),
+        ("round_bank", lambda images, flag: miniature().replaced(round_bank=flag)),
+        ("compile", lambda images, flag: IdentityGenerator.from_pretrained("tiny", compile=flag)),
+        ("local_files_only", lambda images, flag: IdentityGenerator.from_pretrained("tiny", local_files_only=flag)),
+    ],
+)
+@pytest.mark.parametrize("flag", [1, None, "no"])
+def test_flags_are_true_or_false(images, tmp_path, monkeypatch, name, function, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got {flag!r}"):
+        function(images, flag)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_extras(run, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pose2id.io.checks import checked_choice, checked_flag, checked_labels
 from pose2id.io.rows import Rows
+from pose2id.io.threads import use_threads
 
 _CONVENTIONS = ("published", "printed")
 
@@ -96,6 +97,7 @@ def identity_density(
 
 def centres(f: Rows, group: Tensor) -> Tensor:
     """Eq. 21: c_i, the mean of the features of group i, not normalised again. (I, D); group (N,) int64 from 0."""
+    use_threads(f.device)  # few rows too
     total = torch.zeros((int(group.max()) + 1, f.dim), dtype=f.dtype, device=f.device)
     for block in f.blocks():
         total.index_add_(0, group[block], f.read(block))

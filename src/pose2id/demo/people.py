@@ -30,7 +30,7 @@ from pose2id.demo.figure import (
     random_look,
     random_pose,
 )
-from pose2id.io.checks import checked_count, checked_number
+from pose2id.io.checks import checked_count, checked_flag, checked_number
 from pose2id.io.whole_files import new_directory, whole_directory, whole_file
 from pose2id.poses.skeleton import Pose
 from pose2id.training.table import PersonImage, write_table
@@ -555,6 +555,7 @@ def write_people(people: Sequence[Sample], folder: str | os.PathLike[str], *, pr
         OSError: a file cannot be written.
         ValueError: no samples, or one that is there twice.
     """
+    checked_flag(progress, "progress")
     folder, images = new_directory(folder), []
     with whole_directory(folder, last="table.csv") as unfinished:
         (unfinished / "images").mkdir()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_count, checked_device, checked_labels, checked_number, checked_size
+from pose2id.io.checks import checked_count, checked_device, checked_flag, checked_labels, checked_number, checked_size
 from pose2id.io.images import checked_images
 from pose2id.io.rows import blocks
 from pose2id.ipg.identity import TransReID
@@ -72,6 +72,7 @@ def train_identity_encoder(
     each = checked_count(images_per_person, "images_per_person", least=2)
     steps, seed = checked_count(steps, "steps"), checked_count(seed, "seed", least=0)
     learning_rate = checked_number(learning_rate, "learning_rate", 0, 1)
+    checked_flag(progress, "progress")
     weight_decay = checked_number(weight_decay, "weight_decay", 0, 1)
     target = checked_device(device)
     items = checked_images(images, "images")
@@ -137,6 +138,7 @@ def train_vae(
     size, steps = checked_size(image_size, "image_size"), checked_count(steps, "steps")
     batch_size, seed = checked_count(batch_size, "batch_size"), checked_count(seed, "seed", least=0)
     learning_rate = checked_number(learning_rate, "learning_rate", 0, 1)
+    checked_flag(progress, "progress")
     target = checked_device(device)
     given = dict(config or {})
     levels = len(given.get("block_out_channels", (64,)))

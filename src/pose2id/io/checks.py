@@ -222,6 +222,12 @@ def checked_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def checked_flags(**flags: Any) -> None:
+    """Each True or False."""
+    for name, value in flags.items():
+        checked_flag(value, name)
+
+
 def require_modules(need: str, install: str, *modules: str) -> None:
     """Import modules, or raise an ImportError: what needs them, and the pip command."""
     try:

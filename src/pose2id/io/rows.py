@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pose2id.io.checks import BLOCK_BYTES, checked_flag, checked_visibility, dense, first_few
+from pose2id.io.threads import use_threads
 
 FeatureArray = TypeVar("FeatureArray", "NDArray[Any]", Tensor)
 
@@ -53,6 +54,7 @@ class Rows:
         if isinstance(features, Tensor) and features.device.type == "cuda":
             self.device = features.device
         self.dtype = torch.float64 if self._array.dtype.itemsize == 8 else torch.float32
+        use_threads(self.device, self.n * self.dim)
         self._part_norms = self._finite_norms(name)
         self.norms = row_norms(self._part_norms)
         self.directions = (self._part_norms > 0).sum(1)

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from pose2id.io.checks import first_few
+from pose2id.io.checks import checked_flag, checked_flags, first_few
 from pose2id.io.images import content_key, image_files, load_image
 from pose2id.io.whole_files import check_folder, whole_file
 from pose2id.ipg.folder import NOTE, read_note
@@ -104,6 +104,7 @@ def generate_files(
         FileNotFoundError, TypeError, ValueError: bad input, named, before anything is written.
         FileExistsError: there are files that were made from something else, or pictures in more poses.
     """
+    checked_flag(progress, "progress")
     generator.networks.resolve_batch_size(batch_size)
     sampling = generator.checked_sampling(sampling, **settings)
     job = _Job(generator, images, Path(directory), poses, sampling, grid, overwrite)
@@ -236,6 +237,7 @@ class _Job:
         grid: bool,
         overwrite: bool,
     ) -> None:
+        checked_flags(grid=grid, overwrite=overwrite)
         check_folder(directory)
         found = collect_images(images, directory)
         self.names, self.directory, self.overwrite = list(found), directory, overwrite

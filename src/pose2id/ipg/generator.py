@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_choice, checked_count
+from pose2id.io.checks import checked_choice, checked_count, checked_flag
 from pose2id.io.images import checked_images, content_key
 from pose2id.io.rows import blocks
+from pose2id.io.threads import use_threads
 from pose2id.ipg import reference, weights
 from pose2id.ipg.identity import IdentityTokens
 from pose2id.ipg.networks import Networks, check_shape, present_device
@@ -101,7 +102,7 @@ class IdentityGenerator:
         )
         self.scheduler = scheduler
         self.sampler = sampler
-        self.round_bank = round_bank
+        self.round_bank = checked_flag(round_bank, "round_bank")
         self.sources = dict(sources or {})
         self.license = weights.checked_license(license)
 
@@ -198,6 +199,7 @@ class IdentityGenerator:
             ValueError: a device that is not available; an encoder without tokens; damaged files; missing, unexpected or
                 mis-shaped keys, per network.
         """
+        checked_flag(compile, "compile")
         target = present_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         dtype = _default_dtype(target) if dtype is None else weights.checked_dtype(dtype)
         own = {"identity_encoder": identity_encoder, "identity_tokens": identity_tokens}
@@ -386,6 +388,8 @@ class IdentityGenerator:
         drawn = load_poses(poses)
         sampling = self.checked_sampling(sampling, **settings)
         checked_choice(output, "output", OUTPUTS)
+        checked_flag(progress, "progress")
+        use_threads(self.device)
         if generator is not None and not isinstance(generator, torch.Generator):
             given = type(generator).__name__
             raise TypeError(f"generator must be a torch.Generator, got {given}. For a seed pass seed=.")

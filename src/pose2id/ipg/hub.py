@@ -22,6 +22,8 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from pose2id.io.checks import checked_flag
+
 # Of the client's HTTP library: requests' errors are OSErrors too, those of httpx and httpx2 are not.
 _HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]
 
@@ -52,7 +54,10 @@ class Place:
         self._argument = argument
         self._revision = revision
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
-        reasons = {"local_files_only=True": local_files_only, "HF_HUB_OFFLINE is set": constants.HF_HUB_OFFLINE}
+        reasons = {
+            "local_files_only=True": checked_flag(local_files_only, "local_files_only"),
+            "HF_HUB_OFFLINE is set": constants.HF_HUB_OFFLINE,
+        }
         self._cache_only = next((reason for reason, holds in reasons.items() if holds), "")
         self._token = token
         directory = Path(self.name).expanduser()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pose2id.io.threads import use_threads
+
 _LOCK = threading.RLock()
 
 
@@ -21,6 +23,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     neighbours, and half-precision products that are added up in half precision. Their settings are restored on the
     way out; they are the process's, hence the lock.
     """
+    use_threads(device)
     with _LOCK, torch.no_grad(), torch.autocast(device.type, enabled=False), _float32_sums():
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
             settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
@@ -65,6 +68,7 @@ def squared_euclidean(x: Tensor, y: Tensor, x_squares: Tensor, y_squares: Tensor
 
 def nearest_columns(distances: Tensor, count: int) -> Tensor:
     """(B, count) columns of the smallest entries of each row, ascending, equal ones by the lower column."""
+    use_threads(distances.device, distances.numel())
     values, columns = distances.topk(count, dim=1, largest=False)
     columns, order = columns.sort(dim=1)
     columns = columns.gather(1, values.gather(1, order).argsort(dim=1, stable=True))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_device, checked_number
+from pose2id.io.checks import checked_device, checked_flag, checked_number
 from pose2id.io.images import checked_images, load_image
 from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD, Pose, openpose
 
@@ -62,6 +62,7 @@ def detect(
     images = checked_images(images)
     threshold = checked_number(threshold, "threshold", 0, 1)
     device = checked_device(device)
+    checked_flag(progress, "progress")
     if model is None:
         model = _rtmlib_body(str(device))
     if not callable(model):

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pose2id.centralization.diagnostics import GenerationDiagnostics
+from pose2id.io.checks import checked_flag
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.training import cache, checkpoints
 from pose2id.training.accelerator import new_accelerator, require_accelerate
@@ -103,6 +104,7 @@ def train(
         OSError: a checkpoint cannot be written; older ones are kept.
     """
     given = TrainingSettings(**settings)
+    checked_flag(progress, "progress")
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
     generator.described()  # what cannot be saved is told now, not when the first checkpoint is due

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from pose2id.io.checks import checked_choice, first_few
+from pose2id.io.checks import checked_choice, checked_flag, first_few
 from pose2id.io.images import image_files, load_image
 from pose2id.io.whole_files import new_file, whole_file
 from pose2id.poses import KEYPOINTS, Pose, detect, read
@@ -179,6 +179,7 @@ def table_of_folder(
             at all; with a detector an image that cannot be read.
     """
     identity = checked_choice(identity, "identity", ("name", "folder"))
+    checked_flag(progress, "progress")
     if keypoints is not None and detector is not None:
         raise ValueError("keypoints and detector must not both be given. Leave one out.")
     folder = Path(folder)
