@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pose2id.centralization.cameras import CameraModel, centre_cameras
     from pose2id.centralization.diagnostics import (
         GenerationDiagnostics,
         NFCDiagnostics,
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
         nfc_diagnostics,
     )
     from pose2id.centralization.fusion import fuse
+    from pose2id.centralization.guard import Evidence, evidence
     from pose2id.centralization.id2 import IdentityDensity, id2_score, identity_density
+    from pose2id.centralization.links import WeightedLinks, link_map, link_weights
     from pose2id.centralization.nfc import nfc
     from pose2id.centralizer import Centralizer
     from pose2id.extractor import Extractor
@@ -35,8 +38,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CameraModel",
     "Centralizer",
     "EvaluationResult",
+    "Evidence",
     "Extractor",
     "GeneratedPictures",
     "GenerationDiagnostics",
@@ -45,15 +50,20 @@ __all__ = [
     "NFCDiagnostics",
     "PictureFolder",
     "Sampling",
+    "WeightedLinks",
     "aqe",
+    "centre_cameras",
     "database_augmentation",
     "evaluate",
     "evaluate_rank",
+    "evidence",
     "fuse",
     "generation_diagnostics",
     "id2_score",
     "identity_density",
     "k_reciprocal",
+    "link_map",
+    "link_weights",
     "nearest_neighbors",
     "nfc",
     "nfc_diagnostics",
@@ -63,6 +73,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "centralization.cameras": ("CameraModel", "centre_cameras"),
     "centralization.diagnostics": (
         "GenerationDiagnostics",
         "NFCDiagnostics",
@@ -70,7 +81,9 @@ _MODULES = {
         "nfc_diagnostics",
     ),
     "centralization.fusion": ("fuse",),
+    "centralization.guard": ("Evidence", "evidence"),
     "centralization.id2": ("IdentityDensity", "id2_score", "identity_density"),
+    "centralization.links": ("WeightedLinks", "link_map", "link_weights"),
     "centralization.nfc": ("nfc",),
     "centralizer": ("Centralizer",),
     "extractor": ("Extractor",),

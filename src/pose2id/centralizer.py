@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -11,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pose2id.centralization.cameras import STATISTICS, CameraModel
 from pose2id.centralization.diagnostics import GenerationDiagnostics, generation_diagnostics
+from pose2id.centralization.enhancement import METHODS, Enhancement
 from pose2id.centralization.fusion import fuse
 from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, with_neighbors
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
@@ -20,6 +24,7 @@ from pose2id.io.decoding import decoding_once
 from pose2id.io.rows import FeatureArray, Rows, as_container, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
 from pose2id.neighbors.search import BACKENDS, NeighborSearch, checked_search
+from pose2id.retrieval.guarded_rerank import reranked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +32,9 @@ if TYPE_CHECKING:
     from pose2id.poses import Pose
 
 
+logger = logging.getLogger(__name__)
 _OF_NFC = ("k1", "k2", "backend", "neighbors", "max_memory")
+_K = 2  # NFC's k1 and k2 unless given
 
 
 class _OfExtractor(TypedDict, total=False):
@@ -55,7 +62,7 @@ class Centralizer:
 
     With features at hand, no model is needed:
 
-        query_feats, gallery_feats = Centralizer(k1=2, k2=2).enhance(query_feats, gallery_feats)
+        query_feats, gallery_feats = Centralizer().enhance(query_feats, gallery_feats)
 
     With images, it fuses their features with those of generated images of the same people (eq. 9):
 
@@ -71,13 +78,22 @@ class Centralizer:
         pictures: where generated images come from: `GeneratedPictures`, a `PictureFolder`, or any callable
             `pictures(images)` that gives, for each image in order, a sequence of M pictures, the same M for every
             image. Only `__call__`, `extract_generated` and `diagnose` need it.
-        k1: how many neighbours a feature proposes (see `nfc`).
-        k2: how many neighbours the other side looks at.
+        method: how `enhance` centralizes.
+            "auto": "guarded" without cameras. With cameras "cameras", where the evidence that people repeat is strong
+            (gate at least 0.5) and most gallery images are in cameras of at least 16; elsewhere "guarded".
+            "guarded": neighbours that are nearer than strangers can be, and nothing where people appear once
+            (`evidence`); with cameras after centring, for each pair of cameras.
+            "cameras": centring, a map across cameras, links across cameras (`link_map`, `link_weights`), unguarded.
+            "centring": camera means alone (`centre_cameras`).
+            "nfc": Algorithm 1 as published, on both sets apart (`nfc`): it harms where people appear once.
+            All but "nfc" are this library's own, not the paper's.
+        k1: how many neighbours a feature proposes (see `nfc`): 2 unless given. Giving k1 or k2 selects method="nfc".
+        k2: how many neighbours the other side looks at: 2 unless given.
         eta: weight of generated images in eq. 9: Market1501 2, Occluded-ReID 1, SYSU-MM01 1/4.
         part_distance: how features in parts find neighbours: "visible" or "flattened" (see `nfc`).
         backend: the search engine: "auto", "faiss" or "torch".
-        neighbors: a search of your own in its place (see `nfc`).
-        max_memory: bytes for working blocks, see `pose2id.nearest_neighbors`.
+        neighbors: a search of your own in its place (see `nfc`), with method="nfc".
+        max_memory: bytes for each search, see `pose2id.nearest_neighbors`.
         **shortcuts: transform, inputs, batch_size, device, flip and pad_last_batch, for an `Extractor` of the model;
             generator with generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a
             `PictureFolder`; poses, num_poses and pose_inputs for either. None means the default.
@@ -88,8 +104,9 @@ class Centralizer:
         extractor: Extractor | FeatureModel | None = None,
         pictures: Pictures | None = None,
         *,
-        k1: int = 2,
-        k2: int = 2,
+        method: str = "auto",
+        k1: int | None = None,
+        k2: int | None = None,
         eta: float = 2.0,
         part_distance: str = "visible",
         backend: str = "auto",
@@ -97,16 +114,22 @@ class Centralizer:
         max_memory: int | None = None,
         **shortcuts: Unpack[Shortcuts],
     ) -> None:
-        self.k1 = checked_count(k1, "k1")
-        self.k2 = checked_count(k2, "k2")
+        checked_choice(method, "method", METHODS)
+        if (k1 is not None or k2 is not None) and method not in ("auto", "nfc"):
+            raise ValueError(f"k1 and k2 must be None with method={method!r}; they are parameters of 'nfc'.")
+        self.method = method if k1 is None and k2 is None else "nfc"
+        self.k1 = checked_count(_K if k1 is None else k1, "k1")
+        self.k2 = checked_count(_K if k2 is None else k2, "k2")
         self.eta = checked_number(eta, "eta", 0, 1e6)
         self.part_distance = checked_choice(part_distance, "part_distance", PART_DISTANCES)
         self.backend = checked_choice(backend, "backend", BACKENDS)
         self.neighbors = checked_search(neighbors, backend)
+        if neighbors is not None and self.method != "nfc":
+            raise ValueError(f"neighbors must be None with method={method!r}; a search of your own is for 'nfc'.")
         checked_memory(max_memory)
         self.max_memory = max_memory
         for name in shortcuts.keys() - Shortcuts.__annotations__.keys():
-            known = ", ".join([*_OF_NFC, "eta", "part_distance", *Shortcuts.__annotations__])
+            known = ", ".join(["method", *_OF_NFC, "eta", "part_distance", *Shortcuts.__annotations__])
             raise TypeError(f"Centralizer got an unexpected keyword argument {name!r}. It knows {known}.")
         given = {name: value for name, value in shortcuts.items() if value is not None}
         of_extractor = {name: given.pop(name) for name in _OfExtractor.__annotations__ if name in given}
@@ -159,51 +182,147 @@ class Centralizer:
         query_feats: FeatureArray,
         gallery_feats: FeatureArray,
         *,
+        query_camids: Any = None,
+        gallery_camids: Any = None,
+        camera_model: CameraModel | None = None,
+        camera_statistics: str = "both",
         joint: bool = False,
         query_visibility: Any = None,
         gallery_visibility: Any = None,
     ) -> tuple[FeatureArray, FeatureArray]:
-        """Centralize query and gallery features with their mutual nearest neighbours (`nfc`).
+        """Centralize query and gallery features with their neighbours, as `method` says; nothing is learnt from labels.
 
-        The two sets are centralized apart by default: the authors hold that a query must not borrow from the gallery it
-        is compared with, nor the gallery from queries that a deployed system has not seen yet (information leakage).
+        Queries meet the gallery alone and never each other, so that a query alone gets what it gets in a batch, but for
+        the means of cameras with camera_statistics="both". "nfc" centralizes the two sets apart, as published. Which
+        method ran, and on what evidence, is logged in one line (level INFO).
 
         Args:
             query_feats: (Q, D) raw or normalised features, or (Q, P, D) of their parts, floating numpy array or torch
                 tensor. Not modified.
             gallery_feats: (G, D) or (G, P, D) features of the same model.
-            joint: search neighbours in the union of both sets instead, of which a copy is made; figures are then not
-                comparable with published ones.
+            query_camids: (Q,) cameras: integers, whole floats or strings; -1 or None, or None for all: unknown. Whole
+                features only. A camera that the gallery lacks is allowed.
+            gallery_camids: (G,) cameras; without any that is known, methods go without cameras.
+            camera_model: means and map of a model (`CameraModel.fit` of the gallery), to treat a live query as the
+                gallery was; in place of those of these sets.
+            camera_statistics: camera means of "both" sets, or of the "gallery" alone: then no query enters anything.
+            joint: for "nfc": search neighbours in the union of both sets instead, of which a copy is made; figures are
+                then not comparable with published ones.
             query_visibility: (Q, P) of the parts, booleans or weights, as in `nfc`; what `__call__` and `extract` give
                 with `return_visibility`. None: every part is fully visible.
             gallery_visibility: (G, P), likewise.
 
         Returns:
             (query, gallery), L2-normalised, parts each by itself, each in the shape, container, dtype and device it
-            came in.
+            came in. Neighbours of parts are those of `part_distances`, or with part_distance="flattened" of all parts
+            in one vector.
+
+        Warns:
+            UserWarning: method="nfc", and the gallery gives no evidence that people repeat.
         """
         joint = checked_flag(joint, "joint")
-        query = Rows(query_feats, "query_feats", normalize=not joint, parts=True)
-        gallery = Rows(gallery_feats, "gallery_feats", normalize=not joint, parts=True)
+        checked_choice(camera_statistics, "camera_statistics", STATISTICS)
+        if joint and self.method != "nfc":
+            raise ValueError(
+                f"joint must be False with method={self.method!r}, which compares queries with the gallery."
+            )
+        query = Rows(query_feats, "query_feats", normalize=True, parts=True)
+        gallery = Rows(gallery_feats, "gallery_feats", normalize=True, parts=True)
         checked_pair(query, gallery, "query_feats", "gallery_feats")
-        of_query = checked_weights(query, query_visibility, "query_visibility", self.part_distance)
-        of_gallery = checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance)
+        visibility = (
+            checked_weights(query, query_visibility, "query_visibility", self.part_distance),
+            checked_weights(gallery, gallery_visibility, "gallery_visibility", self.part_distance),
+        )
+        enhancement = Enhancement(
+            query,
+            gallery,
+            (query_camids, gallery_camids),
+            camera_model=camera_model,
+            statistics=camera_statistics,
+            visibility=visibility,
+            backend=self.backend,
+            max_memory=self.max_memory,
+        )
+        if self.method != "nfc":
+            features, reason = enhancement.run(self.method)
+            logger.info("enhance: %s", reason)
+            return features
+        found = enhancement.evidence() if self.neighbors is None else None
+        if found is not None and found.k and found.gate == 0:
+            warnings.warn(f"method='nfc' may harm here: {found} method='auto' keeps them.", stacklevel=2)
+        logger.info("enhance: nfc, k1 %d, k2 %d, %s", self.k1, self.k2, found or "evidence not looked for")
+        if joint:
+            given = query_visibility, gallery_visibility
+            return self._joint_nfc(query_feats, gallery_feats, given)
         settings: dict[str, Any] = {name: getattr(self, name) for name in _OF_NFC}
-        if not joint:
-            return with_neighbors(query, of_query, **settings), with_neighbors(gallery, of_gallery, **settings)
+        return with_neighbors(query, visibility[0], **settings), with_neighbors(gallery, visibility[1], **settings)
+
+    def _joint_nfc(self, query_feats: Any, gallery_feats: Any, given: tuple[Any, Any]) -> Any:
+        """NFC in the union of both sets, of which a copy is made; `given` is their visibility."""
+        query, gallery = (
+            Rows(x, name, parts=True) for x, name in ((query_feats, "query_feats"), (gallery_feats, "gallery_feats"))
+        )
         dtype = torch.promote_types(query.dtype, gallery.dtype)
         rows = torch.cat([rows.read(slice(None), dtype) for rows in (query, gallery)])
         both: Any = as_container(query.by_part(rows) if query.in_parts else rows, query_feats)
         visibility = None
-        if query_visibility is not None or gallery_visibility is not None:
-            shown = query.visibility(query_visibility, "query_visibility")
-            visibility = torch.cat([shown, gallery.visibility(gallery_visibility, "gallery_visibility")])
+        if given[0] is not None or given[1] is not None:
+            shown = query.visibility(given[0], "query_visibility")
+            visibility = torch.cat([shown, gallery.visibility(given[1], "gallery_visibility")])
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _OF_NFC}
         both = nfc(both, visibility=visibility, part_distance=self.part_distance, **settings)
         enhanced = (both if isinstance(both, Tensor) else torch.from_numpy(both)).flatten(1)
         results = query.empty(), gallery.empty()
         query.write(results[0], slice(None), enhanced[: query.n])
         gallery.write(results[1], slice(None), enhanced[query.n :])
-        return results  # type: ignore[return-value]
+        return results
+
+    def rerank(
+        self,
+        query_feats: FeatureArray,
+        gallery_feats: FeatureArray,
+        *,
+        query_camids: Any = None,
+        gallery_camids: Any = None,
+        topk: int | None = None,
+        force: bool = False,
+    ) -> Any:
+        """Re-ranked distances of queries to gallery images, where re-ranking does no harm; joint, as all re-ranking.
+
+        With cameras: both sets are centred, mapped and summed together, as by method="cameras", and compared by the
+        camera-aware Jaccard distance (`k_reciprocal` with cameras, lambda_value=0.5). Without cameras and with evidence
+        that people repeat: `k_reciprocal` with k1=10, k2=3; without such evidence: plain distances. Which of them is
+        logged in one line (level INFO). Independent of `method`; give features as the model made them, or fused ones.
+
+        Args:
+            query_feats: (Q, D) floating features, numpy array or torch tensor. Not modified.
+            gallery_feats: (G, D) features of the same model, on the same device.
+            query_camids: (Q,) cameras, as in `enhance`.
+            gallery_camids: (G,) cameras.
+            topk: how many of the nearest gallery images to return for each query; None: distances to all of them.
+            force: re-rank without cameras whatever the evidence.
+
+        Returns:
+            (Q, G) float32 distances for `evaluate_rank`, or with topk (distances, indices), as `k_reciprocal`. Plain
+            ones are squared Euclidean distances of the L2-normalised features.
+        """
+        checked_flag(force, "force")
+        query = Rows(query_feats, "query_feats", normalize=True)
+        gallery = Rows(gallery_feats, "gallery_feats", normalize=True)
+        checked_pair(query, gallery, "query_feats", "gallery_feats")
+        found, reason = reranked(
+            query,
+            gallery,
+            (query_camids, gallery_camids),
+            topk=topk,
+            force=force,
+            backend=self.backend,
+            max_memory=self.max_memory,
+        )
+        logger.info("rerank: %s", reason)
+        if topk is None:
+            return as_container(found, query_feats)
+        return tuple(as_container(values, query_feats) for values in found)
 
     def fuse(
         self,
@@ -270,7 +389,8 @@ class Centralizer:
         parts = "".join(f"{part!r}, " for part in (self.extractor, self.pictures) if part is not None)
         own = "" if self.neighbors is None else f", neighbors={self.neighbors!r}"
         flattened = f", part_distance={self.part_distance!r}" if self.part_distance != "visible" else ""
-        settings = f"k1={self.k1}, k2={self.k2}, eta={self.eta:g}, backend={self.backend!r}"
+        of_nfc = f", k1={self.k1}, k2={self.k2}" if self.method == "nfc" else ""
+        settings = f"method={self.method!r}{of_nfc}, eta={self.eta:g}, backend={self.backend!r}"
         return f"Centralizer({parts}{settings}{flattened}{own})"
 
 

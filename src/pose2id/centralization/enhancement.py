@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +15,6 @@ from pose2id.neighbors.members import Compared, Links, in_blocks
 
 METHODS = ("auto", "nfc", "guarded", "cameras", "centring")
 _OPEN = 0.5  # the gate from which on camera-aware sums are made unasked
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Centralized query and gallery features, and why so."""
-
-    features: tuple[Any, Any]
-    reason: str
 
 
 class Enhancement:
@@ -53,26 +44,26 @@ class Enhancement:
         self._usable = 2 * int(counts[counts >= MIN_IMAGES].sum()) >= gallery.n and len(names) > 0
         self._centres = centres_of(query, gallery, self._of_query, self._of_gallery, of_model, statistics, camera_model)
 
-    def run(self, method: str) -> Outcome:
-        """One of `METHODS` but NFC."""
+    def run(self, method: str) -> tuple[tuple[Any, Any], str]:
+        """Query and gallery by one of `METHODS` but NFC, and why so, in a sentence."""
         if method in ("cameras", "centring"):
             if not self._num_cameras:
                 raise ValueError(f"gallery_camids must name cameras for method={method!r}; none is known.")
             query, gallery = self._centred()
             if method == "centring":
-                return Outcome(self._written(query, gallery), f"centring: {self._cameras()}, without guard")
-            return Outcome(self._summed(query, gallery), f"cameras: {self._cameras()}, without guard")
+                return self._written(query, gallery), f"centring: {self._cameras()}, without guard"
+            return self._summed(query, gallery), f"cameras: {self._cameras()}, without guard"
         if not self._usable:
             known = f"{self._cameras()}, too few images each" if self._num_cameras else "no cameras"
             guard = Guard(self._compared(self._gallery), None)
             guarded = self._guarded(guard, self._query, self._gallery, None)
-            return Outcome(guarded, f"guarded, {known}. {guard.evidence}")
+            return guarded, f"guarded, {known}. {guard.evidence}"
         query, gallery = self._centred()
         guard = Guard(self._compared(gallery), self._of_gallery)
         if method == "auto" and guard.evidence.gate >= _OPEN:
-            return Outcome(self._summed(query, gallery), f"cameras: {self._cameras()}. {guard.evidence}")
+            return self._summed(query, gallery), f"cameras: {self._cameras()}. {guard.evidence}"
         guarded = self._guarded(guard, query, gallery, self._of_query)
-        return Outcome(guarded, f"guarded, {self._cameras()}, centred. {guard.evidence}")
+        return guarded, f"guarded, {self._cameras()}, centred. {guard.evidence}"
 
     def evidence(self) -> Evidence:
         """What the gallery says without cameras."""
