@@ -924,6 +924,7 @@ def test_bad_features(q, g, error, message):
         ({"poses": 3, **GENERATED}, ValueError, "poses must be 'standard' or a sequence"),
         ({"flip": 1}, TypeError, "flip must be True or False"),
         ({"generator": nfc}, TypeError, r"generator must have a method generate_iter.*got function"),
+        ({"generator": FakeGenerator}, TypeError, "generator must .* be an object, got the class FakeGenerator"),
         ({"generated": "."}, ValueError, r"transform must be given with generated pictures.*inputs='images'"),
         ({"generator": FakeGenerator()}, ValueError, r"transform must be given with generated.*inputs='images'"),
         ({"generated": ".", **GENERATED}, ValueError, "needs exactly one source: generator= or generated="),

@@ -100,8 +100,9 @@ class GeneratedPictures(PosedPictures):
         sampling: Sampling | None = None,
         **options: Any,
     ) -> None:
-        if not callable(getattr(generator, "generate_iter", None)):
-            raise TypeError(f"generator must have a method generate_iter, got {type(generator).__name__}.")
+        if isinstance(generator, type) or not callable(getattr(generator, "generate_iter", None)):
+            given = f"the class {generator.__name__}" if isinstance(generator, type) else type(generator).__name__
+            raise TypeError(f"generator must have a method generate_iter, and be an object, got {given}.")
         if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(f"sampling must be a pose2id.Sampling, got {type(sampling).__name__}.")
         super().__init__(poses, num_poses, pose_inputs)
