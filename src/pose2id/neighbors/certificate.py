@@ -82,7 +82,8 @@ def _searched(space: Centred, engine: Engine, rows: Tensor, k: int) -> tuple[Ten
     sampled = engine.trial or len(rows) >= _SAMPLED * len(at)
     for longer in [min(count + more, space.available) for more in _LONGER[engine.trial]] if sampled else []:
         found = engine.nearest(rows[at], longer)
-        _check_bounds(space, engine, *found, rows[at])
+        if engine.trial:
+            _check_bounds(space, engine, *found, rows[at])
         decided = float(_ranked(space, engine, *found, rows[at], k)[1].double().mean())
         if decided > most:
             count, most = longer, decided
