@@ -1,9 +1,10 @@
 """Nearest neighbours within a set: speed and memory of exact searches, their mistakes, and what approximation costs.
 
-    python benchmarks/neighbors.py                                                    # all three tables, small
+    python benchmarks/neighbors.py                                                    # all four tables, small
     python benchmarks/neighbors.py exact --n 5000 10000 20000 --dim 768 3840 --k 2 20
     python benchmarks/neighbors.py exact --n 100000 --device cuda                     # without faiss's own rows
     python benchmarks/neighbors.py duplicates --dim 768
+    python benchmarks/neighbors.py tracklets --n 6000 20000 --dim 512
     python benchmarks/neighbors.py approximate --n 20000 --dim 768
 
 exact: unit rows in clusters; seconds are medians of interleaved runs, `ratio` is the median, pair by pair, of the first
@@ -11,6 +12,7 @@ method's seconds to this one's (above 1 is faster), memory as in core.py, but fa
 first.
 duplicates: rows with 2, 5, 13 and 200 copies and pairs 1e-7 apart; how many rows get another set of neighbours than
 float64 gives with ties to the lower index (`wrong_sets`), and how many get one that is further away (`further`).
+tracklets: frames of videos at cosine 0.9999 to each other; `ratio` is to independent random rows of the same size.
 approximate: building and searching, as a ratio to faiss flat; the recall of the k nearest; and the share of NFC's
 mutual pairs (k1 = k2 = 2) that are none in the exact lists (`false_pairs`).
 """
@@ -142,6 +144,26 @@ def duplicates(args: argparse.Namespace) -> Iterator[dict]:
             yield {"n": n, "dim": dim, "k": k, "method": name, "wrong_sets": wrong[name], "further": further[name]}
 
 
+def of_tracklets(n: int, dim: int, frames: int) -> np.ndarray:
+    """Unit rows in tracklets of so many frames, which have cosine 0.9999 to each other."""
+    rng = np.random.default_rng(0)
+    people = np.repeat(rng.standard_normal((-(-n // frames), dim)), frames, axis=0)[:n]
+    x = people + 0.01 * rng.standard_normal((n, dim))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def tracklets(args: argparse.Namespace) -> Iterator[dict]:
+    """Seconds of the search by default, by how many frames a tracklet has; the first row's have one."""
+    for n, dim, k in grid(args, 6000):
+        lengths = (1, 10, 60, 150, 500)
+        calls = [partial(ours, of_tracklets(n, dim, frames), k, "auto") for frames in lengths]
+        seconds = core.interleaved(calls, args.runs)
+        for frames, times in zip(lengths, seconds, strict=True):
+            ratios = [own / random for own, random in zip(times, seconds[0], strict=True)]
+            row = {"n": n, "dim": dim, "k": k, "frames": frames, "seconds": round(statistics.median(times), 3)}
+            yield {**row, "ratio": round(statistics.median(ratios), 2)}
+
+
 def ivf(x: np.ndarray, k: int, nprobe: int) -> np.ndarray:
     lists = max(1, min(round(4 * len(x) ** 0.5), len(x) // 40))  # faiss wants 39 rows a list to train
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(x.shape[1]), x.shape[1], lists)
@@ -193,13 +215,15 @@ def mutual_pairs(neighbors: np.ndarray) -> set[tuple[int, int]]:
     return {(i, j) for i, j in pairs if i != j}
 
 
-TABLES = {"exact": exact, "duplicates": duplicates, "approximate": approximate}
+TABLES = {"exact": exact, "duplicates": duplicates, "tracklets": tracklets, "approximate": approximate}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which (default: all)")
-    parser.add_argument("--n", type=int, nargs="+", help="numbers of rows (default: 5000; duplicates: 4000)")
+    parser.add_argument(
+        "--n", type=int, nargs="+", help="numbers of rows (default: 5000; duplicates: 4000; tracklets: 6000)"
+    )
     parser.add_argument("--dim", type=int, nargs="+", default=[768])
     parser.add_argument("--k", type=int, nargs="+", default=[2])
     parser.add_argument("--runs", type=int, default=3, help="of duplicates: data sets")

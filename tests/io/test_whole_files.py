@@ -73,6 +73,56 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "a.txt", "b.txt", "new"]
 
 
+MOVING = """
+import os, signal, sys
+from pathlib import Path
+from pose2id.io.whole_files import whole_directory
+folder, event, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+seen = []
+def kill(name, _):
+    if name == event:
+        seen.append(name)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+with whole_directory(folder, last="b.txt") as unfinished:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (unfinished / name).write_text("new")
+    (unfinished / "d").mkdir()
+    (unfinished / "d" / "e.txt").write_text("new")
+    sys.addaudithook(kill)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nobody is asked there whether a process lives")
+@pytest.mark.parametrize(
+    ("event", "number", "left"),
+    [("os.rename", 1, []), ("os.rename", 3, ["a.txt", "c.txt"]), ("os.rename", 4, ["a.txt", "c.txt", "d"])],
+)
+def test_a_directory_killed_while_it_is_moved_is_begun_anew(tmp_path, event, number, left):
+    killed = subprocess.run([sys.executable, "-c", MOVING, tmp_path, event, str(number)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in sorted(tmp_path.iterdir()) if not path.name.startswith(".")] == left
+    with whole_directory(tmp_path, last="b.txt") as unfinished:
+        (unfinished / "b.txt").write_text("again")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nobody is asked there whether a process lives")
+@pytest.mark.parametrize(("event", "number"), [("os.rename", 3), ("shutil.rmtree", 1)])
+def test_what_is_whole_or_of_others_stays(tmp_path, event, number):
+    killed = subprocess.run([sys.executable, "-c", MOVING, tmp_path, event, str(number)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    kept = {"a.txt"}
+    if event == "os.rename":  # in place of a moved one
+        (tmp_path / "other").write_text("precious")
+        (tmp_path / "other").replace(tmp_path / "a.txt")
+    else:
+        kept = {"a.txt", "b.txt", "c.txt", "d"}
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        new_directory(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 LONG = "a" * 300
 
 

@@ -13,6 +13,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
 
 from pose2id import nearest_neighbors
 from pose2id.io.rows import Rows, sum_last
@@ -20,7 +21,7 @@ from pose2id.neighbors import certificate
 from pose2id.neighbors.certificate import certified
 from pose2id.neighbors.distance import full_precision
 from pose2id.neighbors.engines import Faiss, Half, Products, UnusableError, half_dtype, largest, usable_faiss
-from pose2id.neighbors.search import Memory, distinct
+from pose2id.neighbors.search import Memory, distinct, exact_neighbors
 from pose2id.neighbors.space import Space
 
 
@@ -195,15 +196,22 @@ def asked(engine, rows_of):
 
 
 class InFloat64(Products):
-    """Notes the rows that are left to float64."""
+    """Notes the rows that are left to float64, and counts the products."""
 
     def __init__(self, space):
-        self.rows = []
+        self.rows, self.products = [], 0
         super().__init__(space, torch.float64)
 
     def scores(self, rows):
         self.rows += rows.tolist()
-        return super().scores(rows)
+        score = super().scores(rows)
+
+        def counted(part):
+            block = score(part)
+            self.products += block.numel()
+            return block
+
+        return counted
 
 
 def watched(x, k, engines, block_bytes=32 << 20, **options):
@@ -405,16 +413,44 @@ def test_half_precision_that_decides_little_is_not_used(rng):
 
 
 @pytest.mark.parametrize("engines", [[Faiss], [Products], [partial(Half, dtype=torch.bfloat16), Products]])
-@pytest.mark.parametrize("frames", [40, 200])
-def test_frames_of_videos_are_told_apart_at_once(frames, engines, rng):
-    """Groups that rounding cannot tell apart, of more rows than short lists hold: longer ones hold them."""
-    people = rng.standard_normal((2400 // frames, 64))
-    x = np.repeat(people, frames, axis=0) + 0.003 * rng.standard_normal((2400, 64))
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    found, _, left = watched(x, 2, engines)
-    assert len(left) < 240
-    sample = rng.choice(2400, 200, replace=False)
+@pytest.mark.parametrize(("n", "frames"), [(2400, 40), (2400, 200), (4800, 400)])
+def test_frames_of_videos_are_told_apart_at_once(n, frames, engines, rng):
+    """Groups that rounding cannot tell apart, of more rows than short lists hold: the others stay out of float64."""
+    x = videos(n, 64, frames, 0.003, rng)
+    space = Space(Rows(x, "x"), torch.arange(len(x)), 32 << 20)
+    in_float64 = InFloat64(space)
+    found = certified(space, 2, engines, in_float64).numpy()
+    assert in_float64.products < 0.1 * n**2
+    sample = rng.choice(n, 200, replace=False)
     np.testing.assert_array_equal(found[sample], float64_search(x, 2, sample, unit=False))
+
+
+def videos(n, d, frames, noise, rng):
+    """Unit rows of people, so many frames of each."""
+    people = rng.standard_normal((n // frames, d))
+    x = np.repeat(people, frames, axis=0) + noise * rng.standard_normal((n, d))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("engine", "memory"), [(Faiss, None), (Products, Memory(1 << 19, copies=False))])
+def test_frames_in_any_order_have_the_neighbours_of_float64(engine, memory, rng):
+    """In few dimensions the nearest are far nearer than a group is wide, in many hardly; some people have one frame.
+
+    Frames on a line have their nearest at the edge of what can be as near.
+    """
+    for d, noise, k in ((4, 3e-4, 1), (4, 3e-4, 7), (64, 0.002, 2), (4, 3e-5, 2)):
+        x = np.concatenate([videos(1000, d, 100, noise, rng), videos(200, d, 1, noise, rng)])
+        if noise == 3e-5:
+            x[:1000] = x[:1] + noise * np.arange(1000, dtype=np.float32)[:, None]
+        x[700:720] = x[680]
+        x = x[rng.permutation(len(x))]
+        expected = float64_search(x, k, unit=False)
+        np.testing.assert_array_equal(nearest_neighbors(x, k, backend=[engine], max_memory=memory), expected)
+        queries = x[::2].copy()
+        queries[::4] += (noise * rng.standard_normal((len(queries[::4]), d))).astype(np.float32)
+        indices, _ = exact_neighbors(queries, x, k, backend=[engine], max_memory=memory)
+        squared = cdist(queries.astype(np.float64), x.astype(np.float64), "sqeuclidean")
+        np.testing.assert_array_equal(indices, np.argsort(squared, axis=1, kind="stable")[:, :k])
 
 
 def test_half_precision_that_is_off_is_not_believed(monkeypatch, rng, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,22 +144,38 @@ def kills(stress):
     if not stress:
         return [(draws.randint(1, 50), None), (0, draws.uniform(0, 0.3))]
     # Operations first, of which none is the last: on a machine that is faster by then, a moment may come too late.
-    how = ("operation", "operation", "moment", "operation", "moment", "moment")
+    how = ("operation", "operation", "moment", "operation", "moment", "moment") * 4
     # Of more than a hundred operations.
     return [(draws.randint(1, 50), None) if one == "operation" else (0, draws.uniform(0, 0.5)) for one in how]
 
 
 @forks
-def test_killed_again_and_again(trainers, tmp_path, stress):
+@pytest.mark.parametrize(
+    ("changed", "kept"), [({}, (12, 15)), pytest.param({"checkpoint_every": 1}, (14, 15), marks=STRESS)]
+)
+def test_killed_again_and_again(trainers, tmp_path, stress, changed, kept):
     """At any moment, and before any file operation; the end is that of a run which nobody disturbed."""
-    whole, directory = tmp_path / "whole", tmp_path / "killed"
+    whole, settings = tmp_path / "whole", {**KILLED, **changed}
     began = time.monotonic()
-    assert trainers.wait(trainers.start(whole, KILLED)) == 0
+    assert trainers.wait(trainers.start(whole, settings)) == 0
     duration = time.monotonic() - began
-    story, status, to_come = [], -signal.SIGKILL, kills(stress)
+    assert [path.name for path in checkpoints.found(whole)] == [f"step-{step:08d}" for step in kept]
+    assert on_board(whole) == list(range(1, 16))
+    killed = run = 0
+    while killed < (60 if stress else 2):
+        directory = tmp_path / f"killed {run}"
+        story = killed_run(trainers, directory, settings, kills(stress), duration)
+        assert_as_undisturbed(directory, whole, kept, story)
+        killed, run = killed + len(story) - 1, run + 1
+        shutil.rmtree(directory)
+
+
+def killed_run(trainers, directory, settings, to_come, duration):
+    """Start a run again and again until it ends; what each start came to, in words."""
+    story, status = [], -signal.SIGKILL
     while status == -signal.SIGKILL:
         operation, share = to_come.pop(0) if to_come else (0, None)
-        pid = trainers.start(directory, KILLED, killed_before=operation)
+        pid = trainers.start(directory, settings, killed_before=operation)
         if share is not None:
             time.sleep(share * duration)
             os.kill(pid, signal.SIGKILL)
@@ -167,13 +184,15 @@ def test_killed_again_and_again(trainers, tmp_path, stress):
         story.append(f"before operation {operation}, or after {share} of a run: {status}, {there}")
     assert status == 0, story
     assert len(story) > 2, story
+    return story
 
+
+def assert_as_undisturbed(directory, whole, kept, story):
     for path in (whole / "weights").iterdir():
         assert (directory / "weights" / path.name).read_bytes() == path.read_bytes(), story
     assert (directory / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text(), story
-    names = [path.name for path in checkpoints.found(whole)]
-    assert [path.name for path in checkpoints.found(directory)] == names == ["step-00000012", "step-00000015"]
-    for step in (12, 15):
+    assert [path.name for path in checkpoints.found(directory)] == [path.name for path in checkpoints.found(whole)]
+    for step in kept:
         found, expected = state(directory, step), state(whole, step)
         assert_equal(expected["networks"], found["networks"])
         assert_equal(average(whole, step), average(directory, step))
@@ -184,7 +203,6 @@ def test_killed_again_and_again(trainers, tmp_path, stress):
         sheets = [run / "samples" / f"step-{step:08d}.png" for run in (whole, directory)]
         assert sheets[0].read_bytes() == sheets[1].read_bytes()
     assert files(directory) == files(whole), story
-    assert on_board(whole) == list(range(1, 16))
     assert on_board(directory) == on_board(whole), story
 
 

@@ -24,6 +24,7 @@ from pose2id.io.checks import checked_flag
 
 _MACHINE = f"{zlib.crc32(platform.node().encode()) & 0xFFFFFF:06x}"
 _HIDDEN = re.compile(rf"\.(?:.+\.|unfinished-){_MACHINE}([0-9a-f]{{6}})[0-9a-f]{{4}}", re.DOTALL)
+_MOVED = ".moved"  # in a hidden directory: what is being moved out of it
 _numbers = itertools.count()
 _at_work: set[str] = set()  # hidden names of this process
 _swept: set[Path] = set()  # folders
@@ -119,7 +120,10 @@ def whole_directory(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
         with _hidden(target, ".unfinished-") as unfinished:
             unfinished.mkdir()
             yield unfinished
-            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == last):
+            files = sorted(unfinished.iterdir(), key=lambda file: file.name == last)
+            listed = "/".join(f"{file.stat().st_ino}:{file.name}" for file in files)
+            (unfinished / _MOVED).write_text(listed, encoding="utf-8")
+            for file in files:
                 moved.append(file.rename(target / file.name))
     except BaseException:
         for file in moved:
@@ -158,11 +162,24 @@ def _hidden(folder: Path, prefix: str) -> Iterator[Path]:
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove hidden files and directories whose process, on this machine, is no more."""
-    with suppress(OSError):
+    with suppress(OSError, UnicodeDecodeError):
         for path in folder.iterdir():
             found = _HIDDEN.fullmatch(path.name)
             if found and path.name not in _at_work and not _is_alive(int(found[1], 16)):
+                _remove_moved(path)
                 _remove(path)
+
+
+def _remove_moved(unfinished: Path) -> None:
+    """Remove what had been moved out of a hidden directory, if not all of it was: the very files, told by inode."""
+    if not (unfinished / _MOVED).exists():
+        return
+    files = [file.partition(":") for file in (unfinished / _MOVED).read_text(encoding="utf-8").split("/")]
+    if any((unfinished / name).exists() for _, _, name in files):
+        for inode, _, name in files:
+            moved = unfinished.parent / name
+            if moved.exists() and str(moved.stat().st_ino) == inode:
+                _remove(moved)
 
 
 def _is_alive(process: int) -> bool:

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from pose2id.io.rows import blocks
-from pose2id.neighbors.engines import Blocks, Engine, EngineMaker, Products, UnusableError
-from pose2id.neighbors.space import Centred
+from pose2id.neighbors.engines import Blocks, Engine, EngineMaker, Products, Scores, UnusableError
+from pose2id.neighbors.space import Centred, Space
 
 logger = logging.getLogger(__name__)
 warned: set[str] = set()  # what was said once is not said again
 _OPEN = 0.1  # the share of a sample's lists that may stay open
-_LONGER = (0, 58, 250)  # candidates more, in turn, where too many lists stay open
+# Candidates more, in turn, where too many lists stay open, by `Engine.trial`: what comes after a trial takes long.
+_LONGER = {True: (0, 58, 250), False: (0, 36)}
 _SAMPLED = 64  # times the sample: so many rows, and looking at a sample costs little
+# As measured on tracklets of 10 to 3,000 frames:
+_AROUND = 32  # one of so many open lists becomes a centre, if more than one of so many lists is open
+_NEARBY = (64, 8, 2)  # one of so many rows may be near a centre, in turn, until enough lists are settled
+_SETTLED = 8  # so many lists a centre are enough
+_SAVED = 1 << 16  # products that a group must save
 
 
 def certified(
@@ -38,7 +44,7 @@ def certified(
         in_float64: products for what all of them leave open.
         forced: raise if an engine cannot be used.
     """
-    nearest = torch.empty((len(space.asking), k), dtype=torch.int64, device=space.device)
+    nearest = torch.full((len(space.asking), k), -1, dtype=torch.int64, device=space.device)
     left = torch.arange(len(nearest), device=space.device)
     for make in engines:
         rows = space.asking[left]
@@ -57,6 +63,8 @@ def certified(
         left = left[~certain]
         if isinstance(engine, Products) or not len(left):
             break
+    if isinstance(space, Space) and space.device.type == "cpu":  # a GPU multiplies faster than it starts many groups
+        left = _settled_nearby(space, in_float64, nearest, left, k)
     # Every chunk reads all rows once: not too few at a time.
     for part in blocks(len(left), in_float64.rows_at_a_time):
         nearest[left[part]] = _settled(space, in_float64, space.asking[left[part]], k)
@@ -72,9 +80,10 @@ def _searched(space: Centred, engine: Engine, rows: Tensor, k: int) -> tuple[Ten
     at = torch.arange(0, len(rows), math.ceil(len(rows) / engine.sample), device=rows.device)
     count, most = min(k + min(k, 16) + 2, space.available), -1.0
     sampled = engine.trial or len(rows) >= _SAMPLED * len(at)
-    for longer in [min(count + more, space.available) for more in _LONGER] if sampled else []:
+    for longer in [min(count + more, space.available) for more in _LONGER[engine.trial]] if sampled else []:
         found = engine.nearest(rows[at], longer)
-        _check_bounds(space, engine, *found, rows[at])
+        if engine.trial:
+            _check_bounds(space, engine, *found, rows[at])
         decided = float(_ranked(space, engine, *found, rows[at], k)[1].double().mean())
         if decided > most:
             count, most = longer, decided
@@ -130,11 +139,74 @@ def _ranked(
     return result, certain
 
 
-def _settled(space: Centred, products: Blocks, rows: Tensor, k: int) -> Tensor:
-    """The k nearest (B, k) of `rows` in exact order: all that float64 products don't rule out are scored."""
+def _settled_nearby(space: Space, products: Blocks, nearest: Tensor, left: Tensor, k: int) -> Tensor:
+    """Settle those of the lists `left` that few rows can be on, as among frames of a video; which others are left.
+
+    Let z be the last on the list of x. Rows farther from a centre c than |c - x| + |x - z| are farther from x than z:
+    only those within the largest such radius of a group are multiplied, in float64.
+    """
+    coarse, most = Products(space), max(1, space.block_bytes // (16 * space.n))
+    while _AROUND * len(left) > space.n:
+        centres = space.asking[left[:: max(_AROUND, math.ceil(len(left) / most))]]
+        scores = coarse.scores(centres)
+        for share in _NEARBY:
+            group, radius = _groups(space, coarse, scores, centres, nearest, left, share)
+            sizes = torch.bincount(group + 1, minlength=len(centres) + 1)[1:]
+            sizes[sizes * space.n < _SAVED] = 0
+            if sizes.sum() >= _SETTLED * len(centres):
+                break
+        else:
+            break
+        radius[sizes == 0] = -1
+        near = []  # pairs of a centre and what is within its radius
+        for column in coarse.columns:
+            within = coarse.least(scores(column).T, centres) <= radius[:, None]
+            near.append(torch.nonzero(within) + torch.tensor([0, column.start], device=space.device))
+        of, others = torch.cat(near).T
+        for c in torch.nonzero(sizes).flatten().tolist():
+            mine, around = left[group == c], others[of == c]
+            columns = [around[piece] for piece in blocks(len(around), products.columns[0].stop)]
+            for part in blocks(len(mine), products.rows_at_a_time):
+                nearest[mine[part]] = _settled(space, products, space.asking[mine[part]], k, columns)
+        left = left[(group < 0) | (sizes[group] == 0)]
+    return left
+
+
+def _groups(
+    space: Space, products: Products, scores: Scores, centres: Tensor, nearest: Tensor, left: Tensor, share: int
+) -> tuple[Tensor, Tensor]:
+    """(B,) numbers of centres that lists `left` go to, -1: none, and (C,) radii in which is all that may be on them.
+
+    `scores` of the centres. No radius holds more than about one of `share` rows.
+    """
+    seen = torch.arange(0, space.n, 16, device=space.device)
+    most = products.least(scores(seen).T, centres).kthvalue(max(1, len(seen) // share), dim=1, keepdim=True).values
+    group, radius = torch.full_like(left, -1), most.new_full((len(centres),), -1)
+    for part in blocks(len(left), space.block_bytes // (32 * len(centres))):
+        rows, last = space.asking[left[part]], nearest[left[part], -1]
+        known = space.distance(space.exact(rows, last.clamp(min=0))).masked_fill_(last < 0, torch.inf)
+        wanted = products.most(scores(rows).T, centres).add_(known).mul_(1 + 1e-9)  # more than all rounding
+        # Not the nearest, but the first that is hardly farther: few centres have large groups.
+        fits = wanted <= torch.minimum(most, 3 * wanted.amin(0))
+        row = torch.nonzero(fits.any(0)).flatten()
+        chosen = fits[:, row].byte().argmax(0)
+        group[part.start + row] = chosen
+        radius.scatter_reduce_(0, chosen, wanted[chosen, row], "amax")
+    return group, radius
+
+
+def _settled(
+    space: Centred, products: Blocks, rows: Tensor, k: int, columns: Sequence[slice | Tensor] | None = None
+) -> Tensor:
+    """The k nearest (B, k) of `rows` in exact order: all of `columns` that float64 products don't rule out are scored.
+
+    `columns`: slices, or positions, of rows that are searched; None: all.
+    """
     best = _ExactBest(len(rows), k, rows.device)
     scores = products.scores(rows)
-    for column in products.columns:
+    everything = torch.arange(space.n, device=rows.device)
+    for column in columns or products.columns:
+        others = everything[column]
         block = scores(column).T
         space.exclude(block, rows, column)
         least = products.least(block, rows)
@@ -143,7 +215,7 @@ def _settled(space: Centred, products: Blocks, rows: Tensor, k: int) -> Tensor:
         for chosen in (lowest, ~lowest):
             near = chosen & (least <= space.distance(best.exact[:, -1:])) & least.isfinite()
             row, other = torch.nonzero(near, as_tuple=True)
-            best.add(row, other + column.start, space.exact(rows[row], other + column.start))
+            best.add(row, others[other], space.exact(rows[row], others[other]))
     return torch.where(best.exact.isinf(), -1, best.positions)
 
 

@@ -19,8 +19,8 @@ from pose2id.io.rows import blocks
 from pose2id.neighbors.distance import squared_euclidean
 from pose2id.neighbors.space import FLOAT32_ROUNDING, Centred, Space
 
-# From a slice of the rows that are searched to their (C, B) scores.
-Scores = Callable[[slice], Tensor]
+# From rows that are searched, a slice or positions, to their (C, B) scores.
+Scores = Callable[[slice | Tensor], Tensor]
 _SAMPLE = 128  # rows that show whether half precision decides enough
 _GROUP = 8  # scores of which only the largest is looked at first
 _EXTRA = 6  # columns that hold squared norms
@@ -120,7 +120,7 @@ class Products(Blocks):
         """Negative squared distances."""
         y, squares = self._read(rows)
 
-        def score(part: slice) -> Tensor:
+        def score(part: slice | Tensor) -> Tensor:
             x, x_squares = self._read(part)
             return squared_euclidean(x, y, x_squares, squares).neg_()
 

@@ -111,9 +111,13 @@ class Centred:
         """(B,) how far `near` may be off in distances (B,) of `rows`."""
         return torch.zeros_like(distances)
 
-    def exclude(self, scores: Tensor, rows: Tensor, column: slice) -> None:
+    def exclude(self, scores: Tensor, rows: Tensor, column: slice | Tensor) -> None:
         """Make rows the last in their own scores (B, column), unless they may be their own neighbours."""
-        if not self.own:
+        if self.own:
+            return
+        if isinstance(column, Tensor):
+            scores.masked_fill_(rows[:, None] == column, -torch.inf)
+        else:
             at = torch.nonzero((rows >= column.start) & (rows < column.stop)).flatten()
             scores[at, rows[at] - column.start] = -torch.inf
 

@@ -230,7 +230,7 @@ class PartProducts(Blocks):
         rounding = torch.finfo(self._dtype).eps * (4 * self._parts + 16)
         vanishing = self._parts * (torch.finfo(self._dtype).tiny * 1e8) ** 0.5
 
-        def score(part: slice) -> Tensor:
+        def score(part: slice | Tensor) -> Tensor:
             right = self._factors(part, left=False) if self._right is None else self._right[:, part]
             total = left.new_zeros((right.shape[1], left.shape[1]))
             for y, x in zip(right, left, strict=True):
