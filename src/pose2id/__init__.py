@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pose2id.centralization.fusion import fuse
     from pose2id.centralization.id2 import IdentityDensity, id2_score, identity_density
     from pose2id.centralization.nfc import nfc
+    from pose2id.centralization.propagation import graph_propagation
     from pose2id.centralizer import Centralizer
     from pose2id.extractor import Extractor
     from pose2id.ipg.generator import IdentityGenerator
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate_rank",
     "fuse",
     "generation_diagnostics",
+    "graph_propagation",
     "id2_score",
     "identity_density",
     "k_reciprocal",
@@ -72,6 +74,7 @@ _MODULES = {
     "centralization.fusion": ("fuse",),
     "centralization.id2": ("IdentityDensity", "id2_score", "identity_density"),
     "centralization.nfc": ("nfc",),
+    "centralization.propagation": ("graph_propagation",),
     "centralizer": ("Centralizer",),
     "extractor": ("Extractor",),
     "ipg.generator": ("IdentityGenerator",),
