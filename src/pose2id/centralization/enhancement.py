@@ -36,13 +36,12 @@ class Enhancement:
             raise ValueError(f"query_camids and gallery_camids must be None for features in parts. {remedy}.")
         self._query, self._gallery, self._visibility = query, gallery, visibility
         self._backend, self._max_memory = backend, max_memory
-        self._of_query, self._of_gallery, of_model = known_cameras(query, gallery, *camids, camera_model)
-        self._model = camera_model
+        self._of_query, self._of_gallery, self._of_model = known_cameras(query, gallery, *camids, camera_model)
+        self._model, self._statistics = camera_model, statistics
         names, counts = torch.unique(self._of_gallery[self._of_gallery != -1], return_counts=True)
         self._num_cameras = len(names)
         # Cameras that each see few people tell little: half of the gallery must be in others.
         self._usable = 2 * int(counts[counts >= MIN_IMAGES].sum()) >= gallery.n and len(names) > 0
-        self._centres = centres_of(query, gallery, self._of_query, self._of_gallery, of_model, statistics, camera_model)
 
     def run(self, method: str) -> tuple[tuple[Any, Any], str]:
         """Query and gallery by one of `METHODS` but NFC, and why so, in a sentence."""
@@ -52,16 +51,17 @@ class Enhancement:
             query, gallery = self._centred()
             if method == "centring":
                 return self._written(query, gallery), f"centring: {self._cameras()}, without guard"
-            return self._summed(query, gallery), f"cameras: {self._cameras()}, without guard"
+            return self._summed(query, self._compared(gallery)), f"cameras: {self._cameras()}, without guard"
         if not self._usable:
             known = f"{self._cameras()}, too few images each" if self._num_cameras else "no cameras"
             guard = Guard(self._compared(self._gallery), None)
             guarded = self._guarded(guard, self._query, self._gallery, None)
             return guarded, f"guarded, {known}. {guard.evidence}"
         query, gallery = self._centred()
-        guard = Guard(self._compared(gallery), self._of_gallery)
+        compared = self._compared(gallery)
+        guard = Guard(compared, self._of_gallery)
         if method == "auto" and guard.evidence.gate >= _OPEN:
-            return self._summed(query, gallery), f"cameras: {self._cameras()}. {guard.evidence}"
+            return self._summed(query, compared), f"cameras: {self._cameras()}. {guard.evidence}"
         guarded = self._guarded(guard, query, gallery, self._of_query)
         return guarded, f"guarded, {self._cameras()}, centred. {guard.evidence}"
 
@@ -76,10 +76,10 @@ class Enhancement:
         return Compared(gallery, self._visibility[1], self._backend, self._max_memory)
 
     def _centred(self) -> tuple[Rows, Rows]:
-        return (
-            self._centres.applied(self._query, self._of_query),
-            self._centres.applied(self._gallery, self._of_gallery),
-        )
+        cameras = self._of_query, self._of_gallery
+        centres = centres_of(self._query, self._gallery, *cameras, self._of_model, self._statistics, self._model)
+        query, gallery = (centres.applied(*side) for side in zip((self._query, self._gallery), cameras, strict=True))
+        return query, gallery
 
     def _guarded(self, guard: Guard, query: Rows, gallery: Rows, cameras: Tensor | None) -> tuple[Any, Any]:
         """A and B: as far as the gate is open, neighbours that are nearer than strangers."""
@@ -90,17 +90,17 @@ class Enhancement:
             gallery = summed
         return self._written(query, gallery)
 
-    def _summed(self, query: Rows, gallery: Rows) -> tuple[Any, Any]:
+    def _summed(self, query: Rows, gallery: Compared) -> tuple[Any, Any]:
         """C1: the map across cameras, then linked neighbours; queries are linked to the gallery alone."""
-        cameras, matrix = self._of_gallery, None if self._model is None else self._model.link_map.to(gallery.device)
+        cameras, matrix = self._of_gallery, None if self._model is None else self._model.link_map.to(query.device)
         if matrix is None:
-            matrix = map_of(self._compared(gallery), cameras)
-        query, gallery = mapped(query, matrix), mapped(gallery, matrix)
-        searched = Searched(self._compared(gallery), cameras)
+            matrix = map_of(gallery, cameras)
+        query, rows = mapped(query, matrix), mapped(gallery.rows, matrix)
+        searched = Searched(self._compared(rows), cameras)
         links = sum_weights(links_to(query, self._of_query, searched), self._of_query, cameras, self._num_cameras)
-        query = added(query, links, gallery)
+        query = added(query, links, rows)
         links = sum_weights(links_among(searched), cameras, cameras, self._num_cameras)
-        return self._written(query, added(gallery, links, gallery))
+        return self._written(query, added(rows, links, rows))
 
     def _written(self, query: Rows, gallery: Rows) -> tuple[Any, Any]:
         """Rows in the containers that they came in."""

@@ -32,6 +32,7 @@ _P = 0.05  # a link counts where fewer strangers than this are expected so near
 _SIGMAS = 3.0  # of the lower bound
 _STRANGERS = 1.2  # safety on the expected share of strangers
 _GALLERY, _QUERY = 0.8, 1.6  # weights of neighbours
+_KEPT = 21  # neighbours in a camera that links look at after the test
 MIN_IMAGES = 16  # of a camera with lists of its own
 
 
@@ -148,7 +149,8 @@ class Guard:
         lists: list[dict[int, _Lists]] = [{} for _ in lengths]
         for camera, members in self._members.items():
             m = min(_DEEPEST, len(members) // _DIVISOR)
-            indices, similarities = self._gallery.nearest(m + 1, None if len(members) == self._rows.n else members)
+            everybody = None if len(members) == self._rows.n else members
+            indices, similarities = self._gallery.nearest(m + 1, everybody, keep=_KEPT)
             for of_length, k in zip(lists, lengths, strict=True):
                 of_length[camera] = _Lists(indices, similarities, min(k, m // 2), m, None)
         return [_Trial(k, of_length, self._cameras) for k, of_length in zip(lengths, lists, strict=True)]

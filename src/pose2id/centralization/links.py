@@ -20,9 +20,10 @@ from torch import Tensor
 
 from pose2id.io.checks import camera_numbers, checked_memory
 from pose2id.io.rows import ChosenRows, FeatureArray, Rows, as_container, checked_pair
-from pose2id.neighbors.members import Compared, Links, in_blocks
+from pose2id.neighbors.members import Compared, Links, in_blocks, merged
 
 _NEAREST, _OVERALL = 6, 20  # K within a camera, and L over all: the list's last has contrast 0
+_FEW_LISTS = 8  # so few are searched one by one for all rows: that gives the nearest over all, too
 _LEAST_LIST = 3  # shorter lists tell nothing
 _FEW = 10  # cameras with fewer images share one list
 _LEAST_CONTRAST = 1e-6
@@ -168,7 +169,21 @@ class Searched:
         self.members = torch.argsort(self.lists, stable=True).split(self.sizes.tolist())
         self.length = min(_OVERALL, compared.rows.n - 2) + 1
         if self.length > 1:
-            self.indices, self.similarities = compared.nearest(self.length)
+            (self.indices, self.similarities), self.tables = self.nearest(None)
+
+    def nearest(self, rows: Rows | None) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+        """The nearest of all searched rows, to these or to those of another set; of few lists, also those of each."""
+        if len(self.members) > _FEW_LISTS:
+            everybody = (
+                self.compared.nearest(self.length) if rows is None else self.compared.nearest_to(rows, self.length)
+            )
+            return everybody, []
+        length = max(self.length, _NEAREST + 1)
+        if rows is None:
+            tables = [self.compared.nearest(length, members) for members in self.members]
+        else:
+            tables = [self.compared.nearest_to(rows, length, members) for members in self.members]
+        return merged(tables, self.length), tables
 
     def listed(self, cameras: Tensor) -> Tensor:
         """(B,) number of the list for rows in `cameras`, -1 for a camera without images here."""
@@ -192,10 +207,10 @@ def _links(searched: Searched, rows: Rows | None, lists: Tensor) -> Links:
     nowhere = torch.zeros(0, dtype=torch.int64, device=lists.device)
     if searched.length < 2:
         return Links(nowhere, nowhere, nowhere.double())
-    if rows is None:
-        indices, similarities = searched.indices, searched.similarities
-    else:
-        indices, similarities = searched.compared.nearest_to(rows, searched.length)
+    tables = searched.tables
+    indices, similarities = searched.indices, searched.similarities
+    if rows is not None:
+        (indices, similarities), tables = searched.nearest(rows)
     theirs = searched.similarities[indices]
     weight = torch.minimum(
         _contrast(similarities, similarities[:, :1], similarities[:, -1:]),
@@ -210,29 +225,34 @@ def _links(searched: Searched, rows: Rows | None, lists: Tensor) -> Links:
     behind = lists[row]
     behind = torch.where((behind >= 0) & (searched.sizes[behind] >= _LEAST_LIST), behind, ahead)
     if rows is None:
-        both = _ends(searched, None, torch.cat([row, column]), torch.cat([ahead, behind]))
+        both = _ends(searched, None, tables, torch.cat([row, column]), torch.cat([ahead, behind]))
         of_rows, of_neighbors = zip(*(values.split(len(row)) for values in both), strict=True)
     else:
-        of_rows, of_neighbors = _ends(searched, rows, row, ahead), _ends(searched, None, column, behind)
+        of_rows = _ends(searched, rows, tables, row, ahead)
+        of_neighbors = _ends(searched, None, searched.tables, column, behind)
     near = torch.minimum(_contrast(s, *of_rows), _contrast(s, *of_neighbors)).square()
     links = Links(row, column, torch.minimum(weight, near))
     return links.chosen(links.weight > 0)
 
 
-def _ends(searched: Searched, rows: Rows | None, row: Tensor, lists: Tensor) -> tuple[Tensor, Tensor]:
+def _ends(
+    searched: Searched, rows: Rows | None, tables: list[tuple[Tensor, Tensor]], row: Tensor, lists: Tensor
+) -> tuple[Tensor, Tensor]:
     """(L,) first and last similarity to the nearest of a list, for pairs of a row and a list; each pair is sought once.
 
-    Rows are those of another set, or those that are searched.
+    Rows are those of another set, or those that are searched; `tables` are their neighbours in each list, if known.
     """
     n = (searched.compared.rows if rows is None else rows).n
     pairs, place = torch.unique(lists * n + row, return_inverse=True)
     first, last = (torch.empty(len(pairs), dtype=torch.float64, device=row.device) for _ in range(2))
     starts = torch.arange(len(searched.members) + 1, device=row.device) * n
     bounds = torch.searchsorted(pairs, starts).tolist()
-    for members, low, high in zip(searched.members, bounds[:-1], bounds[1:], strict=True):
+    for at, (members, low, high) in enumerate(zip(searched.members, bounds[:-1], bounds[1:], strict=True)):
         if low < high:
             asking = pairs[low:high] % n
-            if rows is None:
+            if tables:
+                found = tables[at][1][asking, : _NEAREST + 1]
+            elif rows is None:
                 found = searched.compared.nearest(_NEAREST + 1, members, asking)[1]
             else:
                 found = searched.compared.nearest_to(ChosenRows(rows, asking), _NEAREST + 1, members)[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import ChosenRows, Rows, blocks
 from pose2id.neighbors.distance import nearest_columns
 from pose2id.neighbors.engines import own_entry
-from pose2id.neighbors.search import search_with_distances
+from pose2id.neighbors.search import search_some
 from pose2id.neighbors.visible_parts import mean_distances, query_memory
+
+_CACHE_BYTES = 4 << 20  # differences stay in the cache
 
 
 class Compared:
@@ -35,27 +37,43 @@ class Compared:
     ) -> None:
         self.rows, self._visibility = rows, visibility
         self._backend, self._max_memory = backend, max_memory
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         self._all = torch.arange(rows.n, device=rows.device)
 
-    def nearest(self, k: int, members: Tensor | None = None, asking: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def nearest(
+        self, k: int, members: Tensor | None = None, asking: Tensor | None = None, *, keep: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """The k nearest others of rows among the members: (B, k) int64 indices of rows, and float64 similarities.
 
         Args:
             k: length of the lists; missing entries are -1, with similarity -infinity.
             members: ascending indices of the rows that may be neighbours; None: all.
             asking: ascending indices of the rows that ask; None: all.
+            keep: how many neighbours of all rows to keep for a later call with the same members.
         """
+        if members is not None and asking is None:
+            for kept, *found in self._kept:
+                if k <= found[0].shape[1] and torch.equal(kept, members):
+                    return found[0][:, :k], found[1][:, :k]
+            if keep:
+                indices, similarities = self.nearest(k, members, self._all)
+                self._kept.append((members, indices[:, :keep].clone(), similarities[:, :keep].clone()))
+                return indices, similarities
         members = self._all if members is None else members
         asking = self._all if asking is None else asking
         if len(members) == len(asking) and torch.equal(members, asking):
             return self._lists(members, None, None, k)
+        if not len(members):
+            return self._lists(members, ChosenRows(self.rows, asking), None, k)
         at = torch.searchsorted(members, asking).clamp(max=len(members) - 1)
         inside = members[at] == asking
         indices = torch.empty((len(asking), k), dtype=torch.int64, device=self.rows.device)
         similarities = torch.empty(indices.shape, dtype=torch.float64, device=self.rows.device)
-        for chosen, own in ((inside, asking[inside]), (~inside, None)):
-            some = ChosenRows(self.rows, asking[chosen])
-            indices[chosen], similarities[chosen] = self._lists(members, some, own, k)
+        for chosen, of_members in ((inside, True), (~inside, False)):
+            own = asking[chosen] if of_members else None
+            # All members ask: they are searched by themselves.
+            some = None if own is not None and len(own) == len(members) else ChosenRows(self.rows, asking[chosen])
+            indices[chosen], similarities[chosen] = self._lists(members, some, None if some is None else own, k)
         return indices, similarities
 
     def nearest_to(
@@ -79,16 +97,25 @@ class Compared:
             found, similarities = self._by_parts(rows, self._visibility, count + 1)
             own = members
         else:
-            found, distances = search_with_distances(
-                rows, asking, count + (own is not None), self._backend, self._max_memory, own=asking is not None
-            )
-            found = members[found]
-            directions = queries.directions[:, None] + self.rows.directions[found]
-            similarities = (directions - distances.square()) / (2 * rows.parts)
+            among = asking is not None
+            count += own is not None
+            found = members[search_some(rows, asking, count, self._backend, self._max_memory, own=among)]
+            similarities = self._similarities(queries, found)
         if own is not None:  # the row itself was found, too
             kept = ~own_entry(found, own)
-            found, similarities = found[kept].view(-1, count), similarities[kept].view(-1, count)
+            found, similarities = (values[kept].view(len(own), -1) for values in (found, similarities))
         return _padded(found, similarities, k)
+
+    def _similarities(self, queries: Rows, found: Tensor) -> Tensor:
+        """(B, k) float64 cosines, from differences of rows: precise for near rows, and the same from both sides."""
+        result = torch.empty(found.shape, dtype=torch.float64, device=found.device)
+        width = max(1, found.shape[1])
+        for block in blocks(queries.n, _CACHE_BYTES // (8 * width * queries.dim)):
+            others = self.rows.read(found[block].flatten()).view(-1, width, queries.dim)
+            squared = others.sub_(queries.read(block)[:, None]).square_().sum(2, dtype=torch.float64)
+            directions = queries.directions[block, None] + self.rows.directions[found[block]]
+            result[block] = (directions - squared) / (2 * queries.parts)
+        return result
 
     def _by_parts(self, queries: Rows, visibility: Tensor, count: int) -> tuple[Tensor, Tensor]:
         assert self._visibility is not None
@@ -100,6 +127,14 @@ class Compared:
             # Rows that share no part are as far as any can be.
             similarities[block] = 1 - distances.gather(1, indices[block]).clamp(max=2).square() / 2
         return indices, similarities
+
+
+def merged(lists: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest over lists of different members: (B, k) indices and similarities, equal ones by the lower index."""
+    indices, similarities = (torch.cat(values, 1) for values in zip(*lists, strict=True))
+    order = torch.argsort(indices, dim=1, stable=True)
+    order = order.gather(1, torch.argsort(-similarities.gather(1, order), dim=1, stable=True))[:, :k]
+    return indices.gather(1, order), similarities.gather(1, order)
 
 
 def _padded(indices: Tensor, similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -180,15 +180,12 @@ def search(
     return _search(rows, None, min(k, rows.n - (not own)), backend, max_memory, own=own)[0]
 
 
-def search_with_distances(
-    rows: Rows, queries: Rows | None, k: int, backend: str, max_memory: int | None, *, own: bool
-) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of each query, of each row itself without queries, and their float64 distances.
+def search_some(rows: Rows, queries: Rows | None, k: int, backend: str, max_memory: int | None, *, own: bool) -> Tensor:
+    """The k nearest rows of each query, of each row itself without queries: (Q, k) int64.
 
     k is at most the number of rows that may be neighbours; `own` as in `search`, True with queries.
     """
-    indices, distances = _search(rows, queries, k, backend, max_memory, own=own)
-    return indices, distances()
+    return _search(rows, queries, k, backend, max_memory, own=own)[0]
 
 
 def _search(
