@@ -211,4 +211,7 @@ def _stacked(values: list[Any], like: Any, name: str) -> Any:
     if like is None:
         return torch.stack(values) if isinstance(values[0], Tensor) else np.stack(arrays)
     stacked = np.stack(arrays)
+    whole = not (like.is_floating_point() or like.is_complex() if isinstance(like, Tensor) else like.dtype.kind in "fc")
+    if whole and stacked.dtype.kind == "f" and (stacked != np.rint(stacked)).any():
+        raise ValueError(f"pose_inputs[{name!r}] must give whole numbers, as the original images have ({like.dtype}).")
     return torch.from_numpy(stacked).to(like) if isinstance(like, Tensor) else stacked.astype(like.dtype)
