@@ -538,8 +538,9 @@ class TestSideInputs:
     @pytest.mark.parametrize("like", [np.zeros((11, 2), np.int64), torch.zeros((11, 2), dtype=torch.int32)])
     def test_that_integers_cannot_hold(self, like, images):
         settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2}
+        model = lambda batch, xy: batch.mean((2, 3))  # noqa: E731
         whole, half = (
-            Centralizer(Model(), pose_inputs={"xy": lambda pose, v=v: np.full(2, v)}, **settings) for v in (2.0, 0.5)
+            Centralizer(model, pose_inputs={"xy": lambda pose, v=v: np.full(2, v)}, **settings) for v in (2.0, 0.5)
         )
         whole(images, xy=like)
         with pytest.raises(ValueError, match=r"pose_inputs\['xy'\] must give whole numbers"):
