@@ -1,4 +1,4 @@
-"""Features from your own model, with side inputs; then NFC, and eq. 9 with pictures in other poses.
+"""Features from your own model, with side inputs; then centralization, and eq. 9 with pictures in other poses.
 
 python examples/own_model.py
 """
@@ -41,7 +41,10 @@ def main() -> None:
     query_feats, gallery_feats = (
         extractor([people[int(i)].image for i in index], cam_label=cameras[index]) for index in (q, g)
     )
-    query_feats, gallery_feats = Centralizer().enhance(query_feats, gallery_feats)
+    # The default method is safe: neighbours are added only where people appear more than once. Camera ids help most.
+    query_feats, gallery_feats = Centralizer().enhance(
+        query_feats, gallery_feats, query_camids=cameras[q], gallery_camids=cameras[g]
+    )
     print("enhanced:", tuple(query_feats.shape), tuple(gallery_feats.shape))
 
     # Eq. 9 with a source of your own: pictures of the person on each image, here drawn from 8 sides.

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import reference
 from PIL import Image
 
 import pose2id
-from pose2id import Centralizer, evaluate, evaluate_rank, id2_score, k_reciprocal
+from pose2id import Centralizer, evaluate, evaluate_rank, evidence, id2_score, k_reciprocal, nfc
 from pose2id.cli import main
 from pose2id.demo import demo
 from pose2id.io.feature_files import load_features
@@ -37,18 +39,73 @@ def path(rng, tmp_path):
 
 def test_enhance_writes_the_centralized_features_and_keeps_the_rest(path, tmp_path, capsys):
     out = tmp_path / "out.npz"
-    assert main(["enhance", str(path), str(out), "--k1", "3"]) == 0
+    with pytest.warns(UserWarning, match="method='nfc' may harm here"):
+        assert main(["enhance", str(path), str(out), "--k1", "3"]) == 0
     before, after = load_features(path), load_features(out)
-    q, g = Centralizer(k1=3).enhance(before.query_feats, before.gallery_feats)
+    q, g = nfc(before.query_feats, 3), nfc(before.gallery_feats, 3)
     np.testing.assert_array_equal(after.query_feats, q)
     np.testing.assert_array_equal(after.gallery_feats, g)
     np.testing.assert_array_equal(after.g_camids, before.g_camids)
     np.testing.assert_array_equal(after.others["note"], [0, 1, 2])
     assert capsys.readouterr().out == f"wrote {out}\n"
     joint = tmp_path / "joint.mat"
-    assert main(["enhance", str(path), str(joint), "--joint"]) == 0
-    expected = Centralizer().enhance(before.query_feats, before.gallery_feats, joint=True)
-    np.testing.assert_array_equal(load_features(joint).query_feats, expected[0])
+    with pytest.warns(UserWarning, match="method='nfc' may harm here"):
+        assert main(["enhance", str(path), str(joint), "--method", "nfc", "--joint"]) == 0
+    expected = nfc(np.concatenate([before.query_feats, before.gallery_feats]))
+    np.testing.assert_array_equal(load_features(joint).query_feats, expected[: len(before.query_feats)])
+
+
+METHODS = {"auto": "guarded", "guarded": "guarded", "cameras": "cameras: 3 cameras", "centring": "centring: 3 cameras"}
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_enhance_takes_cameras_from_the_file_and_says_what_ran(method, path, tmp_path, caplog):
+    content = load_features(path)
+    feats = content.query_feats, content.gallery_feats
+    cameras = {"query_camids": content.q_camids, "gallery_camids": content.g_camids}
+    words = [] if method is None else ["--method", method]
+    assert main(["enhance", str(path), str(tmp_path / "out.npz"), *words]) == 0
+    expected = Centralizer(method=method or "auto").enhance(*feats, **cameras)
+    np.testing.assert_array_equal(load_features(tmp_path / "out.npz").gallery_feats, expected[1])
+    (said,) = {record.message for record in caplog.records if record.levelno == logging.INFO}
+    assert said.startswith(f"enhance: {METHODS[method or 'auto']}")
+    assert "3 cameras" in said
+    assert ("too close for strangers" in said) == (method not in ("cameras", "centring"))
+
+
+@pytest.mark.parametrize("method", ["auto", "guarded"])
+def test_enhance_without_cameras(method, path, tmp_path, caplog):
+    content, out = load_features(path), tmp_path / "out.npz"
+    assert main(["enhance", str(path), str(out), "--without-cameras", "--method", method]) == 0
+    feats = content.query_feats, content.gallery_feats
+    found, expected = load_features(out), Centralizer().enhance(*feats)
+    np.testing.assert_array_equal(found.query_feats, expected[0])
+    np.testing.assert_array_equal(found.g_camids, content.g_camids)
+    assert "no cameras" in caplog.text
+    with_cameras = Centralizer().enhance(*feats, query_camids=content.q_camids, gallery_camids=content.g_camids)
+    assert np.abs(with_cameras[1] - expected[1]).max() > 0.01
+
+
+def test_the_method_is_said_on_stderr(path, tmp_path):
+    command = [sys.executable, "-m", "pose2id", "enhance", str(path), str(tmp_path / "out.npz")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stderr.startswith("enhance: guarded, 3 cameras, centred. Links too close for strangers: ")
+    assert found.stdout == f"wrote {tmp_path / 'out.npz'}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--joint"], "joint must be False with method='auto'"),
+        (["--method", "guarded", "--k1", "3"], "k1 and k2 must be None with method='guarded'"),
+        (["--method", "cameras", "--without-cameras"], "gallery_camids must name cameras"),
+        (["--method", "best"], "method must be"),
+    ],
+)
+def test_methods_that_cannot_run(words, message, path, tmp_path, capsys):
+    assert main(["enhance", str(path), str(tmp_path / "out.npz"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_enhance_never_replaces_a_file_unasked(path, capsys):
@@ -64,32 +121,55 @@ def test_evaluate_prints_what_the_functions_give(path, capsys):
     content = load_features(path)
     labels = content.q_pids, content.g_pids, content.q_camids, content.g_camids
     assert main(["evaluate", str(path), "--nfc", "--rerank", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == ["baseline", "NFC", "re-ranking", "NFC + re-ranking"]
+    printed = json.loads(capsys.readouterr().out)
+    rows = printed["rows"]
     q, g = content.query_feats, content.gallery_feats
-    new_q, new_g = Centralizer().enhance(q, g)
-    results = [
-        evaluate(q, g, *labels),
-        evaluate(new_q, new_g, *labels),
-        evaluate_rank(k_reciprocal(q, g), *labels),
-        evaluate_rank(k_reciprocal(new_q, new_g), *labels),
-    ]
-    assert len({row["mAP"] for row in rows}) == 4
-    for row, result in zip(rows, results, strict=True):
+    assert printed["evidence"] == vars(evidence(g))
+    new_q, new_g = nfc(q), nfc(g)
+    cameras = {"query_camids": labels[2], "gallery_camids": labels[3]}
+    results = {
+        "baseline": evaluate(q, g, *labels),
+        "NFC": evaluate(new_q, new_g, *labels),
+        "auto": evaluate(*Centralizer().enhance(q, g), *labels),
+        "auto, cameras": evaluate(*Centralizer().enhance(q, g, **cameras), *labels),
+        "re-ranking": evaluate_rank(k_reciprocal(q, g), *labels),
+        "NFC + re-ranking": evaluate_rank(k_reciprocal(new_q, new_g), *labels),
+        "safe re-ranking": evaluate_rank(Centralizer().rerank(q, g), *labels),
+        "safe re-ranking, cameras": evaluate_rank(Centralizer().rerank(q, g, **cameras), *labels),
+    }
+    assert [row["name"] for row in rows] == list(results)
+    assert len({row["mAP"] for row in rows}) == 6  # no evidence: "auto" and "safe re-ranking" are the baseline
+    for row, result in zip(rows, results.values(), strict=True):
         assert row["mAP"] == pytest.approx(result.mAP, abs=1e-12)
         assert [row["rank1"], row["rank5"], row["rank10"]] == pytest.approx([result.rank(r) for r in (1, 5, 10)])
         assert row["mINP"] == pytest.approx(result.mINP)
         assert row["num_valid_queries"] == result.num_valid_queries
     pids = np.concatenate(labels[:2])
     assert rows[1]["id2"] == pytest.approx(id2_score(np.concatenate([new_q, new_g]), pids))
-    assert rows[2]["id2"] is None
+    assert [row["id2"] is None for row in rows] == [False] * 4 + [True] * 4
 
     assert main(["evaluate", str(path)]) == 0
-    sizes, _, head, *lines = capsys.readouterr().out.splitlines()
+    sizes, _, head, *lines, _, sentence = capsys.readouterr().out.splitlines()
+    assert sentence == str(evidence(g))
     assert sizes == "20 queries (20 with a match), 60 gallery images"
     assert head.split() == ["mAP", "Rank-1", "Rank-5", "Rank-10", "mINP", "ID²"]
-    assert len(lines) == 1
-    assert f"{100 * results[0].mAP:.2f}" in lines[0]
+    assert [re.split(" {2,}", line)[:2] for line in lines] == [
+        [name, f"{100 * results[name].mAP:.2f}"] for name in ("baseline", "auto", "auto, cameras")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--method", "centring"], ["centring"]),
+        (["--method", "guarded"], ["guarded", "guarded, cameras"]),
+        (["--method", "nfc"], ["NFC", "auto", "auto, cameras"]),
+        (["--k1", "3"], ["NFC", "auto", "auto, cameras"]),
+    ],
+)
+def test_evaluate_measures_another_method(words, names, path, capsys):
+    assert main(["evaluate", str(path), "--json", *words]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["baseline", *names]
 
 
 def test_demo_of_a_users_file(path, tmp_path, capsys):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pose2id.centralization.id2 import id2_score
+from pose2id.centralization.nfc import nfc as published_nfc
 from pose2id.centralizer import Centralizer
 from pose2id.io.checks import checked_flags
 from pose2id.io.feature_files import FeatureFile
@@ -17,6 +18,7 @@ from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_ra
 from pose2id.retrieval.rerank import k_reciprocal
 
 _RANKS = (1, 5, 10)
+_WITH_CAMERAS = ", cameras"
 
 Pair = tuple[NDArray[Any], NDArray[Any]]  # of the queries, of the gallery
 
@@ -45,43 +47,62 @@ def compare(
     generated: Pair | None = None,
     control: bool = False,
 ) -> list[Row]:
-    """Measure the features as they are, with NFC, with generated images (IPG), with both, and all of them re-ranked.
+    """Measure the features as they are, with NFC, with the safe default, with generated images (IPG), and re-ranked.
+
+    "NFC" is the published method. The row of the safe default is called by its method, "auto", and comes a second time
+    with ", cameras" where both sets have cameras, as does "safe re-ranking": `Centralizer.rerank`.
 
     Args:
         features: features with identity labels; camera labels are used where both sets have them.
-        nfc: measure the rows with NFC.
-        rerank: measure the rows with re-ranking (20, 6, 0.3).
-        centralizer: whose `enhance` and `fuse` are measured; default `Centralizer()`.
+        nfc: measure the rows with the published NFC.
+        rerank: measure published re-ranking (20, 6, 0.3), of all rows but those of the default, and the safe one.
+        centralizer: whose `enhance`, `rerank` and `fuse` are measured; default `Centralizer()`. With method="nfc" its
+            k1 and k2 are those of the rows with NFC, beside "auto".
         generated: features (Q, M, D) and (G, M, D) of generated images of the same images: measure the rows with IPG.
             Both they and `features` must then be the model's raw outputs.
         control: also measure IPG with the mean generated feature of all people in each pose. It carries no identity,
             yet changes the scores, ID² above all; only what IPG gains beyond it comes from the generated images.
 
     Returns:
-        One to twelve rows, the baseline first.
+        The rows, the baseline first.
 
     Raises:
         ValueError: the features have no identity labels, or no query has a match; or as in `fuse`.
     """
     checked_flags(nfc=nfc, rerank=rerank, control=control)
     labels, centralizer = _labels(features), centralizer or Centralizer()
-    query, gallery = _pair(features)
-    sets = [("baseline", "re-ranking", query, gallery)]
+    safe, pair, cameras = _unpublished(centralizer), _pair(features), _cameras(features)
+    ways = {f"{safe.method}{suffix}": camids for suffix, camids in cameras.items()}
+    if safe.method in ("cameras", "centring"):  # never without cameras
+        ways = {safe.method: cameras.get(_WITH_CAMERAS, {})}
+    sets: list[tuple[str, str | None, Pair]] = [("baseline", "re-ranking", pair)]
     if nfc:
-        sets.append(("NFC", "NFC + re-ranking", *centralizer.enhance(query, gallery)))
+        sets.append(("NFC", "NFC + re-ranking", with_nfc(pair, centralizer)))
+    sets += [(name, None, safe.enhance(*pair, **camids)) for name, camids in ways.items()]
     sources = {} if generated is None else {"IPG": generated}
     if generated is not None and control:
         sources["control"] = _means(generated)
     for name, source in sources.items():
-        fused = _fused((query, gallery), source, centralizer, _number(source))
-        sets.append((name, f"{name} + re-ranking", *fused))
+        fused = _fused(pair, source, centralizer, _number(source))
+        sets.append((name, f"{name} + re-ranking", fused))
         if nfc:
-            sets.append((f"{name} + NFC", f"{name} + NFC + re-ranking", *centralizer.enhance(*fused)))
+            sets.append((f"{name} + NFC", f"{name} + NFC + re-ranking", with_nfc(fused, centralizer)))
+        way, camids = next(iter(ways.items()))
+        sets.append((f"{name} + {way}", None, safe.enhance(*fused, **camids)))
     pids = np.concatenate(labels[:2])
-    rows = [Row(name, evaluate(q, g, *labels), id2_score(np.concatenate([q, g]), pids)) for name, _, q, g in sets]
+    rows = [Row(name, evaluate(*x, *labels), id2_score(np.concatenate(x), pids)) for name, _, x in sets]
     if rerank:
-        rows += [Row(name, evaluate_rank(k_reciprocal(q, g), *labels), None) for _, name, q, g in sets]
+        rows += [Row(name, evaluate_rank(k_reciprocal(*x), *labels), None) for _, name, x in sets if name]
+        for suffix, camids in cameras.items():
+            rows.append(Row(f"safe re-ranking{suffix}", evaluate_rank(safe.rerank(*pair, **camids), *labels), None))
     return rows
+
+
+def with_nfc(pair: Pair, centralizer: Centralizer) -> Pair:
+    """Both sets by the published NFC, with the parameters of a centralizer."""
+    options: dict[str, Any] = {name: getattr(centralizer, name) for name in ("backend", "neighbors", "max_memory")}
+    query, gallery = (published_nfc(x, centralizer.k1, centralizer.k2, **options) for x in pair)
+    return query, gallery
 
 
 def by_number(
@@ -95,7 +116,8 @@ def by_number(
         centralizer: as in `compare`.
 
     Returns:
-        M + 1 fractions for "IPG", and for "IPG + NFC": with 0 to M images. Those of 0 are the baseline's and NFC's.
+        M + 1 fractions for "IPG", and for "IPG + NFC", as published: with 0 to M images. Those of 0 are the baseline's
+        and NFC's.
 
     Raises:
         ValueError: as in `compare`.
@@ -105,7 +127,7 @@ def by_number(
     for number in range(_number(generated) + 1):
         fused = _fused(_pair(features), generated, centralizer, number)
         curves["IPG"].append(evaluate(*fused, *labels).mAP)
-        curves["IPG + NFC"].append(evaluate(*centralizer.enhance(*fused), *labels).mAP)
+        curves["IPG + NFC"].append(evaluate(*with_nfc(fused, centralizer), *labels).mAP)
     return curves
 
 
@@ -160,6 +182,20 @@ def _pair(features: FeatureFile) -> Pair:
         x.astype(np.float32) if x.dtype == np.float16 else x for x in (features.query_feats, features.gallery_feats)
     )
     return query, gallery
+
+
+def _unpublished(centralizer: Centralizer) -> Centralizer:
+    """The same unless its method is NFC, which has rows of its own: then the default."""
+    if centralizer.method != "nfc":
+        return centralizer
+    return Centralizer(backend=centralizer.backend, max_memory=centralizer.max_memory)
+
+
+def _cameras(features: FeatureFile) -> dict[str, dict[str, Any]]:
+    """Keywords without cameras and, where both sets have them, with cameras; by what is added to a row's name."""
+    if features.q_camids is None or features.g_camids is None:
+        return {"": {}}
+    return {"": {}, _WITH_CAMERAS: {"query_camids": features.q_camids, "gallery_camids": features.g_camids}}
 
 
 def _number(generated: Pair) -> int:

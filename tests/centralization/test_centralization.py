@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import parts as literal
 from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 
-from pose2id import Centralizer, fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
+from pose2id import Centralizer, evidence, fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
 from pose2id.centralization import nfc as centralization
 from pose2id.neighbors.search import exact_neighbors
 
@@ -622,12 +622,15 @@ class TestDiagnostics:
         assert found.same_camera_share == pytest.approx(np.mean([camids[i] == camids[j] for i, j in pairs]))
         assert found.expected_same_camera_share == pytest.approx(np.mean([camids[i] == camids[j] for i, j in others]))
         assert "same camera" in str(found)
+        assert found.evidence == evidence(x)
+        assert str(found).endswith(f". {evidence(x)}")
 
     def test_without_cameras_or_pairs(self):
         x = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
         found = nfc_diagnostics(x, 1, 1)
         assert found.same_camera_share is None
         assert "camera" not in str(found)
+        assert "Too few images to tell" in str(found)
         assert found.mutual_share == pytest.approx(2 / 3)
 
     def test_cameras_of_every_kind(self):

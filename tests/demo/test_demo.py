@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,15 +10,16 @@ import reference
 from conftest import ROOT
 from PIL import Image
 
-from pose2id import Centralizer, evaluate, evaluate_rank, k_reciprocal, nfc
+from pose2id import Centralizer, evaluate, evaluate_rank, evidence, k_reciprocal, nfc
 from pose2id.cli import main
 from pose2id.demo import demo
 from pose2id.demo.people import SyntheticPedestrians
 from pose2id.demo.stripes import colour_stripes
 from pose2id.report import by_number, compare, number_table
 
-NAMES = ["baseline", "NFC", "IPG", "IPG + NFC"]
+NAMES = ["baseline", "NFC", "auto", "auto, cameras", "IPG", "IPG + NFC", "IPG + auto"]
 RERANKED = ["re-ranking", "NFC + re-ranking", "IPG + re-ranking", "IPG + NFC + re-ranking"]
+SAFE = ["safe re-ranking", "safe re-ranking, cameras"]
 FAST = demo.Settings(num_inference_steps=1, guidance_scale=1.0)
 ETA = 0.7
 
@@ -65,7 +67,7 @@ def test_the_people_are_those_of_test_seed_1(shown):
 
 def test_rows_follow_equation_9(shown, centralizer):
     rows = {row.name: row for row in compare(shown.features, centralizer=centralizer, generated=shown.generated.feats)}
-    assert list(rows) == NAMES + RERANKED
+    assert list(rows) == NAMES + RERANKED + SAFE
     q, g = fused(shown.features, shown.generated, 8)
     expected = {"IPG": (q, g), "IPG + NFC": (nfc(q), nfc(g))}
     for name, pair in expected.items():
@@ -77,7 +79,67 @@ def test_rows_follow_equation_9(shown, centralizer):
 def test_without_nfc_and_without_re_ranking(shown, centralizer):
     options = {"centralizer": centralizer, "generated": shown.generated.feats}
     rows = compare(shown.features, nfc=False, rerank=False, **options)
-    assert [row.name for row in rows] == ["baseline", "IPG"]
+    assert [row.name for row in rows] == ["baseline", "auto", "auto, cameras", "IPG", "IPG + auto"]
+
+
+@pytest.fixture(scope="module")
+def repeated():
+    """Features of 24 people by 2 cameras: few images, but enough to tell that people repeat."""
+    people = SyntheticPedestrians(24, num_cameras=2, images_per_camera=4)
+    features = colour_stripes([sample.image for sample in people[:]])
+    return demo.Demo("drawn", demo.split(people, features))
+
+
+def test_people_once_each_are_of_the_same_drawing(repeated):
+    alone = demo.once(repeated).features
+    assert sorted(alone.q_pids) == sorted(alone.g_pids) == list(range(1, 25))
+    assert (alone.q_camids != alone.g_camids).all()
+    for feats, pids, camids, name in (
+        (alone.query_feats, alone.q_pids, alone.q_camids, "query_feats"),
+        (alone.gallery_feats, alone.g_pids, alone.g_camids, "gallery_feats"),
+    ):
+        at = [np.flatnonzero((getattr(repeated.features, name) == row).all(1))[0] for row in feats]
+        np.testing.assert_array_equal(getattr(repeated.features, f"{name[0]}_pids")[at], pids)
+        np.testing.assert_array_equal(getattr(repeated.features, f"{name[0]}_camids")[at], camids)
+
+
+def test_where_nobody_repeats_nfc_harms_and_auto_does_not(repeated):
+    alone = demo.once(repeated)
+    rows = {row.name: row for row in compare(alone.features)}
+    assert rows["NFC"].result.mAP < rows["baseline"].result.mAP - 0.05
+    assert rows["re-ranking"].result.mAP < rows["baseline"].result.mAP - 0.05
+    assert rows["auto"].result.mAP == rows["safe re-ranking"].result.mAP == rows["baseline"].result.mAP
+    q, _ = Centralizer().enhance(alone.features.query_feats, alone.features.gallery_feats)
+    np.testing.assert_allclose(q, reference.unit(alone.features.query_feats), atol=1e-7)
+    printed = demo.report(alone, Centralizer())
+    assert "The same people, once each: 24 queries by one camera, 24 gallery images by another" in printed
+    assert str(evidence(alone.features.gallery_feats)) in printed
+    assert evidence(alone.features.gallery_feats).gate == 0
+
+
+def test_where_people_repeat_auto_gains(repeated):
+    rows = {row.name: row.result.mAP for row in compare(repeated.features)}
+    assert rows["baseline"] < rows["auto"] < rows["auto, cameras"] < rows["safe re-ranking, cameras"]
+    assert str(evidence(repeated.features.gallery_feats)) in demo.report(repeated, Centralizer())
+    assert evidence(repeated.features.gallery_feats).gate > 0
+
+
+def test_rows_of_every_method_and_of_other_parameters(repeated):
+    features, options = repeated.features, {"rerank": False}
+    feats, cameras = (features.query_feats, features.gallery_feats), (features.q_camids, features.g_camids)
+    given = {"query_camids": cameras[0], "gallery_camids": cameras[1]}
+    for method, camids in (("guarded", {}), ("guarded, cameras", given), ("centring", given), ("cameras", given)):
+        centralizer = Centralizer(method=method.split(",")[0])
+        rows = {row.name: row.result.mAP for row in compare(features, centralizer=centralizer, **options)}
+        assert rows[method] == evaluate(*centralizer.enhance(*feats, **camids), *labels(features)).mAP
+    rows = {row.name: row.result.mAP for row in compare(features, centralizer=Centralizer(k1=3), **options)}
+    assert list(rows) == ["baseline", "NFC", "auto", "auto, cameras"]
+    assert rows["NFC"] == evaluate(*(nfc(x, 3, 2) for x in feats), *labels(features)).mAP
+    assert rows["auto"] == evaluate(*Centralizer().enhance(*feats), *labels(features)).mAP
+    bare = replace(features, q_camids=None, g_camids=None)
+    assert [row.name for row in compare(bare)][2:] == ["auto", "re-ranking", "NFC + re-ranking", "safe re-ranking"]
+    with pytest.raises(ValueError, match="gallery_camids must name cameras"):
+        compare(bare, centralizer=Centralizer(method="centring"))
 
 
 def test_no_generated_image_is_the_baseline_and_all_are_ipg(shown, centralizer):
@@ -120,9 +182,10 @@ def test_number_table():
     assert len({len(line) for line in printed.splitlines()}) == 1
 
 
-def test_demo_prints_all_of_it_and_draws(shown, tmp_path, capsys, monkeypatch):
+def test_demo_prints_all_of_it_and_draws(shown, repeated, tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(demo, "generation_demo", lambda **options: asked.append(options) or shown)
+    monkeypatch.setattr(demo, "synthetic_demo", lambda **_: repeated)
     picture = tmp_path / "demo.png"
     assert main(["demo", "--people", "2", "--picture", str(picture)]) == 0
     assert main(["demo", "--no-picture"]) == 0
@@ -133,9 +196,13 @@ def test_demo_prints_all_of_it_and_draws(shown, tmp_path, capsys, monkeypatch):
     assert f"by number of generated images, eta {demo.TINY.eta:g}" in printed
     assert "generated images: cosine to their own" in printed
     found = re.findall(r"^(\S.*?) {2,}\d+\.\d\d ", printed, re.MULTILINE)
-    whole = [*NAMES, "control", "control + NFC"]
-    reranked = [*RERANKED, "control + re-ranking", "control + NFC + re-ranking"]
+    whole = [*NAMES, "control", "control + NFC", "control + auto"]
+    reranked = [*RERANKED, "control + re-ranking", "control + NFC + re-ranking", *SAFE]
     assert found[: len(whole + reranked) + 2] == [*whole, *reranked, "IPG", "IPG + NFC"]
+    plain = [*NAMES[:4], *RERANKED[:2], *SAFE]
+    assert found[len(whole + reranked) + 2 : len(found) // 2] == plain * 2  # people who repeat, and once each
+    for features in (repeated.features, demo.once(repeated).features):
+        assert f"{evidence(features.gallery_feats)}" in printed
     with Image.open(picture) as drawn:
         assert drawn.size == (1100, 1430)
 
@@ -145,6 +212,8 @@ def test_features_alone(tmp_path, capsys):
     assert main(["demo", "--no-generation", "--people", "6", "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "24 queries, 48 gallery images" in printed
+    assert "The same people, once each: 6 queries" in printed
+    assert printed.count("\nsafe re-ranking, cameras ") == 2
     assert "not real people" in printed
     assert "IPG" not in printed
     with Image.open(picture) as drawn:

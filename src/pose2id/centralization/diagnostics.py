@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from pose2id.centralization.fusion import stacked_rows
+from pose2id.centralization.guard import Evidence, Guard
 from pose2id.centralization.nfc import mutual_neighbors, nearest_others
 from pose2id.io.checks import checked_count, checked_labels, checked_memory
 from pose2id.io.rows import Rows, unit
+from pose2id.neighbors.members import Compared
 from pose2id.neighbors.search import NeighborSearch, checked_search
 
 
@@ -98,6 +100,7 @@ class NFCDiagnostics:
         same_camera_share: share of mutual pairs from one camera (nan without a pair, None without cameras). Near 1, NFC
             pulls features towards a camera rather than across cameras, and Rank-1 across cameras may fall.
         expected_same_camera_share: that share if neighbours were drawn at random (None without cameras).
+        evidence: whether people repeat, without cameras. Where its gate is 0, NFC may harm: it averages strangers.
     """
 
     k1: int
@@ -108,6 +111,7 @@ class NFCDiagnostics:
     background_similarity: float
     same_camera_share: float | None
     expected_same_camera_share: float | None
+    evidence: Evidence
 
     def __str__(self) -> str:
         """One line, in percent."""
@@ -116,9 +120,9 @@ class NFCDiagnostics:
             f"({self.mean_mutual:.2f} each), cosine {self.mean_similarity:.3f} "
             f"(all pairs {self.background_similarity:.3f})"
         )
-        if self.same_camera_share is None:
-            return text
-        return f"{text}, same camera {self.same_camera_share:.1%} (at random {self.expected_same_camera_share:.1%})"
+        if self.same_camera_share is not None:
+            text += f", same camera {self.same_camera_share:.1%} (at random {self.expected_same_camera_share:.1%})"
+        return f"{text}. {self.evidence}"
 
 
 def nfc_diagnostics(
@@ -143,7 +147,7 @@ def nfc_diagnostics(
         max_memory: as in `nfc`.
 
     Returns:
-        The shares and similarities of `NFCDiagnostics`.
+        The shares and similarities of `NFCDiagnostics`, and the evidence that people repeat (`pose2id.evidence`).
     """
     rows = Rows(features, "features", normalize=True)
     if rows.n < 2:
@@ -180,4 +184,5 @@ def nfc_diagnostics(
         background_similarity=(float(total.square().sum()) - squares) / (rows.n * (rows.n - 1)),
         same_camera_share=None if cameras is None else (same_camera / pairs if pairs else float("nan")),
         expected_same_camera_share=expected,
+        evidence=Guard(Compared(rows, None, backend, max_memory)).evidence,
     )

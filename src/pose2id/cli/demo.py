@@ -13,7 +13,9 @@ def add_commands(commands: Any) -> None:
     demo = feature_command(commands, "demo", "table and picture for a sample, or for a feature file", _demo)
     demo.add_argument("features", metavar="FEATS", nargs="?", help="feature file (default: drawn pedestrians)")
     demo.add_argument("--people", type=int, help="drawn (default: 20; 60 with --no-generation)")
-    demo.add_argument("--no-generation", action="store_true", help="show NFC alone: takes seconds instead of minutes")
+    demo.add_argument(
+        "--no-generation", action="store_true", help="no generated images: takes seconds instead of minutes"
+    )
     demo.add_argument("--picture", metavar="PATH", default="pose2id-demo.png", help="default: %(default)s")
     demo.add_argument("--no-picture", action="store_true", help="print the table only")
     demo.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
@@ -34,7 +36,7 @@ def _demo(args: argparse.Namespace) -> None:
     people: Any = {} if args.people is None else {"num_identities": checked_count(args.people, "--people")}
     if args.features and people:
         raise ValueError("--people must not be given with FEATS: it says how many people to draw. Leave one out.")
-    centralizer = Centralizer(k1=args.k1, k2=args.k2, eta=demo.TINY.eta)
+    centralizer = Centralizer(method=args.method, k1=args.k1, k2=args.k2, eta=demo.TINY.eta)
     if args.features:
         shown = demo.Demo(args.features, load_features(args.features))
     elif args.no_generation:
@@ -42,6 +44,10 @@ def _demo(args: argparse.Namespace) -> None:
     else:
         shown = demo.generation_demo(**people)
     print(demo.report(shown, centralizer))
+    if not args.features:
+        repeated = shown if args.no_generation else demo.synthetic_demo(num_identities=demo.FEW)
+        for other in [demo.once(repeated)] if args.no_generation else [repeated, demo.once(repeated)]:
+            print("", demo.report(other, centralizer), sep="\n")
     if not args.no_picture:
         demo.draw(shown, centralizer, args.picture)
         print(f"\npicture: {args.picture}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import Any
 
 from pose2id.cli.options import feature_command
@@ -11,16 +12,17 @@ from pose2id.cli.options import feature_command
 
 def add_commands(commands: Any) -> None:
     """Both commands with their options."""
-    enhance = feature_command(commands, "enhance", "centralize the features of a file with NFC", _enhance)
+    enhance = feature_command(commands, "enhance", "centralize the features of a file", _enhance)
     enhance.add_argument("input", metavar="IN", help="feature file")
     enhance.add_argument("output", metavar="OUT", help="feature file to write; everything else in IN is copied")
-    enhance.add_argument("--joint", action="store_true", help="neighbours in the union of query and gallery")
+    enhance.add_argument("--joint", action="store_true", help="NFC: neighbours in the union of query and gallery")
+    enhance.add_argument("--without-cameras", action="store_true", help="as if IN had no cameras")
     enhance.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
     evaluate = feature_command(commands, "evaluate", "mAP, Rank-k, mINP and ID² of a feature file", _evaluate)
     evaluate.add_argument("features", metavar="FEATS", help="feature file with identity labels")
-    evaluate.add_argument("--nfc", action="store_true", help="also with NFC")
-    evaluate.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking (20, 6, 0.3)")
+    evaluate.add_argument("--nfc", action="store_true", help="also with the published NFC")
+    evaluate.add_argument("--rerank", action="store_true", help="also re-ranked: published (20, 6, 0.3), and safe")
     evaluate.add_argument("--json", action="store_true", help="print JSON (fractions) instead of a table (percent)")
 
 
@@ -30,23 +32,32 @@ def _enhance(args: argparse.Namespace) -> None:
 
     new_feature_file(args.output, overwrite=args.overwrite)
     features = load_features(args.input)
-    centralizer = Centralizer(k1=args.k1, k2=args.k2)
-    enhanced = centralizer.enhance(features.query_feats, features.gallery_feats, joint=args.joint)
+    centralizer = Centralizer(method=args.method, k1=args.k1, k2=args.k2)
+    logging.getLogger("pose2id.centralizer").setLevel(logging.INFO)  # it tells which method ran, and on what evidence
+    enhanced = centralizer.enhance(
+        features.query_feats,
+        features.gallery_feats,
+        query_camids=None if args.without_cameras else features.q_camids,
+        gallery_camids=None if args.without_cameras else features.g_camids,
+        joint=args.joint,
+    )
     save_features(features.with_features(*enhanced), args.output, overwrite=args.overwrite)
     print(f"wrote {args.output}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from pose2id.centralization.guard import evidence  # noqa: PLC0415
     from pose2id.centralizer import Centralizer  # noqa: PLC0415
     from pose2id.io.feature_files import load_features  # noqa: PLC0415
     from pose2id.report import compare, records, table  # noqa: PLC0415
 
-    centralizer = Centralizer(k1=args.k1, k2=args.k2)
+    centralizer = Centralizer(method=args.method, k1=args.k1, k2=args.k2)
     content = load_features(args.features)
-    rows = compare(content, nfc=args.nfc, rerank=args.rerank, centralizer=centralizer)
+    rows = compare(content, nfc=args.nfc or centralizer.method == "nfc", rerank=args.rerank, centralizer=centralizer)
+    found = evidence(content.gallery_feats)
     if args.json:
-        print(json.dumps(records(rows), indent=2))
+        print(json.dumps({"rows": records(rows), "evidence": vars(found)}, indent=2))
         return
     valid = rows[0].result.num_valid_queries
     print(f"{len(content.query_feats)} queries ({valid} with a match), {len(content.gallery_feats)} gallery images\n")
-    print(table(rows))
+    print(table(rows), found, sep="\n\n")

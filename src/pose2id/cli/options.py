@@ -32,10 +32,12 @@ def command(
 def feature_command(
     commands: Any, name: str, help_text: str, run: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
-    """A command on feature files, with NFC's options."""
+    """A command on feature files, with the method and NFC's options."""
     parser = command(commands, name, help_text, run, _FILES)
-    parser.add_argument("--k1", type=int, default=2, help="NFC: neighbours that a feature proposes (%(default)s)")
-    parser.add_argument("--k2", type=int, default=2, help="NFC: neighbours that the other side looks at (%(default)s)")
+    methods = "auto (default), guarded, cameras, centring, or nfc (as published)"
+    parser.add_argument("--method", default="auto", metavar="M", help=methods)
+    parser.add_argument("--k1", type=int, help="NFC, which it selects: neighbours that a feature proposes (2)")
+    parser.add_argument("--k2", type=int, help="NFC, which it selects: neighbours that the other side looks at (2)")
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ from pose2id.demo.people import Sample, SyntheticPedestrians
 from pose2id.demo.stripes import colour_stripes
 from pose2id.io.feature_files import FeatureFile
 from pose2id.io.rows import Rows
-from pose2id.report import Pair, by_number, compare, number_table, table
+from pose2id.report import Pair, by_number, compare, number_table, table, with_nfc
 from pose2id.retrieval.evaluation import RankingProtocol, evaluate
 
+FEW = 30  # people: enough to tell that they repeat
 _LIST_LENGTH = 10
 _SHEET_PEOPLE = 3
 _ABOUT_MAPS = "t-SNE of 10 identities, one colour per identity; the two maps are fitted apart"
@@ -99,6 +100,21 @@ def synthetic_demo(*, num_identities: int = 60, seed: int = 0, progress: bool = 
     return Demo(_title(people), split(people, features), _split_images(people, images))
 
 
+def once(demo: Demo) -> Demo:
+    """The same people, each once among the queries and once in the gallery, by another camera: nobody repeats.
+
+    Features alone are kept; every person must have an image by another camera than the first query's.
+    """
+    features: Any = demo.features
+    q = np.unique(features.q_pids, return_index=True)[1]
+    others = (features.g_pids == features.q_pids[q, None]) & (features.g_camids != features.q_camids[q, None])
+    g = others.argmax(1)
+    chosen = {name: getattr(features, name)[q] for name in ("query_feats", "q_pids", "q_camids")}
+    chosen |= {name: getattr(features, name)[g] for name in ("gallery_feats", "g_pids", "g_camids")}
+    title = f"The same people, once each: {len(q)} queries by one camera, {len(g)} gallery images by another"
+    return Demo(title, replace(features, **chosen))
+
+
 def generation_demo(
     *, num_identities: int = 20, seed: int = 1, settings: Settings = TINY, progress: bool = True
 ) -> Demo:
@@ -175,7 +191,7 @@ def draw(demo: Demo, centralizer: Centralizer, path: str | os.PathLike[str]) -> 
 
     Args:
         demo: what to show; identity labels are needed.
-        centralizer: whose `enhance`, and `fuse` where there are generated images, are shown.
+        centralizer: whose `enhance` is shown or, where there are generated images, `fuse` and the published NFC.
         path: .png, .svg or .pdf, in a folder that exists; an existing file is replaced.
 
     Raises:
@@ -186,13 +202,14 @@ def draw(demo: Demo, centralizer: Centralizer, path: str | os.PathLike[str]) -> 
     if features.q_pids is None or features.g_pids is None:
         raise ValueError("q_pids and g_pids must be given to draw identities.")
     labels = features.q_pids, features.g_pids, features.q_camids, features.g_camids
-    before = features.query_feats, features.gallery_feats
+    before: Pair = features.query_feats, features.gallery_feats
     if images is None or generated is None:
-        sets = {"before": before, "after NFC": centralizer.enhance(*before)}
+        cameras: dict[str, Any] = {"query_camids": features.q_camids, "gallery_camids": features.g_camids}
+        sets = {"before": before, f"after {centralizer.method}": centralizer.enhance(*before, **cameras)}
         figure = _figure_of_features(demo.title, images, labels, sets)
     else:
         query, gallery = (centralizer.fuse(x, of_x) for x, of_x in zip(before, generated.feats, strict=True))
-        sets = {"as they are": before, "with IPG + NFC": centralizer.enhance(query, gallery)}
+        sets = {"as they are": before, "with IPG + NFC": with_nfc((query, gallery), centralizer)}
         curves = by_number(features, generated.feats, centralizer=centralizer)
         figure = _figure_of_all(demo.title, images, labels, sets, generated, curves)
     figure.savefig(path, dpi=110)
