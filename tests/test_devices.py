@@ -95,8 +95,8 @@ CALLS = {
     "query_expansion": lambda f, r: pose2id.query_expansion(f["q"], f["g"], qe_times=2),
     "re_ranking": lambda f, r: pose2id.re_ranking(f["qg"], f["qq"], f["gg"], k1=8, k2=3),
     "Centralizer.enhance": lambda f, r: Centralizer().enhance(f["q"], f["g"]),
-    "Centralizer.enhance, joint": lambda f, r: Centralizer().enhance(f["q"], f["g"], joint=True),
-    "Centralizer.enhance, parts": lambda f, r: Centralizer().enhance(
+    "Centralizer.enhance, joint": lambda f, r: Centralizer(k1=2).enhance(f["q"], f["g"], joint=True),
+    "Centralizer.enhance, parts": lambda f, r: Centralizer(k1=2).enhance(
         f["q_parts"], f["g_parts"], joint=True, query_visibility=r["visible"][0], gallery_visibility=r["visible"][1]
     ),
     "Centralizer.fuse": lambda f, r: Centralizer(eta=0.5).fuse(f["q"], f["q_generated"]),

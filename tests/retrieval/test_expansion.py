@@ -277,7 +277,7 @@ def test_figures_on_real_features(real_features):
     q, g = features[is_query], features[~is_query]
     labels = [data[key][mask] for key in ("pids", "camids") for mask in (is_query, ~is_query)]
     augmented = database_augmentation(g)
-    new_q, new_g = pose2id.Centralizer().enhance(q, g)
+    new_q, new_g = pose2id.Centralizer(method="nfc").enhance(q, g)
     pairs = [
         (query_expansion(q, g, alpha=0), g),
         (query_expansion(q, g), g),

@@ -195,6 +195,8 @@ def known_cameras(
     """Numbers of the cameras of both sets and of the model, on the rows' device; -1 is unknown."""
     sides = {"query_camids": (query_camids, query.n), "gallery_camids": (gallery_camids, gallery.n)}
     if model is not None:
+        if not isinstance(model, CameraModel):
+            raise TypeError(f"camera_model must be a pose2id.CameraModel, got {type(model).__name__}.")
         if model.mean.shape[0] != gallery.dim:
             given = f"got one of {model.mean.shape[0]}"
             raise ValueError(f"camera_model must be of features with {gallery.dim} columns, {given}.")
