@@ -143,8 +143,8 @@ def nfc_diagnostics(
         k2: as in `nfc`.
         camids: (N,) camera labels, optional: integers, whole floats or strings.
         backend: as in `nfc`.
-        neighbors: as in `nfc`.
-        max_memory: as in `nfc`.
+        neighbors: as in `nfc`; the evidence is found with a search of its own.
+        max_memory: as in `pose2id.evidence`, which holds lists of 51 neighbours.
 
     Returns:
         The shares and similarities of `NFCDiagnostics`, and the evidence that people repeat (`pose2id.evidence`).
