@@ -69,12 +69,14 @@ def people(rng):
 # f: features and distances; r: what belongs to them, labels and visibility.
 CALLS = {
     "aqe": lambda f, r: pose2id.aqe(f["q"], f["g"], qe_times=2),
+    "centre_cameras": lambda f, r: pose2id.centre_cameras(f["q"], f["g"], *r["labels"][2:]),
     "database_augmentation": lambda f, r: pose2id.database_augmentation(f["g"], qe_times=2),
     "evaluate": lambda f, r: pose2id.evaluate(f["q"], f["g"], *r["labels"]),
     "evaluate, parts": lambda f, r: pose2id.evaluate(
         f["q_parts"], f["g_parts"], *r["labels"], q_visibility=r["visible"][0], g_visibility=r["visible"][1]
     ),
     "evaluate_rank": lambda f, r: pose2id.evaluate_rank(f["qg"], *r["labels"]),
+    "evidence": lambda f, r: pose2id.evidence(f["g"], r["labels"][3]),
     "exact_neighbors": lambda f, r: exact_neighbors(f["q"], f["g"], 5),
     "fuse": lambda f, r: pose2id.fuse(f["q"], f["q_generated"]),
     "fuse, parts": lambda f, r: pose2id.fuse(f["q_parts"], f["q_part_generated"], visibility=r["shown_generated"]),
@@ -87,6 +89,8 @@ CALLS = {
     "k_reciprocal, cameras": lambda f, r: pose2id.k_reciprocal(
         f["q"], f["g"], q_camids=r["labels"][2], g_camids=r["labels"][3], topk=7
     ),
+    "link_map": lambda f, r: pose2id.link_map(f["g"], r["labels"][3]),
+    "link_weights": lambda f, r: tuple(pose2id.link_weights(f["q"], r["labels"][2], f["g"], r["labels"][3])),
     "nearest_neighbors": lambda f, r: pose2id.nearest_neighbors(f["g"], 5),
     "nfc": lambda f, r: pose2id.nfc(f["g"], 3, 2),
     "nfc, parts": lambda f, r: pose2id.nfc(f["g_parts"], visibility=r["visible"][1]),
@@ -95,6 +99,12 @@ CALLS = {
     "query_expansion": lambda f, r: pose2id.query_expansion(f["q"], f["g"], qe_times=2),
     "re_ranking": lambda f, r: pose2id.re_ranking(f["qg"], f["qq"], f["gg"], k1=8, k2=3),
     "Centralizer.enhance": lambda f, r: Centralizer().enhance(f["q"], f["g"]),
+    "Centralizer.enhance, cameras": lambda f, r: Centralizer().enhance(
+        f["q"], f["g"], query_camids=r["labels"][2], gallery_camids=r["labels"][3]
+    ),
+    "Centralizer.rerank": lambda f, r: Centralizer().rerank(
+        f["q"], f["g"], query_camids=r["labels"][2], gallery_camids=r["labels"][3], topk=7
+    ),
     "Centralizer.enhance, joint": lambda f, r: Centralizer(k1=2).enhance(f["q"], f["g"], joint=True),
     "Centralizer.enhance, parts": lambda f, r: Centralizer(k1=2).enhance(
         f["q_parts"], f["g_parts"], joint=True, query_visibility=r["visible"][0], gallery_visibility=r["visible"][1]

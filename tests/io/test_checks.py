@@ -94,7 +94,7 @@ def test_what_does_not_hold_each_value_is_refused(name, value, function, made, m
         ("normalize", lambda flag: nearest_neighbors(X, 2, normalize=flag)),
         ("normalize", lambda flag: part_distances(X[:, None], X[:, None], normalize=flag)),
         ("normalize", lambda flag: k_reciprocal(X, X, normalize=flag)),
-        ("joint", lambda flag: Centralizer().enhance(X, X, joint=flag)),
+        ("joint", lambda flag: Centralizer(method="nfc").enhance(X, X, joint=flag)),
         ("count_distractors", lambda flag: id2_score(X, [0, 1, 0, 1, 1, 1], count_distractors=flag)),
         ("count_distractors", lambda flag: identity_density(X, PIDS, count_distractors=flag).score),
         ("rerank", lambda flag: compare(FeatureFile(X, X, PIDS, PIDS), rerank=flag)[0].id2),
@@ -143,7 +143,7 @@ def test_the_default_device_changes_nothing(made):
         yield from (k_reciprocal(x, x, 2, 1), *k_reciprocal(x, x, 2, 2, topk=2), nfc(x, 2, 3))
         yield from (nfc(x[:, None], visibility=shown), fuse(x, x[:, None]), fuse(x[:, None], x[:, None, None]))
         yield from (id2_score(x, PIDS), identity_density(x, PIDS).per_sample)
-        yield from Centralizer().enhance(x, x, joint=True)
+        yield from Centralizer(method="nfc").enhance(x, x, joint=True)
         yield from (*aqe(x, x), query_expansion(x, x), database_augmentation(x))
         yield str(nfc_diagnostics(x, camids=PIDS)) + str(generation_diagnostics(x, x[:, None]))
 
