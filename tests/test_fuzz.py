@@ -118,6 +118,7 @@ WELL = {
     "query_expansion": {"query_feats": np.eye(4), "gallery_feats": np.eye(4)},
     "database_augmentation": {"gallery_feats": np.eye(4)},
     "aqe": {"query_feats": np.eye(4), "gallery_feats": np.eye(4)},
+    "graph_propagation": {"query_feats": np.eye(4), "gallery_feats": np.eye(4)},
 }
 HOSTILE = [
     None, True, 0, -1, 3, 2.5, float("nan"), float("inf"), 10**400, 1j, "x", "", b"x", [], {}, set(), object(), len,

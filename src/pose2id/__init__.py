@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pose2id.centralization.id2 import IdentityDensity, id2_score, identity_density
     from pose2id.centralization.links import WeightedLinks, link_map, link_weights
     from pose2id.centralization.nfc import nfc
+    from pose2id.centralization.propagation import graph_propagation
     from pose2id.centralizer import Centralizer
     from pose2id.extractor import Extractor
     from pose2id.ipg.generator import IdentityGenerator
@@ -59,6 +60,7 @@ __all__ = [
     "evidence",
     "fuse",
     "generation_diagnostics",
+    "graph_propagation",
     "id2_score",
     "identity_density",
     "k_reciprocal",
@@ -85,6 +87,7 @@ _MODULES = {
     "centralization.id2": ("IdentityDensity", "id2_score", "identity_density"),
     "centralization.links": ("WeightedLinks", "link_map", "link_weights"),
     "centralization.nfc": ("nfc",),
+    "centralization.propagation": ("graph_propagation",),
     "centralizer": ("Centralizer",),
     "extractor": ("Extractor",),
     "ipg.generator": ("IdentityGenerator",),
