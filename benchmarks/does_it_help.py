@@ -391,8 +391,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 if gain < -0.5:
                     axes.text(low - 0.7, place, f"{gain:.1f}", ha="right", va="center", fontsize=6.5, color="#b2182b")
         left, right = axes.get_xlim()
-        axes.axvspan(left - 4, 0, color="#fddbc7", alpha=0.6, zorder=0)
-        axes.set_xlim(left - 4, right)
+        axes.axvspan(left - 8, 0, color="#fddbc7", alpha=0.6, zorder=0)
+        axes.set_xlim(left - 8, right)
         axes.axvline(0, color="black", linewidth=0.8, zorder=3)
         axes.grid(axis="x", color="#dddddd", linewidth=0.6, zorder=1)
         axes.set_axisbelow(True)
