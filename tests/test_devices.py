@@ -25,7 +25,8 @@ from pose2id.neighbors.search import exact_neighbors
 from pose2id.poses import standard
 
 Q, G, P, D, M = 20, 90, 4, 16, 3
-pytestmark = pytest.mark.gpu
+# Random features: nobody repeats.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:method='nfc' may harm here")]
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ _FEW_LISTS = 8  # so few are searched one by one for all rows: that gives the ne
 _LEAST_LIST = 3  # shorter lists tell nothing
 _FEW = 10  # cameras with fewer images share one list
 _LEAST_CONTRAST = 1e-6
+_COPIES = 1e-12  # linked images that differ by less are copies, up to rounding
 
 
 class WeightedLinks(NamedTuple):
@@ -134,7 +135,7 @@ def map_of(compared: Compared, cameras: Tensor | None) -> Tensor:
         scatter += x.T @ (degrees[block, None] * x - links.sums(rows, block, dtype=torch.float64))
     e, vectors = torch.linalg.eigh((scatter + scatter.T) / (2 * total))
     mean = float(e.mean())
-    if mean <= 0:  # linked images are copies
+    if dim * mean < _COPIES:
         return unchanged
     shrunk = (1 if cameras is not None else 3) + dim / total
     return (vectors / (e.clamp(min=0) + shrunk * mean).sqrt()) @ vectors.T

@@ -122,7 +122,8 @@ class Rows:
             local = index.to(self._array.device) if isinstance(index, Tensor) else index
             chosen = self._array[local].to(self.device)  # first: a device without float64 cannot convert to it
             fresh = isinstance(index, Tensor)  # gathered, so a copy already
-            return chosen.to(dtype, copy=not fresh, memory_format=torch.contiguous_format).view(-1, self.dim)
+            chosen = chosen.to(dtype, copy=not fresh, memory_format=torch.contiguous_format)
+            return chosen.contiguous().view(-1, self.dim)
         chosen = self._array[index.numpy() if isinstance(index, Tensor) else index]
         # A fresh array: torch takes neither read-only memory, nor negative strides, nor foreign byte order. Row by row
         # in memory, so that sums over a row have one order whatever the layout of the input.
