@@ -19,7 +19,15 @@ from pose2id.centralization.enhancement import METHODS, Enhancement
 from pose2id.centralization.fusion import fuse
 from pose2id.centralization.nfc import PART_DISTANCES, checked_weights, nfc, with_neighbors
 from pose2id.extractor import Extraction, Extractor, FeatureModel, Images, SideInputs, stored
-from pose2id.io.checks import checked_choice, checked_count, checked_flag, checked_flags, checked_memory, checked_number
+from pose2id.io.checks import (
+    BLOCK_BYTES,
+    checked_choice,
+    checked_count,
+    checked_flag,
+    checked_flags,
+    checked_memory,
+    checked_number,
+)
 from pose2id.io.decoding import decoding_once
 from pose2id.io.rows import FeatureArray, Rows, as_container, blocks, checked_pair
 from pose2id.ipg.pictures import GeneratedPictures, Generator, PictureFolder, Pictures, PosedPictures, in_order
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _OF_NFC = ("k1", "k2", "backend", "neighbors", "max_memory")
+_EVIDENCE_BYTES = 4096  # a row
 _K = 2  # NFC's k1 and k2 unless given
 
 
@@ -218,7 +227,8 @@ class Centralizer:
             in one vector.
 
         Warns:
-            UserWarning: method="nfc", and the gallery gives no evidence that people repeat.
+            UserWarning: method="nfc", and the gallery gives no evidence that people repeat (not looked for where
+                max_memory has no room for it: about 4 kB a gallery image).
         """
         joint = checked_flag(joint, "joint")
         checked_choice(camera_statistics, "camera_statistics", STATISTICS)
@@ -247,7 +257,9 @@ class Centralizer:
             features, reason = enhancement.run(self.method)
             logger.info("enhance: %s", reason)
             return features
-        found = enhancement.evidence() if self.neighbors is None else None
+        # NFC itself may do with less memory than lists for the evidence need.
+        enough = self.max_memory is None or self.max_memory >= _EVIDENCE_BYTES * gallery.n + BLOCK_BYTES
+        found = enhancement.evidence() if enough else None
         if found is not None and found.k and found.gate == 0:
             warnings.warn(f"method='nfc' may harm here: {found} method='auto' keeps them.", stacklevel=2)
         logger.info("enhance: nfc, k1 %d, k2 %d, %s", self.k1, self.k2, found or "evidence not looked for")

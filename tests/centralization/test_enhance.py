@@ -179,6 +179,12 @@ def test_unknown_cameras(rng):
         found = Centralizer(method="cameras").enhance(q, g, query_camids=of_query, gallery_camids=gc)
         np.testing.assert_allclose([np.linalg.norm(x, axis=1).mean() for x in found], 1)
         Centralizer().rerank(q, g, query_camids=of_query, gallery_camids=gc)
+    names = np.array(["a", "b", "c", "d"])
+    expected = Centralizer().enhance(q, g, gallery_camids=gc)
+    for of_query in ([None] * len(q), np.full(len(q), np.nan), torch.full((len(q),), torch.nan), [-1] * len(q)):
+        found = Centralizer().enhance(q, g, query_camids=of_query, gallery_camids=names[gc])
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-12)
     wrong = rng.integers(4, size=len(g))
     assert all(np.isfinite(x).all() for x in Centralizer().enhance(q, g, query_camids=qc, gallery_camids=wrong))
 

@@ -92,13 +92,20 @@ def labels_together(sides: Mapping[str, tuple[Any, int]]) -> list[NDArray[np.int
 
 def camera_numbers(sides: Mapping[str, tuple[Any, int]]) -> list[Tensor]:
     """Camera labels of several sides, by name, as int64 tensors: -1, None and NaN, or None for all, are unknown: -1."""
-    known = {name: (_numbered(labels), length) for name, (labels, length) in sides.items() if labels is not None}
+    known = {}
+    for name, (labels, length) in sides.items():
+        values = _numbered(labels)
+        # A side without any known camera has no kind that others must share.
+        if labels is not None and (labels_together({name: (values, length)})[0] != -1).any():
+            known[name] = (values, length)
     found = dict(zip(known, labels_together(known), strict=True))
     return [torch.from_numpy(found.get(name, np.full(length, -1))) for name, (_, length) in sides.items()]
 
 
 def _numbered(labels: Any) -> Any:
     """Labels with -1 in the place of None and NaN."""
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.layout == torch.strided:
+        labels = as_numpy(labels)
     if isinstance(labels, str) or not np.iterable(labels) or getattr(labels, "dtype", None) in (np.int64, torch.int64):
         return labels
     values = list(labels)
