@@ -202,7 +202,7 @@ def known_cameras(
             raise ValueError(f"camera_model must be of features with {gallery.dim} columns, {given}.")
         sides["camera_model"] = (list(model.cameras), len(model.cameras))
     found = camera_numbers(sides)
-    empty = torch.empty(0, dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")  # whatever the default device
     of_query, of_gallery, of_model = (side.to(query.device) for side in (*found, empty)[:3])
     return of_query, of_gallery, of_model
 
