@@ -309,6 +309,15 @@ def test_parts_have_no_cameras(rng):
         evidence(x, [1] * 20)
 
 
+def test_copies_have_no_links():
+    x = np.ones((40, 8))
+    camids = np.arange(40) % 2
+    np.testing.assert_array_equal(link_map(x, camids), np.eye(8))
+    assert len(link_weights(x, camids).row) == 0
+    found = Centralizer(method="cameras").enhance(x[:5], x, query_camids=camids[:5], gallery_camids=camids)
+    assert all(np.isfinite(y).all() for y in found)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["auto", "guarded", "cameras", "centring"])
 def test_on_a_gpu(method, rng):

@@ -221,6 +221,8 @@ def _links(searched: Searched, rows: Rows | None, lists: Tensor) -> Links:
     own = (lists[:, None] == ahead).int() if rows is None else 0
     length = searched.sizes[ahead] - own  # without the row itself
     row, at = torch.nonzero((weight > 0) & (length >= _LEAST_LIST), as_tuple=True)
+    if not len(row):
+        return Links(nowhere, nowhere, nowhere.double())
     column, weight, s, ahead = indices[row, at], weight[row, at], similarities[row, at], ahead[row, at]
     # The neighbour's list in the row's camera, in its own where that has too few images.
     behind = lists[row]
