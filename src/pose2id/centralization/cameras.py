@@ -181,12 +181,7 @@ def centre_cameras(
     checked_choice(statistics, "statistics", STATISTICS)
     sides = known_cameras(query, gallery, query_camids, gallery_camids, camera_model)
     centres = centres_of(query, gallery, *sides, statistics, camera_model)
-    results = query.empty(), gallery.empty()
-    for rows, cameras, result in zip((query, gallery), sides[:2], results, strict=True):
-        centred = centres.applied(rows, cameras)
-        for block in rows.blocks():
-            rows.write(result, block, centred.read(block))
-    return results  # type: ignore[return-value]
+    return written(centres.applied(query, sides[0]), query), written(centres.applied(gallery, sides[1]), gallery)
 
 
 def known_cameras(
@@ -221,6 +216,14 @@ def centres_of(
         return model.centres(of_model, query.device)
     sides = [(query, of_query), (gallery, of_gallery)]
     return Centres.of(sides if statistics == "both" else sides[1:])
+
+
+def written(rows: Rows, like: Rows) -> Any:
+    """Rows in the shape, container and dtype of others."""
+    result = like.empty()
+    for block in rows.blocks():
+        like.write(result, block, rows.read(block))
+    return result
 
 
 def mapped(rows: Rows, matrix: Tensor) -> Rows:

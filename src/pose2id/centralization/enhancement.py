@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pose2id.centralization.cameras import CameraModel, centres_of, known_cameras, mapped, sum_weights
+from pose2id.centralization.cameras import CameraModel, centres_of, known_cameras, mapped, sum_weights, written
 from pose2id.centralization.guard import MIN_IMAGES, Evidence, Guard
 from pose2id.centralization.links import Searched, links_among, links_to, map_of
 from pose2id.io.rows import Rows, unit
@@ -104,11 +104,7 @@ class Enhancement:
 
     def _written(self, query: Rows, gallery: Rows) -> tuple[Any, Any]:
         """Rows in the containers that they came in."""
-        results = self._query.empty(), self._gallery.empty()
-        for rows, like, result in ((query, self._query, results[0]), (gallery, self._gallery, results[1])):
-            for block in rows.blocks():
-                like.write(result, block, rows.read(block))
-        return results
+        return written(query, self._query), written(gallery, self._gallery)
 
 
 def added(rows: Rows, links: Links, source: Rows, visibility: Tensor | None = None) -> Rows:

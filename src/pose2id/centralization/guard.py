@@ -22,10 +22,7 @@ from pose2id.neighbors.members import Compared, Links
 
 _LENGTHS = (6, 12, 24)  # K, neighbours that may be linked; with cameras the first two
 _ENOUGH = 0.6  # the shortest lists that give this share of the most links
-_DEEPEST, _DIVISOR = (
-    50,
-    4,
-)  # ranks from which the strangers' scale is measured: at most 50, and a quarter of the gallery
+_DEEPEST, _DIVISOR = 50, 4  # ranks that measure the strangers' scale: at most 50, and a quarter of the gallery
 _SHRINK = 10  # how many spacings the median scale of the gallery counts for
 _LEAST_GAP = 1e-6  # 1 - cos of copies
 _P = 0.05  # a link counts where fewer strangers than this are expected so near
@@ -98,7 +95,7 @@ def evidence(
 
 
 class _Lists:
-    """The nearest of rows within one camera: (n, 2k) gallery indices and similarities, and the strangers' scale."""
+    """The nearest of rows within one camera, to rank 2k, and the strangers' scale, from the ranks k + 1 to m."""
 
     def __init__(self, indices: Tensor, similarities: Tensor, k: int, m: int, median: Tensor | None) -> None:
         x = -torch.log((1 - similarities).clamp(min=_LEAST_GAP))
@@ -130,16 +127,14 @@ class Guard:
         self._members = {
             int(name): torch.nonzero(self._cameras == name).flatten()
             for name, count in zip(names, counts, strict=True)
-            if min(_DEEPEST, int(count) // _DIVISOR) >= 4  # k is half of that, and at least 2
+            if int(count) >= MIN_IMAGES
         }
-        self._k = 0
         tried = self._tried(_LENGTHS if len(names) == 1 else _LENGTHS[:2])
         if not tried:
             self.evidence = Evidence(0, 0.0, 0.0, 0.0, 0)
             return
         most = max(trial.count for trial in tried)
         self._found = next(trial for trial in tried if trial.count >= _ENOUGH * most)
-        self._k = self._found.longest
         self.evidence = self._found.evidence
 
     def _tried(self, lengths: Sequence[int]) -> list[_Trial]:
@@ -148,12 +143,15 @@ class Guard:
             return []
         lists: list[dict[int, _Lists]] = [{} for _ in lengths]
         for camera, members in self._members.items():
-            m = min(_DEEPEST, len(members) // _DIVISOR)
-            everybody = None if len(members) == self._rows.n else members
-            indices, similarities = self._gallery.nearest(m + 1, everybody, keep=_KEPT)
+            m, among = self._reach(members)
+            indices, similarities = self._gallery.nearest(m + 1, among, keep=_KEPT)
             for of_length, k in zip(lists, lengths, strict=True):
                 of_length[camera] = _Lists(indices, similarities, min(k, m // 2), m, None)
         return [_Trial(k, of_length, self._cameras) for k, of_length in zip(lengths, lists, strict=True)]
+
+    def _reach(self, members: Tensor) -> tuple[int, Tensor | None]:
+        """How many ranks of a camera are looked at, and its members, None for everybody."""
+        return min(_DEEPEST, len(members) // _DIVISOR), None if len(members) == self._rows.n else members
 
     def gallery_links(self) -> Links:
         """Links of the gallery's rows to each other, with the weights of their sums."""
@@ -172,9 +170,8 @@ class Guard:
         found, results = self._found, []
         places = found.places(cameras)
         for own, (camera, members) in enumerate(self._members.items()):
-            m = min(_DEEPEST, len(members) // _DIVISOR)
-            everybody = None if len(members) == self._rows.n else members
-            indices, similarities = self._gallery.nearest_to(queries, m + 1, everybody, visibility)
+            m, among = self._reach(members)
+            indices, similarities = self._gallery.nearest_to(queries, m + 1, among, visibility)
             of_gallery = found.lists[camera]
             lists = _Lists(indices, similarities, of_gallery.k, m, of_gallery.median)
             results.append(found.two_sided(lists, places, own))

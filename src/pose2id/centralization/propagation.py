@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pose2id.io.checks import BLOCK_BYTES, checked_count, checked_memory, checked_number, labels_together
+from pose2id.io.checks import BLOCK_BYTES, cameras_together, checked_count, checked_memory, checked_number
 from pose2id.io.rows import FeatureArray, JoinedRows, Rows, checked_pair, unit
 from pose2id.neighbors.groups import search_across
 from pose2id.neighbors.search import search
@@ -82,7 +82,9 @@ def graph_propagation(
     query = Rows(query_feats, "query_feats", normalize=True)
     gallery = Rows(gallery_feats, "gallery_feats", normalize=True)
     checked_pair(query, gallery, "query_feats", "gallery_feats")
-    cameras = _joined_cameras(query, gallery, query_camids, gallery_camids)
+    sides = {"query_camids": (query_camids, query.n), "gallery_camids": (gallery_camids, gallery.n)}
+    known = cameras_together(sides)
+    cameras = None if known is None else torch.cat([torch.from_numpy(side) for side in known]).to(query.device)
     rows: Rows = JoinedRows(query, gallery)
     block_bytes = min(BLOCK_BYTES, checked_memory(max_memory)) // 2  # up to 8 copies of a block are alive
     for _ in range(rounds):
@@ -102,16 +104,6 @@ def graph_propagation(
     query.write(results[0], slice(None), x[: query.n])
     gallery.write(results[1], slice(None), x[query.n :])
     return results
-
-
-def _joined_cameras(query: Rows, gallery: Rows, query_camids: Any, gallery_camids: Any) -> Tensor | None:
-    """(Q + G,) int64 cameras of both sets, or None."""
-    if (query_camids is None) != (gallery_camids is None):
-        raise ValueError("query_camids and gallery_camids must be given together, or neither; one of them is missing.")
-    if query_camids is None:
-        return None
-    sides = {"query_camids": (query_camids, query.n), "gallery_camids": (gallery_camids, gallery.n)}
-    return torch.cat([torch.from_numpy(side) for side in labels_together(sides)]).to(query.device)
 
 
 def _edges(rows: Rows, nearest: Tensor, share: float, beta: float, block_bytes: int) -> tuple[Tensor, Tensor]:
