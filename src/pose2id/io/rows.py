@@ -120,8 +120,10 @@ class Rows:
     def _raw(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(self._array, Tensor):
             local = index.to(self._array.device) if isinstance(index, Tensor) else index
-            chosen = self._array[local].to(self.device)  # first: a device without float64 cannot convert to it
-            fresh = isinstance(index, Tensor)  # gathered, so a copy already
+            # Indexing gathers the same rows several times as slowly as index_select.
+            fresh = isinstance(local, Tensor)  # gathered, so a copy already
+            chosen = self._array.index_select(0, local) if isinstance(local, Tensor) else self._array[local]
+            chosen = chosen.to(self.device)  # first: a device without float64 cannot convert to it
             chosen = chosen.to(dtype, copy=not fresh, memory_format=torch.contiguous_format)
             return chosen.contiguous().view(-1, self.dim)
         chosen = self._array[index.numpy() if isinstance(index, Tensor) else index]
@@ -153,16 +155,21 @@ class JoinedRows(Rows):
         self.device = first.device
         self.dtype = torch.promote_types(first.dtype, second.dtype)
         self.norms = torch.cat([first.norms, second.norms])
-        self.parts = first.parts
+        self.directions = torch.cat([first.directions, second.directions])
+        self.parts, self.in_parts = first.parts, first.in_parts
 
     def read(self, index: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """As `Rows.read`."""
         if isinstance(index, slice):
             index = torch.arange(*index.indices(self.n), device=self.device)
-        result = torch.empty((len(index), self.dim), dtype=dtype or self.dtype, device=self.device)
-        in_first = index < self._first.n
-        result[in_first] = self._first.read(index[in_first], result.dtype)
-        result[~in_first] = self._second.read(index[~in_first] - self._first.n, result.dtype)
+        dtype, in_first = dtype or self.dtype, index < self._first.n
+        sides = ((self._first, in_first, index), (self._second, ~in_first, index - self._first.n))
+        for rows, chosen, own in sides:
+            if chosen.all():  # without a copy
+                return rows.read(own, dtype)
+        result = torch.empty((len(index), self.dim), dtype=dtype, device=self.device)
+        for rows, chosen, own in sides:
+            result[chosen] = rows.read(own[chosen], dtype)
         return result
 
 

@@ -31,7 +31,13 @@ _SAVED = 1 << 16  # products that a group must save
 
 
 def certified(
-    space: Centred, k: int, engines: Sequence[EngineMaker], in_float64: Blocks, *, forced: bool = False
+    space: Centred,
+    k: int,
+    engines: Sequence[EngineMaker],
+    in_float64: Blocks,
+    *,
+    forced: bool = False,
+    near: Tensor | None = None,
 ) -> Tensor:
     """The k nearest of all rows that ask, in exact order: (B, k) positions, -1 where there are fewer.
 
@@ -43,6 +49,7 @@ def certified(
         engines: engines, in turn; one that is as precise as float32 is the last that is asked.
         in_float64: products for what all of them leave open.
         forced: raise if an engine cannot be used.
+        near: (B, k) float64 to be filled with what `space.near` says of the pairs.
     """
     nearest = torch.full((len(space.asking), k), -1, dtype=torch.int64, device=space.device)
     left = torch.arange(len(nearest), device=space.device)
@@ -50,7 +57,7 @@ def certified(
         rows = space.asking[left]
         try:
             engine = make(space)
-            nearest[left], certain = _searched(space, engine, rows, k)
+            nearest[left], distances, certain = _searched(space, engine, rows, k)
         except UnusableError as error:
             name = getattr(getattr(make, "func", make), "__name__", type(make).__name__).lower()
             if forced:
@@ -60,18 +67,31 @@ def certified(
                 warned.add(message)
                 logger.warning(message)
             continue
+        if near is not None:
+            near[left] = distances
         left = left[~certain]
         if isinstance(engine, Products) or not len(left):
             break
+    rest = left
     if isinstance(space, Space) and space.device.type == "cpu":  # a GPU multiplies faster than it starts many groups
         left = _settled_nearby(space, in_float64, nearest, left, k)
     # Every chunk reads all rows once: not too few at a time.
     for part in blocks(len(left), in_float64.rows_at_a_time):
         nearest[left[part]] = _settled(space, in_float64, space.asking[left[part]], k)
+    if near is not None:
+        near[rest] = _near(space, space.asking[rest], nearest[rest])
     return nearest
 
 
-def _searched(space: Centred, engine: Engine, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _near(space: Centred, rows: Tensor, positions: Tensor) -> Tensor:
+    """(B, k) what `space.near` says of rows and the positions on their lists; infinite where there is none."""
+    row, column = torch.nonzero(positions >= 0, as_tuple=True)
+    distances = torch.full(positions.shape, torch.inf, dtype=torch.float64, device=rows.device)
+    distances[row, column] = space.near(rows[row], positions[row, column])
+    return distances
+
+
+def _searched(space: Centred, engine: Engine, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """What `_ranked` makes of an engine's candidates: more than k, for what rounding cannot tell apart.
 
     Short lists hold a group of up to so many copies at the k-th place. Where they decide too few lists of a sample of
@@ -84,7 +104,7 @@ def _searched(space: Centred, engine: Engine, rows: Tensor, k: int) -> tuple[Ten
         found = engine.nearest(rows[at], longer)
         if engine.trial:
             _check_bounds(space, engine, *found, rows[at])
-        decided = float(_ranked(space, engine, *found, rows[at], k)[1].double().mean())
+        decided = float(_ranked(space, engine, *found, rows[at], k)[2].double().mean())
         if decided > most:
             count, most = longer, decided
         if decided >= 1 - _OPEN or longer == space.available:
@@ -106,13 +126,14 @@ def _check_bounds(space: Centred, engine: Engine, scores: Tensor, positions: Ten
 
 def _ranked(
     space: Centred, engine: Engine, scores: Tensor, positions: Tensor, rows: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k nearest (B, k) of `rows` in exact order, and which (B,) of these lists are certain.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k nearest (B, k) of `rows` in exact order, their `space.near`, and which (B,) of these lists are certain.
 
     Candidates (B, m) that may be among them are scored. A list is certain if nothing but candidates can be as near as
     its last member. Where two of its distances are too close to tell their order, they are scored exactly.
     """
     result = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
+    near = torch.empty((len(rows), k), dtype=torch.float64, device=rows.device)
     certain = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
     width = positions.shape[1]
     for part in blocks(len(rows), space.block_bytes // (64 * width)):
@@ -134,9 +155,10 @@ def _ranked(
             row, column = torch.nonzero(distances[again].isfinite(), as_tuple=True)
             best = _ExactBest(len(again), k, rows.device)
             best.add(row, others[again[row], column], space.exact(own[again[row]], others[again[row], column]))
-            others[again, :k] = best.positions
-        result[part] = torch.where(distances[:, :k].isinf(), -1, others[:, :k])
-    return result, certain
+            found = torch.where(distances[again, :k].isinf(), -1, best.positions)
+            others[again, :k], distances[again, :k] = found, _near(space, own[again], found)
+        result[part], near[part] = torch.where(distances[:, :k].isinf(), -1, others[:, :k]), distances[:, :k]
+    return result, near, certain
 
 
 def _settled_nearby(space: Space, products: Blocks, nearest: Tensor, left: Tensor, k: int) -> Tensor:

@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pose2id.io.checks import BLOCK_BYTES
-from pose2id.io.rows import ChosenRows, Rows, blocks
+from pose2id.io.rows import JoinedRows, Rows, blocks
 from pose2id.neighbors.distance import nearest_columns
 from pose2id.neighbors.engines import own_entry
-from pose2id.neighbors.search import search_some
+from pose2id.neighbors.search import search_members
 from pose2id.neighbors.visible_parts import mean_distances, query_memory
-
-_CACHE_BYTES = 4 << 20  # differences stay in the cache
 
 
 class Compared:
@@ -59,22 +57,7 @@ class Compared:
                 indices, similarities = self.nearest(k, members, self._all)
                 self._kept.append((members, indices[:, :keep].clone(), similarities[:, :keep].clone()))
                 return indices, similarities
-        members = self._all if members is None else members
-        asking = self._all if asking is None else asking
-        if len(members) == len(asking) and torch.equal(members, asking):
-            return self._lists(members, None, None, k)
-        if not len(members):
-            return self._lists(members, ChosenRows(self.rows, asking), None, k)
-        at = torch.searchsorted(members, asking).clamp(max=len(members) - 1)
-        inside = members[at] == asking
-        indices = torch.empty((len(asking), k), dtype=torch.int64, device=self.rows.device)
-        similarities = torch.empty(indices.shape, dtype=torch.float64, device=self.rows.device)
-        for chosen, of_members in ((inside, True), (~inside, False)):
-            own = asking[chosen] if of_members else None
-            # All members ask: they are searched by themselves.
-            some = None if own is not None and len(own) == len(members) else ChosenRows(self.rows, asking[chosen])
-            indices[chosen], similarities[chosen] = self._lists(members, some, None if some is None else own, k)
-        return indices, similarities
+        return self._lists(members, None, self._all if asking is None else asking, k)
 
     def nearest_to(
         self, queries: Rows, k: int, members: Tensor | None = None, visibility: Tensor | None = None
@@ -83,39 +66,25 @@ class Compared:
         if self._visibility is not None:
             assert visibility is not None
             return _padded(*self._by_parts(queries, visibility, min(k, self.rows.n)), k)
-        return self._lists(self._all if members is None else members, queries, None, k)
+        return self._lists(members, queries, torch.arange(queries.n, device=queries.device) + self.rows.n, k)
 
-    def _lists(self, members: Tensor, asking: Rows | None, own: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        """Lists of the members themselves, or of asking rows: which are members, with index `own`, or none is."""
-        rows = self.rows if len(members) == self.rows.n else ChosenRows(self.rows, members)
-        queries = rows if asking is None else asking
-        count = min(k, rows.n - (asking is None or own is not None))
-        if count < 1 or queries.n == 0:
-            nothing = torch.empty((queries.n, 0), dtype=torch.int64, device=rows.device)
+    def _lists(self, members: Tensor | None, queries: Rows | None, asking: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Lists of members, for rows by index, which are not on their own; queries come after the rows themselves."""
+        members = self._all if members is None else members
+        count = min(k + (queries is None), len(members))
+        if count < 1 or not len(asking):
+            nothing = torch.empty((len(asking), 0), dtype=torch.int64, device=asking.device)
             return _padded(nothing, nothing.double(), k)
         if self._visibility is not None:
-            found, similarities = self._by_parts(rows, self._visibility, count + 1)
-            own = members
+            found, similarities = self._by_parts(self.rows, self._visibility, count)
         else:
-            among = asking is not None
-            count += own is not None
-            found = members[search_some(rows, asking, count, self._backend, self._max_memory, own=among)]
-            similarities = self._similarities(queries, found)
-        if own is not None:  # the row itself was found, too
-            kept = ~own_entry(found, own)
-            found, similarities = (values[kept].view(len(own), -1) for values in (found, similarities))
+            rows = self.rows if queries is None else JoinedRows(self.rows, queries)
+            found, distances = search_members(rows, members, asking, count, self._backend, self._max_memory)
+            directions = rows.directions[asking, None] + rows.directions[found]
+            similarities = (directions - distances.square_()) / (2 * rows.parts)
+        if queries is None:
+            found, similarities = _without(found, similarities, asking, k)
         return _padded(found, similarities, k)
-
-    def _similarities(self, queries: Rows, found: Tensor) -> Tensor:
-        """(B, k) float64 cosines, from differences of rows: precise for near rows, and the same from both sides."""
-        result = torch.empty(found.shape, dtype=torch.float64, device=found.device)
-        width = max(1, found.shape[1])
-        for block in blocks(queries.n, _CACHE_BYTES // (8 * width * queries.dim)):
-            others = self.rows.read(found[block].flatten()).view(-1, width, queries.dim)
-            squared = others.sub_(queries.read(block)[:, None]).square_().sum(2, dtype=torch.float64)
-            directions = queries.directions[block, None] + self.rows.directions[found[block]]
-            result[block] = (directions - squared) / (2 * queries.parts)
-        return result
 
     def _by_parts(self, queries: Rows, visibility: Tensor, count: int) -> tuple[Tensor, Tensor]:
         assert self._visibility is not None
@@ -135,6 +104,18 @@ def merged(lists: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tens
     order = torch.argsort(indices, dim=1, stable=True)
     order = order.gather(1, torch.argsort(-similarities.gather(1, order), dim=1, stable=True))[:, :k]
     return indices.gather(1, order), similarities.gather(1, order)
+
+
+def _without(found: Tensor, similarities: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Lists without the rows that they are of; all others of shorter lists, the missing entry last."""
+    if found.shape[1] > k:
+        kept = ~own_entry(found, own)
+        found, similarities = (values[kept].view(len(own), -1) for values in (found, similarities))
+        return found, similarities
+    missing = found == own[:, None]
+    order = missing.byte().argsort(dim=1, stable=True)
+    found, similarities = found.masked_fill(missing, -1), similarities.masked_fill(missing, -torch.inf)
+    return found.gather(1, order), similarities.gather(1, order)
 
 
 def _padded(indices: Tensor, similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:

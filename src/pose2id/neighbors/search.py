@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pose2id.io.checks import BLOCK_BYTES, MIN_BLOCK_BYTES, checked_choice, checked_count, checked_memory
-from pose2id.io.rows import FeatureArray, JoinedRows, Rows, as_container, blocks, checked_pair
+from pose2id.io.rows import ChosenRows, FeatureArray, JoinedRows, Rows, as_container, blocks, checked_pair
 from pose2id.neighbors.certificate import certified
 from pose2id.neighbors.distance import full_precision, squared_euclidean
 from pose2id.neighbors.engines import EngineMaker, Faiss, Half, Products, half_dtype, own_entry
-from pose2id.neighbors.space import RowSource, Space
+from pose2id.neighbors.space import RowSource, Space, Uncentred
 
 BACKENDS = ("auto", "faiss", "torch")
 # Where "auto" takes torch on CPUs that multiply bfloat16 fast, as measured with benchmarks/neighbors.py: elsewhere the
@@ -180,12 +180,37 @@ def search(
     return _search(rows, None, min(k, rows.n - (not own)), backend, max_memory, own=own)[0]
 
 
-def search_some(rows: Rows, queries: Rows | None, k: int, backend: str, max_memory: int | None, *, own: bool) -> Tensor:
-    """The k nearest rows of each query, of each row itself without queries: (Q, k) int64.
+def search_members(
+    rows: Rows, members: Tensor, asking: Tensor, k: int, backend: str, max_memory: int | None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest members of rows, among which a row may be itself: (B, k) int64 indices and float64 distances.
 
-    k is at most the number of rows that may be neighbours; `own` as in `search`, True with queries.
+    Args:
+        rows: checked rows.
+        members: ascending indices of the rows that may be neighbours.
+        asking: (B,) indices of the rows that ask, B at least 1.
+        k: number of neighbours, from 1 to the number of members.
+        backend: as in `nearest_neighbors`.
+        max_memory: likewise.
     """
-    return _search(rows, queries, k, backend, max_memory, own=own)[0]
+    n = min(len(members) + len(asking), rows.n)
+    lists, copies = n * (_ROW_BYTES + _NEIGHBOR_BYTES * k), (6 + rows.dtype.itemsize) * n * (rows.dim + 6)
+    memory = plan_memory(rows, k, max_memory, lists=lists, copies=copies)
+    with full_precision(rows.device):
+        kept = members[distinct(ChosenRows(rows, members), k, memory.block_bytes)[0]]
+        position = torch.full((rows.n,), -1, dtype=torch.int64, device=rows.device)
+        position[kept] = torch.arange(len(kept), device=rows.device)
+        others = asking[position[asking] < 0]
+        position[others] = torch.arange(len(kept), len(kept) + len(others), device=rows.device)
+        space = Uncentred(rows, torch.cat([kept, others]), *memory, queries=len(others))
+        if len(asking) > len(others):
+            space.asking, space.alike = position[asking], len(others) == 0 and len(asking) == len(kept)
+        near, exact = (
+            torch.empty((len(asking), k), dtype=torch.float64, device=rows.device),
+            Products(space, torch.float64),
+        )
+        found = certified(space, k, _engines(space, k, backend), exact, forced=backend == "faiss", near=near)
+    return kept[found], near * space.scale
 
 
 def _search(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pose2id.io.checks import BLOCK_BYTES
-from pose2id.io.rows import blocks, row_norms, sum_last
+from pose2id.io.rows import Rows, blocks, row_norms, sum_last
 
 FLOAT32_ROUNDING = 2.0**-24
-_CACHE_BYTES = 2 << 20
+_CACHE_BYTES = 8 << 20  # three blocks of pairs stay in the cache
 
 
 class RowSource(Protocol):
@@ -173,12 +173,15 @@ class Space(Centred):
     def near(self, first: Tensor, second: Tensor) -> Tensor:
         """As `Centred.near`, from the differences of float32 rows."""
         result = torch.empty(len(first), dtype=torch.float64, device=self.device)
-        # On a CPU small blocks, which stay in its cache.
-        block_bytes = self.block_bytes if self.device.type == "cuda" else min(self.block_bytes, _CACHE_BYTES)
-        for part in blocks(len(first), block_bytes // (24 * self.dim)):
+        for part in self._pairs(len(first)):
             difference = self.centred(first[part]).sub_(self.centred(second[part]))
             result[part] = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
         return result
+
+    def _pairs(self, n: int) -> Iterator[slice]:
+        """Blocks of pairs of float32 rows."""
+        block_bytes = self.block_bytes if self.device.type == "cuda" else min(self.block_bytes, _CACHE_BYTES)
+        return blocks(n, block_bytes // (24 * self.dim))
 
     def wrong(self, rows: Tensor, distances: Tensor) -> Tensor:
         """As `Centred.wrong`: rows were rounded to float32, then differences and squares."""
@@ -194,3 +197,34 @@ class Space(Centred):
     def distance(self, exact: Tensor) -> Tensor:
         """As `Centred.distance`."""
         return exact.sqrt()
+
+
+class Uncentred(Space):
+    """Whole rows whose `near` is precise for near rows, and the same from both sides and in every space.
+
+    It compares rows as they are; where there is room for copies, with a further copy in the rows' own dtype.
+    """
+
+    def __init__(self, rows: Rows, kept: Tensor, block_bytes: int, keep_copy: bool, *, queries: int) -> None:
+        super().__init__(rows, kept, block_bytes, keep_copy, queries=queries, own=True)
+        self._plain = None
+        if keep_copy:
+            self._plain = torch.empty((len(kept), rows.dim), dtype=rows.dtype, device=rows.device)
+            for part in blocks(len(kept), block_bytes // self.read_bytes):
+                self._plain[part] = rows.read(kept[part])
+
+    def near(self, first: Tensor, second: Tensor) -> Tensor:
+        """As `Centred.near`, from differences in the rows' own dtype."""
+        result = torch.empty(len(first), dtype=torch.float64, device=self.device)
+        for part in self._pairs(len(first)):
+            difference = self._read_plain(first[part]).sub_(self._read_plain(second[part]))
+            result[part] = sum_last(difference.square_())
+        return result.sqrt_().div_(self.scale)
+
+    def wrong(self, rows: Tensor, distances: Tensor) -> Tensor:
+        """As `Centred.wrong`: normalised rows were rounded, then differences, squares and their sums."""
+        norms = self.norms.max() + torch.linalg.vector_norm(self._mean) / self.scale
+        return FLOAT32_ROUNDING * (2.2 * norms + 8 * distances)
+
+    def _read_plain(self, positions: Tensor) -> Tensor:
+        return self._rows.read(self._kept[positions]) if self._plain is None else self._plain.index_select(0, positions)
