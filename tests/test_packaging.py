@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -67,3 +69,19 @@ def test_memory_is_linear():
     ours, theirs = (float(run(*command, side, cwd=ROOT)) for side in ("ours", "published"))
     assert ours < 128
     assert theirs > 256
+
+
+def test_benchmarks_of_post_processing_run_on_files_of_features(tmp_path):
+    rng = np.random.default_rng(0)
+    pids, cams = np.repeat(np.arange(20), 6), np.tile([0, 0, 0, 1, 1, 1], 20)
+    x = (rng.standard_normal((20, 16))[pids] + rng.standard_normal((120, 16))).astype(np.float32)
+    query = np.arange(120) % 6 == 0
+    sides = {"query_feats": x[query], "gallery_feats": x[~query], "q_pids": pids[query], "g_pids": pids[~query]}
+    np.savez(tmp_path / "mine.npz", **sides, q_camids=cams[query], g_camids=cams[~query])
+    file, out = tmp_path / "mine.npz", tmp_path / "out"
+    command = [sys.executable, "benchmarks/postprocessing.py", file, "--runs", "1", "--no-memory", "--json"]
+    assert len([json.loads(row)["times_nfc"] for row in run(*command, cwd=ROOT).splitlines()]) == 5
+    run(sys.executable, "benchmarks/does_it_help.py", "-", file, "--out", out, cwd=ROOT)
+    measured = json.loads((out / "results.json").read_text())
+    assert "mine" in str(measured)
+    assert "rerank with cameras" in (out / "tables.md").read_text()
