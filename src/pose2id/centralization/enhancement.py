@@ -61,7 +61,9 @@ class Enhancement:
         compared = self._compared(gallery)
         guard = Guard(compared, self._of_gallery)
         if method == "auto" and guard.evidence.gate >= _OPEN:
-            return self._summed(query, compared), f"cameras: {self._cameras()}. {guard.evidence}"
+            said = f"cameras: {self._cameras()}. {guard.evidence}"
+            del guard  # and its lists
+            return self._summed(query, compared), said
         guarded = self._guarded(guard, query, gallery, self._of_query)
         return guarded, f"guarded, {self._cameras()}, centred. {guard.evidence}"
 

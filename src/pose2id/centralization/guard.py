@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pose2id.io.checks import camera_numbers, checked_memory
 from pose2id.io.rows import Rows
-from pose2id.neighbors.members import Compared, Links
+from pose2id.neighbors.members import FEW_LISTS, Compared, Links
 
 _LENGTHS = (6, 12, 24)  # K, neighbours that may be linked; with cameras the first two
 _ENOUGH = 0.6  # the shortest lists that give this share of the most links
@@ -76,7 +76,8 @@ def evidence(
     Args:
         gallery_feats: (N, D) features of one set, or (N, P, D) of parts, which are compared as one vector; as in
             `pose2id.nfc`. Compared as they are: `Centralizer.enhance` centres cameras first (`centre_cameras`).
-        camids: (N,) cameras: integers, whole floats or strings; -1 or None is an unknown camera. Whole features only.
+        camids: (N,) cameras: integers, whole floats or strings; images of unknown ones (-1 or None) count as those of
+            one more camera. Whole features only.
         backend: as in `pose2id.nearest_neighbors`.
         max_memory: as in `pose2id.nearest_neighbors`, for each search; lists of 51 neighbours in each camera come on
             top, about 600 bytes a row and camera.
@@ -142,9 +143,10 @@ class Guard:
         if not self._members:
             return []
         lists: list[dict[int, _Lists]] = [{} for _ in lengths]
+        keep = _KEPT if len(self._members) < FEW_LISTS else 0  # beside the list of small cameras
         for camera, members in self._members.items():
             m, among = self._reach(members)
-            indices, similarities = self._gallery.nearest(m + 1, among, keep=_KEPT)
+            indices, similarities = self._gallery.nearest(m + 1, among, keep=keep)
             for of_length, k in zip(lists, lengths, strict=True):
                 of_length[camera] = _Lists(indices, similarities, min(k, m // 2), m, None)
         return [_Trial(k, of_length, self._cameras) for k, of_length in zip(lengths, lists, strict=True)]

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from pose2id.io.checks import camera_numbers, checked_memory
 from pose2id.io.rows import ChosenRows, FeatureArray, Rows, as_container, checked_pair
-from pose2id.neighbors.members import Compared, Links, in_blocks, merged
+from pose2id.neighbors.members import FEW_LISTS, Compared, Links, in_blocks, merged
 
 _NEAREST, _OVERALL = 6, 20  # K within a camera, and L over all: the list's last has contrast 0
-_FEW_LISTS = 8  # so few are searched one by one for all rows: that gives the nearest over all, too
 _LEAST_LIST = 3  # shorter lists tell nothing
 _FEW = 10  # cameras with fewer images share one list
 _LEAST_CONTRAST = 1e-6
@@ -174,7 +173,7 @@ class Searched:
 
     def nearest(self, rows: Rows | None) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
         """The nearest of all searched rows, to these or to those of another set; of few lists, also those of each."""
-        if len(self.members) > _FEW_LISTS:
+        if len(self.members) > FEW_LISTS:
             everybody = (
                 self.compared.nearest(self.length) if rows is None else self.compared.nearest_to(rows, self.length)
             )

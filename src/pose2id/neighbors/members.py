@@ -15,6 +15,8 @@ from pose2id.neighbors.engines import own_entry
 from pose2id.neighbors.search import search_members
 from pose2id.neighbors.visible_parts import mean_distances, query_memory
 
+FEW_LISTS = 8  # lists of so few members are searched for all rows; of more, for those that ask
+
 
 class Compared:
     """Normalised rows that are searched, and how: whole, or by the mean distance of their visible parts.
