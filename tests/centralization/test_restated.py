@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from reference import guard as literal_guard
 from reference import links as literal
+from reference import parts as literal_parts
 from reference import unit
 from reference.camera_jaccard import ca_jaccard
 from test_enhance import references  # noqa: F401 - a fixture
@@ -136,3 +137,47 @@ def test_the_restatements_are_the_references(name, references):  # noqa: F811
         close(found, expected[method], 1e-6)
     found = ca_jaccard(literal.joint_features(q, g, qc, gc), [*qc, *gc], len(q), 5, 12, 2, 2, 0.5, fill=False)
     np.testing.assert_allclose(found, methods.distances(q, g, qc, gc), atol=1e-6)
+
+
+def draw_parts(seed, shown, *, shots=5, noise=0.4, n=70, count=12):
+    """Parts of query and gallery (N, 3, 8), and what is visible of them."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(n // shots + 1, 3, 8))
+    who = np.concatenate([rng.integers(0, n // shots, count), rng.permutation(n) // shots])
+    x = centres[who] + noise * rng.normal(size=(n + count, 3, 8))
+    weights = rng.random((n + count, 3))
+    if shown == "some":
+        visible = weights < 0.7
+        visible[[0, count]] = False  # images that show nothing
+    else:
+        visible = np.where(weights < 0.1, 0, weights)
+    return x[:count], x[count:], visible[:count], visible[count:]
+
+
+@pytest.mark.parametrize("shown", ["some", "weights"])
+@pytest.mark.parametrize(
+    "case", [{}, {"noise": 0.6, "shots": 7}, {"shots": 1}, {"n": 24, "shots": 4, "noise": 0.1}], ids=str
+)
+def test_parts_by_what_both_show(shown, case, caplog):
+    given = draw_parts(5, shown, **case)
+    q, g = map(literal_parts.unit, given[:2])
+    v, u = given[2:]
+    found = literal_guard.Evidence(literal_guard.part_similarities(g, g, u, u))
+    to = literal_guard.part_similarities(q, g, v, u)
+    options = dict(zip(("query_visibility", "gallery_visibility"), (v, u), strict=True))
+    with caplog.at_level("INFO", "pose2id.centralizer"):
+        close(Centralizer().enhance(*given[:2], **options), literal_guard.guarded(q, g, to, found, shown=u))
+    assert f"strangers: {found.n}; expected among strangers: {found.expected:.1f}; " in caplog.text
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_flattened_parts(shots):
+    q, g, *_ = draw_parts(1, "some", shots=shots)
+    x, y = (literal_parts.unit(rows) for rows in (q, g))
+    to, among = (
+        np.mean([literal_guard.cosines(rows[:, p], y[:, p]) for p in range(3)], 0).round(12) for rows in (x, y)
+    )
+    expected = literal_guard.Evidence(among)
+    assert (expected.gate > 0) == (shots > 1)
+    check_evidence(evidence(g), expected)
+    close(Centralizer(part_distance="flattened").enhance(q, g), literal_guard.guarded(x, y, to, expected))
