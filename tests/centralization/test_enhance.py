@@ -252,6 +252,21 @@ class TestCameraModel:
         with pytest.raises(FileExistsError):
             model.save(tmp_path / "cameras.safetensors")
 
+    @pytest.mark.parametrize("method", ["auto", "guarded", "cameras", "centring"])
+    def test_of_a_live_query(self, method, rng, tmp_path):
+        """Alone, by a model of the gallery, it gets what it gets among all queries by the gallery's statistics."""
+        q, g, qc, gc = people(rng)
+        qc[:2] = -1, 9  # unknown, and new
+        CameraModel.fit(g, gc).save(tmp_path / "cameras.safetensors")
+        model = CameraModel.load(tmp_path / "cameras.safetensors")
+        sides = {"query_camids": qc, "gallery_camids": gc}
+        expected = Centralizer(method=method).enhance(q, g, **sides, camera_statistics="gallery")
+        for i in range(5):
+            one = {"query_camids": qc[i : i + 1], "gallery_camids": gc, "camera_model": model}
+            found = Centralizer(method=method).enhance(q[i : i + 1], g, **one)
+            np.testing.assert_allclose(found[0][0], expected[0][i], atol=1e-9)
+            np.testing.assert_allclose(found[1], expected[1], atol=1e-9)
+
     def test_bad_files(self, rng, tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no camera model"):
             CameraModel.load(tmp_path / "none.safetensors")
