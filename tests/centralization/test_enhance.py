@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import sys
 
 import numpy as np
@@ -347,3 +348,22 @@ def test_on_a_gpu(method, rng):
     wanted = Centralizer(method=method).rerank(q, g, **options, topk=5)
     np.testing.assert_allclose(found[0].cpu().numpy(), wanted[0], atol=1e-5)
     assert str(evidence(y)) == str(evidence(g))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, g, **memory: evidence(g, **memory),
+        lambda q, g, **memory: pose2id.nfc_diagnostics(g, **memory),
+        lambda q, g, **memory: Centralizer(**memory).enhance(q, g),
+        lambda q, g, **memory: Centralizer(**memory).rerank(q, g),
+    ],
+    ids=["evidence", "nfc_diagnostics", "enhance", "rerank"],
+)
+def test_too_little_memory_for_the_evidence(call, rng):
+    """The error says how much is enough, and for what."""
+    q, g = rng.normal(size=(5, 16)), rng.normal(size=(500, 16))
+    with pytest.raises(ValueError, match="for lists of 51 neighbours of 500 rows, got 1048576") as error:
+        call(q, g, max_memory=1 << 20)
+    enough = int(re.match(r"max_memory must be at least (\d+) bytes", str(error.value))[1])
+    call(q, g, max_memory=enough)
