@@ -57,6 +57,13 @@ SETS = {
     "lists cut": {"sizes": {0: 40, 1: 20}, "shots": 4, "noise": 0.2},
     "fifteen images": {"sizes": {0: 9, 1: 6}, "shots": 3},
     "four images": {"sizes": {0: 3, 1: 1}, "shots": 2, "count": 3},
+    "two images apart": {"sizes": {0: 40, 1: 20, 5: 2}, "shots": 3, "noise": 0.3, "queries": (5,) * 6},
+    "three images apart": {
+        "sizes": {0: 40, 1: 20, 5: 2, 6: 1},
+        "shots": 3,
+        "noise": 0.3,
+        "queries": (5,) * 4 + (6,) * 4,
+    },
 }
 
 
