@@ -37,7 +37,7 @@ SETS = {
     "two large cameras": {"sizes": {0: 50, 1: 50}},
     "strangers": {"sizes": {0: 50, 1: 50}, "shots": 1},
     "two shots": {"sizes": {3: 30, 4: 30, 9: 30}, "shots": 2},
-    "a gate half open": {"sizes": {0: 60, 1: 50}, "shots": 4, "noise": 0.7},
+    "a gate half open": {"sizes": {0: 60, 1: 50}, "shots": 4, "noise": 0.67},
     "one camera": {"sizes": {5: 70}},
     "one camera, strangers": {"sizes": {5: 70}, "shots": 1},
     "cameras of every size": {
