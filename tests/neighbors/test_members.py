@@ -100,17 +100,17 @@ def test_what_is_kept_is_what_is_found(rng):
     check(searched.nearest(5, members, some), [values[:4].numpy() for values in fresh[0]])
 
 
-def test_a_pair_has_one_similarity_from_both_sides(rng):
+@pytest.mark.parametrize(("n", "dim", "k"), [(50, 33, 49), (301, 512, 51)])  # one block, and blocks of 20 rows
+def test_a_pair_has_one_similarity_from_both_sides(n, dim, k, rng):
     """Exactly: links are counted by who is as near as whom."""
-    x = rng.normal(size=(50, 33))
-    for dtype in (torch.float32, torch.float64):
-        indices, similarities = compared(x, dtype).nearest(49)
-        dense = torch.zeros(50, 50, dtype=torch.float64).scatter_(1, indices, similarities)
-        assert torch.equal(dense, dense.T)
-    rows = Rows(x.reshape(50, 3, 11), "x", normalize=True, parts=True)
-    indices, similarities = Compared(rows, torch.from_numpy(rng.random((50, 3)))).nearest(49)
-    dense = torch.zeros(50, 50, dtype=torch.float64).scatter_(1, indices, similarities)
-    assert torch.equal(dense, dense.T)
+    x = rng.normal(size=(n, dim))
+    parts = Rows(x[:, : dim // 3 * 3].reshape(n, 3, -1), "x", normalize=True, parts=True)
+    visible = torch.from_numpy(rng.random((n, 3)))
+    for searched in (compared(x, torch.float32), compared(x), Compared(parts), Compared(parts, visible)):
+        dense = torch.full((n, n), torch.nan, dtype=torch.float64).scatter_(1, *searched.nearest(k))
+        listed = dense.isfinite() & dense.T.isfinite()
+        assert listed.sum() > n
+        assert torch.equal(dense[listed], dense.T[listed])
 
 
 @pytest.mark.parametrize("k", [4, 40])
