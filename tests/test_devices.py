@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pose2id
-from pose2id import Centralizer, Extractor, GeneratedPictures
+from pose2id import CameraModel, Centralizer, Extractor, GeneratedPictures
 from pose2id.cli import main
 from pose2id.demo import write_people
 from pose2id.demo.people import SyntheticPedestrians
@@ -103,9 +103,24 @@ CALLS = {
     "Centralizer.enhance, cameras": lambda f, r: Centralizer().enhance(
         f["q"], f["g"], query_camids=r["labels"][2], gallery_camids=r["labels"][3]
     ),
+    "Centralizer.enhance, guarded": lambda f, r: Centralizer(method="guarded").enhance(
+        f["q"], f["g"], query_camids=r["labels"][2], gallery_camids=r["labels"][3], camera_statistics="gallery"
+    ),
+    "Centralizer.enhance, camera model": lambda f, r: Centralizer(method="cameras").enhance(
+        f["q"],
+        f["g"],
+        query_camids=r["labels"][2],
+        gallery_camids=r["labels"][3],
+        camera_model=CameraModel.fit(f["g"], r["labels"][3]),
+    ),
+    "Centralizer.enhance, guarded parts": lambda f, r: Centralizer().enhance(
+        f["q_parts"], f["g_parts"], query_visibility=r["visible"][0], gallery_visibility=r["visible"][1]
+    ),
     "Centralizer.rerank": lambda f, r: Centralizer().rerank(
         f["q"], f["g"], query_camids=r["labels"][2], gallery_camids=r["labels"][3], topk=7
     ),
+    "Centralizer.rerank, no cameras": lambda f, r: Centralizer().rerank(f["q"], f["g"]),
+    "Centralizer.rerank, few images": lambda f, r: Centralizer().rerank(f["q"], f["g"][:12], topk=7),
     "Centralizer.enhance, joint": lambda f, r: Centralizer(k1=2).enhance(f["q"], f["g"], joint=True),
     "Centralizer.enhance, parts": lambda f, r: Centralizer(k1=2).enhance(
         f["q_parts"], f["g_parts"], joint=True, query_visibility=r["visible"][0], gallery_visibility=r["visible"][1]
@@ -182,7 +197,7 @@ def test_every_precision(name, dtype, rng):
     found = CALLS[name](changed(feats, on("cuda")), inputs["rest"])
     # Features are rounded to the dtype that they came in; in between it is float32 at least, in re-ranking at most.
     tolerance = 2 * torch.finfo(dtype).eps if name in ARRAYS else 0
-    double = dtype == torch.float64 and not name.startswith("k_reciprocal")
+    double = dtype == torch.float64 and not name.startswith(("k_reciprocal", "Centralizer.rerank"))
     check(found, expected, "cuda", max(tolerance, 1e-12 if double else 1e-5))
 
 
@@ -253,6 +268,22 @@ def test_features_of_one_call_on_two_devices(name, other, rng):
         feats[gallery] = feats[gallery].numpy()
     with pytest.raises(ValueError, match=r"must be on one device, got cuda:0 and cpu"):
         CALLS[name](feats, inputs["rest"])
+
+
+@pytest.mark.parametrize("fitted", ["cpu", "cuda"])
+@pytest.mark.parametrize("used", ["cpu", "cuda"])
+def test_a_camera_model_on_another_device(fitted, used, rng, tmp_path):
+    """Fitted on one device, kept in a file, and used for a live query on another."""
+    inputs = people(rng)
+    feats, cameras = inputs["feats"], inputs["rest"]["labels"][2:]
+    CameraModel.fit(feats["g"].to(fitted), cameras[1].to(fitted)).save(tmp_path / "cameras.safetensors")
+    model = CameraModel.load(tmp_path / "cameras.safetensors")
+    options = {"query_camids": cameras[0][:1], "gallery_camids": cameras[1].to(used), "camera_model": model}
+    for method in ("auto", "guarded", "cameras", "centring"):
+        found = Centralizer(method=method).enhance(feats["q"][:1].to(used), feats["g"].to(used), **options)
+        sides = {"query_camids": cameras[0], "gallery_camids": cameras[1], "camera_statistics": "gallery"}
+        expected = Centralizer(method=method).enhance(feats["q"], feats["g"], **sides)
+        check(found, (expected[0][:1], expected[1]), used, 1e-9)
 
 
 @pytest.mark.parametrize("places", [("cuda", "cpu"), ("cpu", "cuda")], ids="-".join)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import sys
 
 import numpy as np
@@ -252,6 +253,21 @@ class TestCameraModel:
         with pytest.raises(FileExistsError):
             model.save(tmp_path / "cameras.safetensors")
 
+    @pytest.mark.parametrize("method", ["auto", "guarded", "cameras", "centring"])
+    def test_of_a_live_query(self, method, rng, tmp_path):
+        """Alone, by a model of the gallery, it gets what it gets among all queries by the gallery's statistics."""
+        q, g, qc, gc = people(rng)
+        qc[:2] = -1, 9  # unknown, and new
+        CameraModel.fit(g, gc).save(tmp_path / "cameras.safetensors")
+        model = CameraModel.load(tmp_path / "cameras.safetensors")
+        sides = {"query_camids": qc, "gallery_camids": gc}
+        expected = Centralizer(method=method).enhance(q, g, **sides, camera_statistics="gallery")
+        for i in range(5):
+            one = {"query_camids": qc[i : i + 1], "gallery_camids": gc, "camera_model": model}
+            found = Centralizer(method=method).enhance(q[i : i + 1], g, **one)
+            np.testing.assert_allclose(found[0][0], expected[0][i], atol=1e-9)
+            np.testing.assert_allclose(found[1], expected[1], atol=1e-9)
+
     def test_bad_files(self, rng, tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no camera model"):
             CameraModel.load(tmp_path / "none.safetensors")
@@ -332,3 +348,22 @@ def test_on_a_gpu(method, rng):
     wanted = Centralizer(method=method).rerank(q, g, **options, topk=5)
     np.testing.assert_allclose(found[0].cpu().numpy(), wanted[0], atol=1e-5)
     assert str(evidence(y)) == str(evidence(g))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, g, **memory: evidence(g, **memory),
+        lambda q, g, **memory: pose2id.nfc_diagnostics(g, **memory),
+        lambda q, g, **memory: Centralizer(**memory).enhance(q, g),
+        lambda q, g, **memory: Centralizer(**memory).rerank(q, g),
+    ],
+    ids=["evidence", "nfc_diagnostics", "enhance", "rerank"],
+)
+def test_too_little_memory_for_the_evidence(call, rng):
+    """The error says how much is enough, and for what."""
+    q, g = rng.normal(size=(5, 16)), rng.normal(size=(500, 16))
+    with pytest.raises(ValueError, match="for lists of 51 neighbours of 500 rows, got 1048576") as error:
+        call(q, g, max_memory=1 << 20)
+    enough = int(re.match(r"max_memory must be at least (\d+) bytes", str(error.value))[1])
+    call(q, g, max_memory=enough)

@@ -104,9 +104,9 @@ class CameraModel:
         return CameraModel(cameras, **tensors)
 
     def centres(self, cameras: Tensor, device: torch.device) -> Centres:
-        """The means, for cameras (C,) int64 that its names were mapped to."""
+        """The means; cameras: (C,) int64 numbers of its names, on `device`."""
         order = torch.argsort(cameras)
-        return Centres(self.mean.to(device), cameras[order].to(device), self.offsets[order].to(device))
+        return Centres(self.mean.to(device), cameras[order], self.offsets.to(device)[order])
 
 
 class Centres:

@@ -162,8 +162,9 @@ class Searched:
         self.compared = compared
         self._names, counts = torch.unique(cameras, return_counts=True)
         large = (counts >= _FEW) & (self._names != -1)
-        # Small and unknown cameras share the last list.
-        self._numbers = torch.where(large, large.cumsum(0) - 1, large.sum())
+        # Small and unknown cameras share the last list, which may be empty.
+        self._shared = large.sum()
+        self._numbers = torch.where(large, large.cumsum(0) - 1, self._shared)
         self.lists = self.listed(cameras)
         self.sizes = torch.bincount(self.lists, minlength=int(large.sum()) + 1)
         self.members = torch.argsort(self.lists, stable=True).split(self.sizes.tolist())
@@ -188,7 +189,7 @@ class Searched:
     def listed(self, cameras: Tensor) -> Tensor:
         """(B,) number of the list for rows in `cameras`, -1 for a camera without images here."""
         at = torch.searchsorted(self._names, cameras).clamp(max=len(self._names) - 1)
-        absent = torch.where(cameras == -1, self._numbers.amax(), -1)
+        absent = torch.where(cameras == -1, self._shared, -1)
         return torch.where(self._names[at] == cameras, self._numbers[at], absent)
 
 

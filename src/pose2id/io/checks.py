@@ -91,7 +91,7 @@ def labels_together(sides: Mapping[str, tuple[Any, int]]) -> list[NDArray[np.int
 
 
 def camera_numbers(sides: Mapping[str, tuple[Any, int]]) -> list[Tensor]:
-    """Camera labels of several sides, by name, as int64 tensors: -1, None and NaN, or None for all, are unknown: -1."""
+    """Cameras of several sides, by name, as int64 tensors; None, NaN, pandas.NA, or None for all, is unknown: -1."""
     known = {}
     for name, (labels, length) in sides.items():
         values = _numbered(labels)
@@ -103,13 +103,18 @@ def camera_numbers(sides: Mapping[str, tuple[Any, int]]) -> list[Tensor]:
 
 
 def _numbered(labels: Any) -> Any:
-    """Labels with -1 in the place of None and NaN."""
+    """Labels with -1 in the place of None, NaN and pandas.NA."""
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.layout == torch.strided:
         labels = as_numpy(labels)
     if isinstance(labels, str) or not np.iterable(labels) or getattr(labels, "dtype", None) in (np.int64, torch.int64):
         return labels
     values = list(labels)
-    missing = [value is None or (isinstance(value, (float, np.floating)) and bool(np.isnan(value))) for value in values]
+    missing = [
+        value is None
+        or type(value).__name__ == "NAType"  # pandas is not needed to know it
+        or (isinstance(value, (float, np.floating)) and bool(np.isnan(value)))
+        for value in values
+    ]
     if not any(missing):
         return labels
     unknown = "-1" if any(isinstance(value, str) for value in values) else -1

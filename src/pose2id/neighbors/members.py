@@ -95,8 +95,10 @@ class Compared:
         memory = query_memory(self._max_memory)
         for block, distances, _ in mean_distances(queries, self.rows, visibility, self._visibility, *memory):
             indices[block] = nearest_columns(distances, count)
-            # Rows that share no part are as far as any can be.
-            similarities[block] = 1 - distances.gather(1, indices[block]).clamp(max=2).square() / 2
+            # Rows that share no part are as far as any can be. Products round the two sides of a pair differently; in
+            # float32 they are one number.
+            squares = distances.gather(1, indices[block]).clamp(max=2).square().float()
+            similarities[block] = 1 - squares.double() / 2
         return indices, similarities
 
 
