@@ -237,6 +237,7 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
         ("convert {out} {out}", "SRC must be a directory or a repository"),
         ("convert tiny {out} --vae {out}", "--vae must be a directory or a repository"),
         ("generate {out} --out {out}", "IMAGES must be files or directories"),
+        ("generate {folder} --out {out} --size 99999999x8", "--size must be at most 65535"),
         ("generate {folder} --out {out} --device mps", "--device must be one that torch"),
     ],
 )

@@ -463,6 +463,13 @@ def test_a_cut_safetensors_file_is_named(tmp_path, own):
             "settings in .* must be image_size and round_bank",
         ),
         (lambda content: content["settings"].update(image_size=[128]), "image_size"),
+        (lambda content: content["settings"].update(image_size=[10**9] * 2), r"pose2id\.json: image_size .* most 8192"),
+        (
+            lambda content: content["settings"].update(image_size=[10**400, 64]),
+            r"pose2id\.json: image_size .* most 8192",
+        ),
+        (lambda content: content["settings"].update(image_size=[1.5, 64]), r"pose2id\.json: image_size must be an int"),
+        (lambda content: content["scheduler"].update(num_train_timesteps=10**400), "more than 100,000"),
         (lambda content: content["settings"].update(image_size=[100, 64]), "image_size must be in multiples of 8"),
     ],
 )
