@@ -184,6 +184,21 @@ def test_modules_that_torch_has_compiled(kind, modules, rng):
     assert [getattr(part, "training", False) for part in modules[kind].modules()] == modes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_frozen_modules_get_batches_of_their_constants(dtype, device, modules, rng):
+    images = torch.from_numpy(rng.random((5, 3, 8, 4), np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its own parts
+        scripted = torch.jit.script(copy.deepcopy(modules["model"]).to(device, dtype))
+        frozen = torch.jit.freeze(scripted)
+    assert not list(frozen.parameters())
+    for model in (frozen, nn.Sequential(nn.Identity(), frozen)):
+        found = Extractor(model)(images)
+        assert (found.dtype, found.device.type) == (dtype, device)
+        torch.testing.assert_close(found.cpu().float(), Extractor(modules["model"])(images), atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"flip": True}, {"inputs": "images"}, {"inputs": "images", "flip": True}])
 def test_the_last_batch_padded(arguments, pictures):
     def extractor(batch, cams):
