@@ -653,6 +653,20 @@ def test_extractors_run_without_gradients():
     assert seen == [False]
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.ones(3, 4, 4).to_sparse(), "images.0. must be dense.*sparse"),
+        (torch.ones(3, 4, 4, device="meta"), "images.0. must be dense, with values"),
+        (np.ma.masked_greater(np.ones((4, 4, 3), np.uint8), 0), "images.0. must not be masked"),
+    ],
+    ids=["sparse", "meta", "masked"],
+)
+def test_pictures_that_hold_not_every_value(image, message):
+    with pytest.raises(TypeError, match=message):
+        Extractor(lambda x: x.mean((2, 3)), transform="transreid")([image])
+
+
 def test_bfloat16_pictures_go_through_a_transform(pictures):
     tensor = torch.from_numpy(pictures[0]).permute(2, 0, 1) / 255
     assert load_image(tensor.bfloat16(), "x").size == (8, 16)
