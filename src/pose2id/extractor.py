@@ -116,7 +116,8 @@ class Extractor:
             None: images are float tensors that the model takes as they are.
         inputs: "batch", or "images" for a model that takes a list of paths or (H, W, 3) uint8 RGB arrays.
         batch_size: images per call of the model.
-        device: where batches go; None: where the module's parameters are, or its buffers if it has none, else the CPU.
+        device: where batches go; None: where the module's parameters are (a frozen one's constants), or its buffers if
+            it has none, else the CPU.
             The model is never moved. A batch whose dtype none of a module's parameters has is cast to that of the
             first; any other callable, and a frozen TorchScript module, gets what the transform returns.
         flip: the feature is f(x) + f(mirror(x)), with the image mirrored left to right: a second call with the same
