@@ -49,7 +49,7 @@ def serve():
 
 
 def _command(argv, output, name, number):
-    """Run a command, and interrupt it at the number-th call of a function of the package, of this name if any."""
+    """Run a command, and interrupt it at the number-th call of a function: of this name, or of the package."""
     for stream, file in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{file}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
@@ -58,8 +58,8 @@ def _command(argv, output, name, number):
     def count(frame, event, _):
         code = frame.f_code
         # Python loses what is raised while a generator that nobody needs is closed.
-        counts = code.co_name == name if name else not code.co_flags & inspect.CO_GENERATOR
-        if event == "call" and code.co_filename.startswith(_PACKAGE) and counts and next(calls) == number:
+        own = code.co_filename.startswith(_PACKAGE) and not code.co_flags & inspect.CO_GENERATOR
+        if event == "call" and (code.co_name == name if name else own) and next(calls) == number:
             os.kill(os.getpid(), signal.SIGINT)
 
     status = 1
@@ -132,17 +132,17 @@ GENERATE = (
     "generate {given}/people/images --out {out}/pictures --weights {given}/weights --steps 2 --size 16x8 "
     "--batch-size 4 --device cpu --grid"
 )
-# A command, the function in which it is interrupted, and at which of its calls.
+# A command, the function in which it is interrupted, and at which of its calls: where files are half-written.
 COMMANDS = {
-    "generate": (GENERATE, "_save", 11),
-    "train": (TRAIN, "write", 2),
-    "enhance": ("enhance {given}/features.npz {out}/enhanced.npz", "whole_file", 1),
+    "generate": (GENERATE, "putchunk", 42),
+    "train": (TRAIN, "save_file", 9),
+    "enhance": ("enhance {given}/features.npz {out}/enhanced.npz", "write_array", 2),
     "evaluate": ("evaluate {given}/features.npz --nfc", "evaluate", 2),
     "evaluate, re-ranked": ("evaluate {given}/features.npz --rerank", "k_reciprocal", 1),
-    "convert": ("convert {given}/weights {out}/converted", "_filled", 3),
-    "draw-people": ("draw-people {out}/people --people 2 --cameras 1", "whole_file", 3),
-    "table": ("table {given}/people/images {out}/table.csv", "write_table", 1),
-    "demo": ("demo --no-generation --people 12 --picture {out}/demo.png", "draw", 1),
+    "convert": ("convert {given}/weights {out}/converted", "save_file", 3),
+    "draw-people": ("draw-people {out}/people --people 2 --cameras 1", "putchunk", 8),
+    "table": ("table {given}/people/images {out}/table.csv", "write_bytes", 1),
+    "demo": ("demo --no-generation --people 12 --picture {out}/demo.png", "putchunk", 3),
     "demo, generated": ("demo --people 3 --no-picture", "generate_iter", 2),
 }
 _ALWAYS = ("generate", "train", "enhance")
