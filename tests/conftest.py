@@ -51,6 +51,7 @@ _LONGEST = (
     "test_fuzz",
     "test_generator",
     "test_memory",
+    "test_interrupts",
     "test_training_runs",
     "test_generated_files",
     "test_hub",

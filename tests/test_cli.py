@@ -97,7 +97,7 @@ def test_the_method_is_said_on_stderr(path, tmp_path):
     ("words", "message"),
     [
         (["--joint"], "joint must be False with method='auto'"),
-        (["--method", "guarded", "--k1", "3"], "k1 and k2 must be None with method='guarded'"),
+        (["--method", "guarded", "--k1", "3"], "--k1 and --k2 must be None with method='guarded'"),
         (["--method", "cameras", "--without-cameras"], "gallery_camids must name cameras"),
         (["--method", "best"], "method must be"),
     ],
@@ -214,6 +214,54 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("enhance {path} {out}.npz --k1 0", "--k1 must be at least 1"),
+        ("enhance {path} {out}.npz --k2 0", "--k2 must be at least 1"),
+        ("enhance {path} {out}.npz --k1 3 --method guarded", "--k1 and --k2 must be None with method='guarded'"),
+        ("enhance {path} {out}.npz --method best", "--method must be one of"),
+        ("enhance {path} {out}.npz --joint", "--joint must be False"),
+        ("evaluate {path} --method best", "--method must be one of"),
+        ("evaluate {path} --k2 0 --rerank", "--k2 must be at least 1"),
+        ("demo {path} --no-picture --k1 0", "--k1 must be at least 1"),
+        ("demo --no-picture --people 0", "--people must be at least 1"),
+        ("draw-people {out} --people 0", "--people must be at least 1"),
+        ("draw-people {out} --cameras 0", "--cameras must be at least 1"),
+        ("draw-people {out} --images 0", "--images must be at least 1"),
+        ("draw-people {out} --seed -1", "--seed must be at least 0"),
+        ("table {out} {out}.csv", "FOLDER must be a directory of images"),
+        ("table {folder} {out}.csv --keypoints {out}", "--keypoints must be a directory"),
+        ("convert {out} {out}", "SRC must be a directory or a repository"),
+        ("convert tiny {out} --vae {out}", "--vae must be a directory or a repository"),
+        ("generate {out} --out {out}", "IMAGES must be files or directories"),
+        ("generate {folder} --out {out} --size 99999999x8", "--size must be at most 65535"),
+        ("generate {folder} --out {out} --device mps", "--device must be one that torch"),
+    ],
+)
+def test_errors_name_the_option_as_it_was_typed(words, message, path, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 16)).save(tmp_path / "images" / "0001_c1.png")
+    given = words.format(path=path, out=tmp_path / "none", folder=tmp_path / "images")
+    assert main(given.split()) == 2
+    assert capsys.readouterr().err.startswith(f"pose2id: {message}")
+
+
+def test_the_callers_logging_and_warnings_stay(path, tmp_path):
+    code = f"""
+import logging, sys, warnings
+from pose2id.cli import main
+loggers = [logging.getLogger(name) for name in (None, "pose2id.centralizer")]
+before = [(logger.level, list(logger.handlers)) for logger in loggers], warnings.formatwarning
+assert main(["enhance", {str(path)!r}, {str(tmp_path / "out.npz")!r}, "--method", "nfc"]) == 0
+assert before == ([(logger.level, list(logger.handlers)) for logger in loggers], warnings.formatwarning)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    warning, told = found.stderr.splitlines()
+    assert warning.startswith("method='nfc' may harm here")  # without the line of code that warns
+    assert told.startswith("enhance: nfc, k1 2, k2 2")
 
 
 def test_bad_k_and_missing_labels(path, tmp_path, capsys):

@@ -184,6 +184,21 @@ def test_modules_that_torch_has_compiled(kind, modules, rng):
     assert [getattr(part, "training", False) for part in modules[kind].modules()] == modes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_frozen_modules_get_batches_of_their_constants(dtype, device, modules, rng):
+    images = torch.from_numpy(rng.random((5, 3, 8, 4), np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its own parts
+        scripted = torch.jit.script(copy.deepcopy(modules["model"]).to(device, dtype))
+        frozen = torch.jit.freeze(scripted)
+    assert not list(frozen.parameters())
+    for model in (frozen, nn.Sequential(nn.Identity(), frozen)):
+        found = Extractor(model)(images)
+        assert (found.dtype, found.device.type) == (dtype, device)
+        torch.testing.assert_close(found.cpu().float(), Extractor(modules["model"])(images), atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"flip": True}, {"inputs": "images"}, {"inputs": "images", "flip": True}])
 def test_the_last_batch_padded(arguments, pictures):
     def extractor(batch, cams):
@@ -636,6 +651,20 @@ def test_extractors_run_without_gradients():
     seen = []
     Centralizer(lambda x: seen.append(torch.is_grad_enabled()) or x.mean((2, 3))).extract(torch.rand(2, 3, 4, 4))
     assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.ones(3, 4, 4).to_sparse(), "images.0. must be dense.*sparse"),
+        (torch.ones(3, 4, 4, device="meta"), "images.0. must be dense, with values"),
+        (np.ma.masked_greater(np.ones((4, 4, 3), np.uint8), 0), "images.0. must not be masked"),
+    ],
+    ids=["sparse", "meta", "masked"],
+)
+def test_pictures_that_hold_not_every_value(image, message):
+    with pytest.raises(TypeError, match=message):
+        Extractor(lambda x: x.mean((2, 3)), transform="transreid")([image])
 
 
 def test_bfloat16_pictures_go_through_a_transform(pictures):

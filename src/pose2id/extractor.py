@@ -116,7 +116,8 @@ class Extractor:
             None: images are float tensors that the model takes as they are.
         inputs: "batch", or "images" for a model that takes a list of paths or (H, W, 3) uint8 RGB arrays.
         batch_size: images per call of the model.
-        device: where batches go; None: where the module's parameters are, or its buffers if it has none, else the CPU.
+        device: where batches go; None: where the module's parameters are (a frozen one's constants), or its buffers if
+            it has none, else the CPU.
             The model is never moved. A batch whose dtype none of a module's parameters has is cast to that of the
             first; any other callable, and a frozen TorchScript module, gets what the transform returns.
         flip: the feature is f(x) + f(mirror(x)), with the image mirrored left to right: a second call with the same
@@ -346,12 +347,24 @@ def _finite_rows(features: Any) -> Any:
 def _computes_in(model: Any) -> tuple[torch.device, list[torch.dtype]]:
     """Where the module behind a model is, and the dtypes of its parameters, that of the first one first."""
     module = _module_of(model)
-    parameters: list[Tensor] = [] if module is None else list(module.parameters())
+    parameters: list[Tensor] = [] if module is None else list(module.parameters()) or _frozen(module)
     own = parameters or ([] if module is None else list(module.buffers()))
     device = own[0].device if own else torch.device("cpu")
     # Parameters may be quantised to dtypes that no batch comes in: integers, 8-bit floats.
     dtypes = dict.fromkeys(parameter.dtype for parameter in parameters)
     return device, [dtype for dtype in dtypes if dtype in FLOAT_DTYPES]
+
+
+def _frozen(module: nn.Module) -> list[Tensor]:
+    """The constants that `torch.jit.freeze` makes of parameters."""
+    found = []
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule) and part._c._has_method("forward"):
+            graph: Any = part.inlined_graph  # its nodes live as long
+            for node in graph.findAllNodes("prim::Constant"):
+                if node.hasAttribute("value") and node.kindOf("value") == "t":
+                    found.append(node.t("value"))
+    return [tensor for tensor in found if tensor.ndim and tensor.is_floating_point()]
 
 
 def _module_of(model: Any) -> nn.Module | None:

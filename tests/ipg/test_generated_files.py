@@ -417,14 +417,16 @@ def test_a_dry_run_writes_nothing(command, tmp_path, capsys, monkeypatch):
     ("words", "message"),
     [
         (["--size", "256"], "--size must be HEIGHTxWIDTH"),
-        (["--size", "0x10"], "size must be at least 1"),
-        (["--steps", "0", "--weights", "/no/weights"], "steps (num_inference_steps) must be at least 1"),
-        (["--guidance", "-1", "--weights", "/no/weights"], "guidance (guidance_scale) must be in"),
+        (["--size", "0x10"], "pose2id: --size must be at least 1"),
+        (["--steps", "0", "--weights", "/no/weights"], "pose2id: --steps must be at least 1"),
+        (["--guidance", "-1", "--weights", "/no/weights"], "pose2id: --guidance must be in"),
         (["--batch-size", "0", "--weights", "/no/weights"], "--batch-size must be at least 1"),
-        (["--seed", "-5", "--weights", "/no/weights"], "seed must be at least 0"),
-        (["--poses", "nowhere.json"], "nowhere.json"),
-        (["--weights", "/no/weights"], "/no/weights"),
-        (["--device", "gpu"], "device must be"),
+        (["--seed", "-5", "--weights", "/no/weights"], "pose2id: --seed must be at least 0"),
+        (["--poses", "nowhere.json"], "pose2id: --poses nowhere.json cannot be used: No such file or directory."),
+        (["--weights", "/no/weights"], "pose2id: --weights must be a directory or a repository"),
+        (["--device", "gpu"], "pose2id: --device must be"),
+        (["--device", "meta"], "pose2id: --device must be one that torch can compute on here, got 'meta'."),
+        (["--offload", "--device", "cpu"], "pose2id: --offload must not be given with --device cpu"),
     ],
 )
 def test_bad_words(command, tmp_path, capsys, words, message):
@@ -463,7 +465,7 @@ def test_words_for_the_weights(command, monkeypatch):
         "cache_dir": "d",
     }
     with pytest.raises(StopHereError):
-        command("--offload")
+        command("--offload", "--device", "cuda")
     assert (seen["device"], seen["dtype"], seen["compile"]) == ("cpu", torch.float16, False)
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from pose2id import IdentityGenerator
 from pose2id.cli import main
 from pose2id.ipg import PoseEncoder, convert, weights
+from pose2id.ipg.sampler import denoise
 
 SHAPES = json.loads((ROOT / "tests" / "golden" / "published_shapes.json").read_text())
 PARTS = {part.published_file: name for name, part in weights.PARTS.items()}
@@ -384,6 +385,14 @@ def test_a_git_lfs_pointer_is_told(tmp_path):
         opened(folder)
 
 
+def test_a_sampler_of_ones_own(own):
+    def sampler(*given, **options):
+        return denoise(*given, **options)
+
+    assert IdentityGenerator.from_pretrained(own, device="cpu", sampler=sampler).sampler is sampler
+    assert IdentityGenerator.from_pretrained(own, device="cpu").sampler is denoise
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -392,6 +401,7 @@ def test_a_git_lfs_pointer_is_told(tmp_path):
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
         ({"repo_or_dir": None}, TypeError, "PathLike.*not .?NoneType"),
         ({"repo_or_dir": "mistyped"}, FileNotFoundError, "there is no directory 'mistyped'"),
+        ({"repo_or_dir": "mistyped", "sampler": "ddim"}, TypeError, "sampler must be callable"),
     ],
 )
 def test_bad_arguments(own, options, error, message):
@@ -463,6 +473,13 @@ def test_a_cut_safetensors_file_is_named(tmp_path, own):
             "settings in .* must be image_size and round_bank",
         ),
         (lambda content: content["settings"].update(image_size=[128]), "image_size"),
+        (lambda content: content["settings"].update(image_size=[10**9] * 2), r"pose2id\.json: image_size .* most 8192"),
+        (
+            lambda content: content["settings"].update(image_size=[10**400, 64]),
+            r"pose2id\.json: image_size .* most 8192",
+        ),
+        (lambda content: content["settings"].update(image_size=[1.5, 64]), r"pose2id\.json: image_size must be an int"),
+        (lambda content: content["scheduler"].update(num_train_timesteps=10**400), "more than 100,000"),
         (lambda content: content["settings"].update(image_size=[100, 64]), "image_size must be in multiples of 8"),
     ],
 )

@@ -158,6 +158,17 @@ def test_queries_without_a_match_count_nowhere(rng):
     assert both.mAP == alone.mAP
 
 
+def test_results_are_equal_by_value(rng):
+    distances, labels = rng.random((4, 6)), ([1, 2, 3, 9], [1, 2, 3, 1, 2, 3])  # 9 has no match
+    first, again = evaluate_rank(distances, *labels), evaluate_rank(distances.copy(), *labels)
+    assert np.isnan(first.average_precision[3])
+    assert first == again
+    assert len({first, again}) == 1
+    assert first != evaluate_rank(distances, *labels, max_rank=2)
+    assert first != evaluate_rank(distances[::-1], *labels)
+    assert first != first.mAP
+
+
 def test_result_is_frozen_and_prints_percent():
     result = evaluate_rank(np.array([[0.0, 1.0, 2.0]]), [5], [6, 5, 7], max_rank=7)
     assert str(result) == "mAP 50.00%  Rank-1 0.00%  Rank-5 100.00%  mINP 50.00%  (1 valid queries)"

@@ -324,6 +324,23 @@ def test_folders_of_junk_are_nobody(folder, caplog, junk):
     assert caplog.messages == ["2 of 4 images left out: identities -1 (junk) and 0"]
 
 
+def test_a_folder_0_is_a_person(folder):
+    images = table_of_folder(folder("0/a.jpg", "1/a.jpg"), identity="folder")
+    assert [image.identity for image in images] == ["0", "1"]
+
+
+def test_lines_of_junk_are_nobody(tmp_path, caplog):
+    path = tmp_path / "table.csv"
+    path.write_text(
+        "path,identity\n" + "".join(f"{i}.jpg,{who}\n" for i, who in enumerate(["-1", "0", "00-1", "0000", "-11"]))
+    )
+    assert [image.identity for image in read_table(path)] == ["0", "0000", "-11"]
+    assert caplog.messages == [f"{path}: 2 of 5 images left out: identity -1 (junk)"]
+    path.write_text("path,identity\na.jpg,-1\n")
+    with pytest.raises(ValueError, match=r"must have a line for each image .* got 1 of identity -1 \(junk\)"):
+        read_table(path)
+
+
 def test_spaces_make_no_other_person(folder):
     with pytest.raises(ValueError, match=r"every person must have one folder, got 2 folders '1'"):
         table_of_folder(folder("1/a.jpg", " 1/a.jpg"), identity="folder")

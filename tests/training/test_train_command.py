@@ -338,6 +338,32 @@ def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):
     assert samples == ["step-00000000.png", "step-00000002.png"]
 
 
+@pytest.mark.parametrize("name", [name for name, kind, _ in train_command.SETTINGS if kind is not bool])
+def test_errors_name_the_option_as_it_was_typed(name, command, capsys):
+    assert command(**{name: -1}) == 2
+    assert capsys.readouterr().err.startswith(f"pose2id: --{name.replace('_', '-')} must be ")
+    assert command(config=f"{name}: {'x' if isinstance(ALL[name], str) else -1}") == 2
+    assert capsys.readouterr().err.startswith(f"pose2id: {name} must be ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "/no"}, "--weights must be a directory or a repository"),
+        ({"unet": "/no.json"}, "--unet /no.json must be a JSON file"),
+        ({"num_tokens": 3}, "--num-tokens must not be given without unet"),
+        ({"image_size": "15x8"}, "--image-size must be in multiples of 2"),
+        ({"device": "meta"}, "--device must be 'cpu', 'cuda' or None"),
+        ({"validation": "/no.csv"}, "table must be a CSV file, and /no.csv cannot be read"),
+        ({"config": None}, "--config /no.yaml cannot be used: No such file or directory."),
+    ],
+)
+def test_errors_of_the_start_name_the_option(options, message, command, capsys):
+    words = ["--config", "/no.yaml"] if options.pop("config", "") is None else []
+    assert command(*words, **options) == 2
+    assert capsys.readouterr().err.startswith(f"pose2id: {message}")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -386,16 +412,16 @@ def test_errors(command, weights, table, tmp_path, capsys, monkeypatch):
     (tmp_path / "list.json").write_text("[]")
     assert "seed must be at least 0, got -1" in said(seed=-1)
     assert "optimizer must be one of 'adam', 'adamw'" in said(optimizer="sgd")
-    assert "learning_rate must be in [1e-12, 1], got nan" in said(learning_rate="nan")
+    assert "--learning-rate must be in [1e-12, 1], got nan" in said(learning_rate="nan")
     assert "--image-size must be HEIGHTxWIDTH in pixels, such as 256x128, got '16*8'" in said(image_size="16*8")
-    assert "image_size must be in multiples of 2, got (61, 30)" in said(image_size="61x30")
+    assert "--image-size must be in multiples of 2, got (61, 30)" in said(image_size="61x30")
     assert str(tmp_path / "broken.json") in said(unet=tmp_path / "broken.json")
     assert str(tmp_path / "list.json") in said(unet=tmp_path / "list.json")
     assert "missing.json" in said(unet=tmp_path / "missing.json")
     assert "missing.csv" in said(validation=tmp_path / "missing.csv")
     assert "nowhere" in said(weights=tmp_path / "nowhere")
     assert "device must be 'cpu'" in said(device="tpu")
-    assert "num_tokens must not be given without unet" in said(num_tokens=5)
+    assert "--num-tokens must not be given without unet" in said(num_tokens=5)
     assert not (tmp_path / "run").exists()
 
     (tmp_path / "run").mkdir()

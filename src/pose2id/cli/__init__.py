@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pose2id.cli import demo, features, generate, people, train
-from pose2id.cli.options import command
+from pose2id.cli.options import command, in_words_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,17 +18,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every console can print ID²
-    args = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    args = argparse.Namespace()
     try:
-        args.run(args)
-    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"pose2id: {error}", file=sys.stderr)
+        args = _parser().parse_args(argv)
+        with _console(args.told):
+            args.run(args)
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"pose2id: {in_words_of(args, error) or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pose2id: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _console(told: Sequence[str]) -> Iterator[None]:
+    """Within, log records and warnings are lines of their text, of these loggers from level INFO on."""
+    root, form = logging.getLogger(), warnings.formatwarning
+    loggers = [root, *map(logging.getLogger, told)]
+    levels, handlers = [logger.level for logger in loggers], list(root.handlers)
+    try:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        for logger in loggers[1:]:
+            logger.setLevel(logging.INFO)
+        warnings.formatwarning = lambda message, category, *given, **options: (
+            f"{message}\n" if category is UserWarning else form(message, category, *given, **options)
+        )
+        yield
+    finally:
+        warnings.formatwarning = form
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_commands(commands)
     people.add_commands(commands)
     train.add_options(
-        command(commands, "train", "train generation weights on a table of images", train.run, train.EPILOG)
+        command(commands, "train", "train generation weights on a table of images", train.run, train.EPILOG, train.TOLD)
     )
     return parser

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from typing import Any
 
 from pose2id.cli.options import feature_command
@@ -12,7 +11,8 @@ from pose2id.cli.options import feature_command
 
 def add_commands(commands: Any) -> None:
     """Both commands with their options."""
-    enhance = feature_command(commands, "enhance", "centralize the features of a file", _enhance)
+    told = ("pose2id.centralizer",)  # which method ran, and on what evidence
+    enhance = feature_command(commands, "enhance", "centralize the features of a file", _enhance, told)
     enhance.add_argument("input", metavar="IN", help="feature file")
     enhance.add_argument("output", metavar="OUT", help="feature file to write; everything else in IN is copied")
     enhance.add_argument("--joint", action="store_true", help="NFC: neighbours in the union of query and gallery")
@@ -33,7 +33,6 @@ def _enhance(args: argparse.Namespace) -> None:
     new_feature_file(args.output, overwrite=args.overwrite)
     features = load_features(args.input)
     centralizer = Centralizer(method=args.method, k1=args.k1, k2=args.k2)
-    logging.getLogger("pose2id.centralizer").setLevel(logging.INFO)  # it tells which method ran, and on what evidence
     enhanced = centralizer.enhance(
         features.query_feats,
         features.gallery_feats,

@@ -54,6 +54,8 @@ def _generate(args: argparse.Namespace) -> None:
     from pose2id.io.checks import checked_count  # noqa: PLC0415
     from pose2id.ipg.sampling import Sampling  # noqa: PLC0415
 
+    if args.offload and str(args.device).startswith("cpu"):
+        raise ValueError("--offload must not be given with --device cpu: the networks rest there. Leave one out.")
     sampling = Sampling(args.steps, args.guidance, args.seed, train.size(args.size, "--size"))
     batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
     from pose2id import poses  # noqa: PLC0415

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -11,12 +12,20 @@ _FILES = """Feature files, told apart by their ending:
   .npz  query_feats (Q, D), gallery_feats (G, D); optional q_pids, g_pids, q_camids, g_camids
   .mat  query_f, gallery_f; optional query_label, gallery_label, query_cam, gallery_cam
 """
+# What the functions call an argument whose option has another name.
+_OPTION = {"repo_or_dir": ("weights", "source"), "num_identities": ("people",), "directory": ("out",)}
+_NAMED = re.compile(r"\A(\w+)(?: \(\w+\))?(?: and (\w+))?(?= (?:\S+ )?(?:must|is) )")
 
 
 def command(
-    commands: Any, name: str, help_text: str, run: Callable[[argparse.Namespace], None], epilog: str = ""
+    commands: Any,
+    name: str,
+    help_text: str,
+    run: Callable[[argparse.Namespace], None],
+    epilog: str = "",
+    told: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
-    """A command's parser, whose arguments `run` gets."""
+    """A command's parser, whose arguments `run` gets; what the loggers of `told` say at level INFO is shown."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_text,
@@ -25,15 +34,15 @@ def command(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser, told=told)
     return parser
 
 
 def feature_command(
-    commands: Any, name: str, help_text: str, run: Callable[[argparse.Namespace], None]
+    commands: Any, name: str, help_text: str, run: Callable[[argparse.Namespace], None], told: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
     """A command on feature files, with the method and NFC's options."""
-    parser = command(commands, name, help_text, run, _FILES)
+    parser = command(commands, name, help_text, run, _FILES, told)
     methods = "auto (default), guarded, cameras, centring, or nfc (as published)"
     parser.add_argument("--method", default="auto", metavar="M", help=methods)
     parser.add_argument("--k1", type=int, help="NFC, which it selects: neighbours that a feature proposes (2)")
@@ -55,3 +64,22 @@ def download(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `add_download`'s options."""
     options = {name: getattr(args, name) for name in ("revision", "cache_dir", "local_files_only")}
     return {**options, "vae": args.vae} if args.vae else options
+
+
+def in_words_of(args: argparse.Namespace, error: BaseException) -> str:
+    """An error's message, with a command's options in the place of the functions' arguments.
+
+    Settings of a YAML file keep their names. The system's errors tell which file could not be used, of which option.
+    """
+    given = vars(args)
+    shown = [action for action in args.parser._actions if action.dest in given or not given.get("config")]
+    shown = [action for action in shown if action.dest != "table"]  # --validation is one too
+    typed = {action.dest: str([*action.option_strings, action.metavar][0]) for action in shown}
+
+    def option(name: str) -> str:
+        return next((typed[known] for known in (name, *_OPTION.get(name, ())) if known in typed), name)
+
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        of = [typed[name] for name in typed if given.get(name) == str(error.filename)]
+        return f"{' '.join([*of[:1], str(error.filename)])} cannot be used: {error.strerror}."
+    return _NAMED.sub(lambda found: " and ".join(map(option, filter(None, found.groups()))), str(error))

@@ -11,7 +11,7 @@ from pose2id.cli.options import command
 _TABLE = """The table has a line for each image: path (from the table's folder), identity, camera, keypoints.
   --identity name    names are identity, _c and camera: 0002_c1s1_000451_03.jpg
   --identity folder  every person has one folder, with images right in it
-Identities -1 and 0 (0000) are left out.
+Identities -1 (junk) and 0000 (distractors) are left out; a folder 0 is a person's.
 """
 
 

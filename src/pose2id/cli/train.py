@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ EPILOG = """TABLE is CSV: path, identity, camera, keypoints (`pose2id table`, `p
 Run again after an interruption: training goes on from the newest checkpoint in DIR, to the same weights.
 Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
+
+# What is trained on, left out and done meanwhile.
+TOLD = ("pose2id.training.run", "pose2id.training.run_directory", "pose2id.training.cache")
 
 # Name, type and help of `training.settings.TrainingSettings`, which explains them in full; importing it takes seconds.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
@@ -85,8 +87,6 @@ def run(args: argparse.Namespace) -> None:
     from pose2id.training.settings import TrainingSettings  # noqa: PLC0415
     from pose2id.training.table import read_table  # noqa: PLC0415
 
-    for module in ("run", "run_directory", "cache"):  # what is trained on, left out and done meanwhile
-        logging.getLogger(f"pose2id.training.{module}").setLevel(logging.INFO)
     checked = TrainingSettings(**settings)
     images = read_table(args.table)
     validation, device = given.pop("validation", None), given.pop("device", None)

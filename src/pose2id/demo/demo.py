@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pose2id.demo.people import Sample, SyntheticPedestrians
 from pose2id.demo.stripes import colour_stripes
 from pose2id.io.feature_files import FeatureFile
 from pose2id.io.rows import Rows
+from pose2id.io.whole_files import new_file, whole_file
 from pose2id.report import Pair, by_number, compare, number_table, table, with_nfc
 from pose2id.retrieval.evaluation import RankingProtocol, evaluate
 
@@ -212,7 +214,8 @@ def draw(demo: Demo, centralizer: Centralizer, path: str | os.PathLike[str]) -> 
         sets = {"as they are": before, "with IPG + NFC": with_nfc((query, gallery), centralizer)}
         curves = by_number(features, generated.feats, centralizer=centralizer)
         figure = _figure_of_all(demo.title, images, labels, sets, generated, curves)
-    figure.savefig(path, dpi=110)
+    with whole_file(new_file(path, overwrite=True)) as unfinished:
+        figure.savefig(unfinished, dpi=110, format=Path(path).suffix[1:].lower())
 
 
 class _Album:

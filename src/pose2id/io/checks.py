@@ -50,11 +50,11 @@ def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def checked_size(size: Any, name: str = "size") -> tuple[int, int]:
-    """A (height, width) in pixels."""
+def checked_size(size: Any, name: str = "size", most: int = 65_535) -> tuple[int, int]:
+    """A (height, width) in pixels, of which JPEG has at most 65,535 on a side."""
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
         raise ValueError(f"{name} must be (height, width) in pixels, got {_shown(size)}.")
-    return checked_count(size[0], name), checked_count(size[1], name)
+    return checked_count(size[0], name, most=most), checked_count(size[1], name, most=most)
 
 
 def checked_memory(max_memory: Any) -> int:

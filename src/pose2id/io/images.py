@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from pose2id.io.checks import as_numpy, dense
 from pose2id.io.decoding import decoded
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -50,14 +51,13 @@ def checked_images(images: Any, name: str = "images") -> Any:
 
 def load_image(item: Any, name: str) -> Image.Image:
     """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture."""
+    dense(item, name)
     _check_pixels(item, name)
     if isinstance(item, (str, os.PathLike)):
         return decoded(os.fspath(item), lambda: _read(os.fspath(item), name))
     if isinstance(item, Image.Image):
         return _as_rgb(item, name, _stored_mode(item))
-    array = item
-    if isinstance(item, Tensor):
-        array = (item.detach().float() if item.is_floating_point() else item.detach()).cpu().numpy()
+    array = as_numpy(item) if isinstance(item, Tensor) else item
     if isinstance(array, np.ndarray) and array.ndim == 3:
         if array.dtype == np.uint8 and array.shape[2] == 3:
             return Image.fromarray(np.ascontiguousarray(array))

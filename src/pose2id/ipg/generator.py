@@ -89,8 +89,7 @@ class IdentityGenerator:
         sources: Mapping[str, str] | None = None,
         license: str = weights.OPENRAIL,  # noqa: A002 - what the Hub calls it
     ) -> None:
-        if not callable(sampler):
-            raise TypeError(f"sampler must be callable, such as pose2id.ipg.sampler.denoise, got {sampler!r}.")
+        _check_sampler(sampler)
         self.networks = Networks(
             identity_encoder=identity_encoder,
             identity_tokens=identity_tokens,
@@ -167,6 +166,7 @@ class IdentityGenerator:
         compile: bool = False,  # noqa: A002 - what torch and the field call it
         identity_encoder: Any = None,
         identity_tokens: IdentityTokens | None = None,
+        sampler: Sampler = denoise,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
@@ -188,6 +188,7 @@ class IdentityGenerator:
             identity_encoder: an encoder of your own (`IdentityEncoder`) in place of the weights', only together with
                 `identity_tokens`. Both are moved to `device` and `dtype`.
             identity_tokens: the tokens that were trained with that encoder, and with these UNets.
+            sampler: as of the class.
             cache_dir: where the Hub's client keeps its files; None: its default.
             local_files_only: take only what is in the cache.
             token: for the Hub; None: the one that the client is logged in with, if any; False: none.
@@ -200,6 +201,7 @@ class IdentityGenerator:
                 mis-shaped keys, per network.
         """
         checked_flag(compile, "compile")
+        _check_sampler(sampler)
         target = present_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         dtype = _default_dtype(target) if dtype is None else weights.checked_dtype(dtype)
         own = {"identity_encoder": identity_encoder, "identity_tokens": identity_tokens}
@@ -223,7 +225,12 @@ class IdentityGenerator:
             for name in weights.PARTS
         }
         loaded = cls(
-            **networks, scheduler=source.scheduler(), **source.settings, sources=source.sources, license=source.license
+            **networks,
+            scheduler=source.scheduler(),
+            sampler=sampler,
+            **source.settings,
+            sources=source.sources,
+            license=source.license,
         )
         loaded.networks.lay_out()
         if compile:
@@ -521,6 +528,11 @@ class IdentityGenerator:
     def _tensor(self, pictures: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
         # Not in half precision: networks get it after scaling to their range, which would round once more.
         return torch.stack([pixels(picture, size) for picture in pictures]).to(self.device, self.networks.wide_dtype)
+
+
+def _check_sampler(sampler: Any) -> None:
+    if not callable(sampler):
+        raise TypeError(f"sampler must be callable, such as pose2id.ipg.sampler.denoise, got {sampler!r}.")
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from pose2id.io.checks import checked_count, checked_device, checked_size
 from pose2id.ipg import reference
 from pose2id.ipg.identity import IdentityTokens
 from pose2id.ipg.pose_encoder import PoseEncoder
-from pose2id.ipg.weights import checked_dtype
+from pose2id.ipg.weights import MOST_PIXELS, checked_dtype
 
 _VAE_BATCH = 4  # images that the VAE takes at once: enough to fill a GPU, and its memory stays small
 _CPU_BATCH, _CUDA_BATCH = 8, 32  # images: rows to fill the small levels of a GPU (assumed); a CPU needs none
@@ -76,7 +76,7 @@ class Networks(nn.Module):
         self.denoising_unet = denoising_unet
         self.pose_encoder = pose_encoder
         self.vae = vae
-        self.image_size = checked_size(image_size, "image_size")
+        self.image_size = checked_size(image_size, "image_size", MOST_PIXELS)
         self.offload_device: torch.device | None = None
         checked_size(identity_encoder.image_size, "identity_encoder.image_size")
         _check_unets(reference_unet, denoising_unet)
@@ -265,6 +265,10 @@ def present_device(device: torch.device | str) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= count:
         given = f"{str(device)!r}: it sees {count or 'no'} CUDA device(s)"
         raise ValueError(f"device must be one that torch sees, got {given}.")
+    try:
+        torch.empty(1, device=target).item()  # "meta" holds no values, "mps" is not everywhere
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device must be one that torch can compute on here, got {str(device)!r}.") from error
     return target
 
 

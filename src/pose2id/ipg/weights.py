@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pose2id.io.checks import first_few
+from pose2id.io.checks import checked_size, first_few
 from pose2id.io.whole_files import new_directory, whole_directory
 from pose2id.ipg.hub import MissingFilesError, Place
 from pose2id.ipg.identity import IdentityTokens, TransReID
@@ -116,6 +116,7 @@ PARTS: Mapping[str, Part] = {
 CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _MOST_TENSORS = 10_000  # of a network: Stable Diffusion's UNet has 686
 _MOST_TIMESTEPS = 100_000
+MOST_PIXELS = 8192  # of a side of what is generated
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LFS_POINTER = b"version https://git-lfs"
 # Attention of VAEs that were saved before diffusers 0.15.
@@ -171,7 +172,7 @@ class Weights:
             raise ValueError(f"_class_name of the scheduler in {CONFIG_FILE} must be one of diffusers, got {name!r}.")
         timesteps = self.scheduler_config.get("num_train_timesteps", 1000)
         if isinstance(timesteps, (int, float)) and timesteps > _MOST_TIMESTEPS:
-            given = f"num_train_timesteps {timesteps:g}, more than {_MOST_TIMESTEPS:,}"
+            given = f"num_train_timesteps {float(min(timesteps, 10**300)):g}, more than {_MOST_TIMESTEPS:,}"
             raise ValueError(f"the configuration of the scheduler builds no {name}: {given}")
         try:
             with torch.device("cpu"):  # whatever the default is: its tables are looked up there in every step
@@ -397,6 +398,9 @@ def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> We
     if settings.keys() != _PUBLISHED_SETTINGS.keys() or not isinstance(settings["round_bank"], bool):
         rule = f"image_size and round_bank (true or false), got {json.dumps(settings)}"
         raise ValueError(f"settings in {config_file} must be {rule}.")
+    with _named(config_file):
+        checked_size(settings["image_size"], "image_size", MOST_PIXELS)
+        terms = checked_license(content.get("license", OPENRAIL))
     files = place.files([f"{name}.safetensors" for name in names])
     sources = {str(repository): str(commit) for repository, commit in sections["sources"].items()}
     return Weights(
@@ -405,13 +409,15 @@ def _own_layout(place: Place, config_file: Path, without: Collection[str]) -> We
         sections["scheduler"],
         settings,
         {**sources, **place.source()},
-        _license(content, config_file),
+        terms,
     )
 
 
-def _license(content: Mapping[str, Any], path: Path) -> str:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say in an error which file holds the bad value."""
     try:
-        return checked_license(content.get("license", OPENRAIL))
+        yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

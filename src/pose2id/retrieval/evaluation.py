@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class EvaluationResult:
         mINP: mean inverse negative penalty: number of matches over the rank of the last one (Ye et al., 2021).
         num_valid_queries: queries with at least one match in the gallery; the others count nowhere.
         average_precision: (Q,) float64, of each query; nan where it has no match.
+
+    Results are equal if all their values are.
     """
 
     mAP: float  # noqa: N815 - the field's name
@@ -49,6 +51,15 @@ class EvaluationResult:
     def rank(self, r: int) -> float:
         """Rank-r accuracy, r in 1..max_rank."""
         return float(self.cmc[checked_count(r, "r", most=len(self.cmc)) - 1])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EvaluationResult):
+            return NotImplemented
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return all(np.array_equal(mine, others, equal_nan=True) for mine, others in pairs)
+
+    def __hash__(self) -> int:
+        return hash((self.mAP, self.mINP, self.num_valid_queries))
 
     def __str__(self) -> str:
         """One line in percent: mAP, Rank-1, Rank-5, Rank-10, mINP, number of valid queries."""

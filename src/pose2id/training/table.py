@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 _NEEDED = ("path", "identity")
 _COLUMNS = (*_NEEDED, "camera", "keypoints")
 _BY_NAME = re.compile(r"(0*-0*1|\d+)_c(\d+)")
-_NOBODY = re.compile(r"0*-0*1|00+")  # junk and distractors, as data sets write them: -1, 00-1, 0000
+_JUNK = re.compile(r"0*-0*1")  # as data sets write it: -1, 00-1
+_NOBODY = re.compile(rf"{_JUNK.pattern}|00+")  # distractors too: 0000
 _CAMERA = re.compile(r"_c(\d+)|^c(\d+)_")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tabs and line breaks
 _SHOWN_LENGTH = 60  # characters of a cell that an error shows
@@ -77,7 +78,7 @@ def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
     The table is CSV in UTF-8. Its header names the columns, in any order; other columns are ignored:
 
     - `path`: of the image, absolute or from the table's folder. Each image once.
-    - `identity`: any text.
+    - `identity`: any text. Lines of identity -1 (junk), or 00-1, are left out with a warning; 0 and 0000 are people.
     - `camera`: any text, or empty; the column may be missing.
     - `keypoints`: empty, or JSON `[[x, y], null, ...]` with 18 entries in the order of `pose2id.poses.KEYPOINTS`, in
       fractions of width and height, null where not visible; the column may be missing.
@@ -105,13 +106,17 @@ def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
         if first != line:
             raise ValueError(f"{where}, column path must name another image than line {first}, got {image.path} again.")
         images.append(image)
-    if not images:
-        raise ValueError(f"{path} must have a line for each image below its header, got none.")
-    return images
+    people = [image for image in images if not _JUNK.fullmatch(image.identity)]
+    if not people:
+        given = f"{len(images)} of identity -1 (junk)" if images else "none"
+        raise ValueError(f"{path} must have a line for each image below its header, got {given}.")
+    if len(people) < len(images):
+        logger.warning("%s: %d of %d images left out: identity -1 (junk)", path, len(images) - len(people), len(images))
+    return people
 
 
 def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a table, whole or not at all; `read_table` gives equal images back.
+    """Write a table, whole or not at all; `read_table` gives equal images back, but for junk.
 
     Paths of images below the table's folder are written from there, so that both can move together; others are
     absolute. Coordinates are rounded to 6 decimals, as for a pose's `key`. Names of poses are not kept.
