@@ -179,10 +179,10 @@ def usable_faiss(gpu: bool) -> Any:
         raise UnusableError(f"importing it failed with {error!r}. {_FAISS_REPAIR}.") from error
     wanted = ("knn_gpu", "StandardGpuResources", "get_num_gpus") if gpu else ("knn",)
     missing = [name for name in wanted if not hasattr(faiss, name)]
-    if gpu and (missing or faiss.get_num_gpus() == 0) and hasattr(faiss, "knn"):
-        raise UnusableError("the installed faiss searches on CPUs alone. Take backend='torch', or CPU features.")
-    if missing:
+    if missing and not (gpu and hasattr(faiss, "knn")):
         raise UnusableError(f"the installed module has no {', '.join(missing)}. {_FAISS_REPAIR}.")
+    if missing or (gpu and faiss.get_num_gpus() == 0):
+        raise UnusableError("the installed faiss finds no GPU. Take backend='torch', or features on the CPU.")
     return faiss
 
 
