@@ -363,7 +363,7 @@ def test_on_a_gpu(method, rng):
 def test_too_little_memory_for_the_evidence(call, rng):
     """The error says how much is enough, and for what."""
     q, g = rng.normal(size=(5, 16)), rng.normal(size=(500, 16))
-    with pytest.raises(ValueError, match="for lists of 51 neighbours of 500 rows, got 1048576") as error:
+    with pytest.raises(ValueError, match="for lists of 52 neighbours of 500 rows, got 1048576") as error:
         call(q, g, max_memory=1 << 20)
     enough = int(re.match(r"max_memory must be at least (\d+) bytes", str(error.value))[1])
     call(q, g, max_memory=enough)

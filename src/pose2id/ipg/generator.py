@@ -203,6 +203,8 @@ class IdentityGenerator:
         checked_flag(compile, "compile")
         _check_sampler(sampler)
         target = present_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        if target.type == "meta":  # where networks can go, to be counted
+            raise ValueError("device must be one that torch can compute on here, got 'meta'.")
         dtype = _default_dtype(target) if dtype is None else weights.checked_dtype(dtype)
         own = {"identity_encoder": identity_encoder, "identity_tokens": identity_tokens}
         own = {name: network for name, network in own.items() if network is not None}

@@ -266,7 +266,7 @@ def present_device(device: torch.device | str) -> torch.device:
         given = f"{str(device)!r}: it sees {count or 'no'} CUDA device(s)"
         raise ValueError(f"device must be one that torch sees, got {given}.")
     try:
-        torch.empty(1, device=target).item()  # "meta" holds no values, "mps" is not everywhere
+        torch.empty(1, device=target)  # "mps" is not everywhere
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device must be one that torch can compute on here, got {str(device)!r}.") from error
     return target
