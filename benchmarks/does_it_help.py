@@ -338,6 +338,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     names, found = list(METHODS), []
     for kind in (WHOLE, *DERIVED):
         some = [row for row in rows if row["kind"] == kind]
+        if not some:
+            continue
         cells = [[row["name"], *(pair(row["methods"][m], row["methods"][AS_IS]) for m in names)] for row in some]
         found += [f"## {kind}: mAP / Rank-1", table(["set", *names], cells)]
         for measure in MEASURES:

@@ -228,7 +228,8 @@ class Centralizer:
 
         Warns:
             UserWarning: method="nfc", and the gallery gives no evidence that people repeat (not looked for where
-                max_memory has no room for it: about 4 kB a gallery image).
+                max_memory has no room for it: about 4 kB a gallery image). Queries are not asked: NFC harms, too, where
+                each person has one query.
         """
         joint = checked_flag(joint, "joint")
         checked_choice(camera_statistics, "camera_statistics", STATISTICS)
@@ -261,8 +262,10 @@ class Centralizer:
         enough = self.max_memory is None or self.max_memory >= _EVIDENCE_BYTES * gallery.n + BLOCK_BYTES
         found = enhancement.evidence() if enough else None
         if found is not None and found.k and found.gate == 0:
-            warnings.warn(f"method='nfc' may harm here: {found} method='auto' keeps them.", stacklevel=2)
-        logger.info("enhance: nfc, k1 %d, k2 %d, %s", self.k1, self.k2, found or "evidence not looked for")
+            remedy = "method='auto' keeps strangers apart"
+            warnings.warn(f"method='nfc' may harm here. {found.numbers} {remedy}.", stacklevel=2)
+        said = found.numbers if found else "Evidence not looked for."
+        logger.info("enhance: nfc, k1 %d, k2 %d, whatever the evidence. %s", self.k1, self.k2, said)
         if joint:
             given = query_visibility, gallery_visibility
             return self._joint_nfc(query_feats, gallery_feats, given)

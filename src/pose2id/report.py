@@ -50,7 +50,7 @@ def compare(
     """Measure the features as they are, with NFC, with the safe default, with generated images (IPG), and re-ranked.
 
     "NFC" is the published method. The row of the safe default is called by its method, "auto", and comes a second time
-    with ", cameras" where both sets have cameras, as does "safe re-ranking": `Centralizer.rerank`.
+    with ", cameras" where both sets have cameras, as does "rerank": `Centralizer.rerank`.
 
     Args:
         features: features with identity labels; camera labels are used where both sets have them.
@@ -94,7 +94,7 @@ def compare(
     if rerank:
         rows += [Row(name, evaluate_rank(k_reciprocal(*x), *labels), None) for _, name, x in sets if name]
         for suffix, camids in cameras.items():
-            rows.append(Row(f"safe re-ranking{suffix}", evaluate_rank(safe.rerank(*pair, **camids), *labels), None))
+            rows.append(Row(f"rerank{suffix}", evaluate_rank(safe.rerank(*pair, **camids), *labels), None))
     return rows
 
 

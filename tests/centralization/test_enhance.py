@@ -78,7 +78,8 @@ def test_against_the_literal_references(case, copies, rng, references):
     for found, expected in [
         (Centralizer().enhance(q, g), guard.guarded(q, g)),
         (Centralizer(method="guarded").enhance(q, g, **cameras), guard.guarded(q, g, qc, gc)),
-        (Centralizer().enhance(q, g, **cameras), guard.auto(q, g, qc, gc)),
+        # One camera alone is none.
+        (Centralizer().enhance(q, g, **cameras), guard.auto(q, g, *((qc, gc) if case["cameras"] > 1 else ()))),
         (Centralizer(method="centring").enhance(q, g, **cameras), methods.centred(q, g, qc, gc)),
         (Centralizer(method="cameras").enhance(q, g, **cameras), methods.features(q, g, qc, gc)),
         (Centralizer(method="cameras").enhance(q, g, **of_gallery), methods.features(q, g, qc, gc, False)),
@@ -223,16 +224,44 @@ def test_which_method_ran_is_said(rng, caplog):
         Centralizer().enhance(q, g, query_camids=qc, gallery_camids=gc)
         Centralizer().rerank(q, g)
     guarded, cameras, reranked = caplog.messages
-    assert guarded.startswith("enhance: guarded, no cameras. Links too close for strangers: ")
-    assert cameras.startswith("enhance: cameras: 4 cameras. Links too close")
+    assert guarded.startswith(
+        "enhance: guarded, without cameras (none is known), gate 1.00. Links too close for strangers: "
+    )
+    assert cameras.startswith("enhance: cameras: 4 cameras, gate 1.00. Links too close")
     assert reranked.startswith("rerank: k-reciprocal, k1 10, k2 3, no cameras. Links")
 
 
 def test_published_nfc_warns_where_nobody_repeats(rng):
     g = rng.normal(size=(200, 16))
-    with pytest.warns(UserWarning, match=r"method='nfc' may harm here: Links too close for strangers: "):
+    with pytest.warns(UserWarning, match=r"method='nfc' may harm here. Links too close for strangers: "):
         found = Centralizer(k1=2).enhance(g[:50], g)
     np.testing.assert_array_equal(found[1], pose2id.nfc(g))
+
+
+@pytest.mark.parametrize("cameras", [1, 3, 12])
+def test_zero_rows_are_nobodys_neighbours(cameras, rng):
+    q, g, _, gc = people(rng, identities=60, shots=4, cameras=cameras)
+    zeros, added = np.zeros((12, g.shape[1])), np.arange(12) % cameras
+    more, of_more = np.concatenate([g, zeros]), np.concatenate([gc, added])
+    for found, expected in zip(link_weights(more, of_more), link_weights(g, gc), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert evidence(more, of_more).links == evidence(g, gc).links
+    strangers = np.concatenate([rng.normal(size=(200, g.shape[1])), zeros])
+    assert evidence(strangers).gate == 0
+    np.testing.assert_array_equal(Centralizer().enhance(q, strangers)[1][200:], 0)
+
+
+def test_rerank_goes_without_cameras_where_few_are_known(rng):
+    q, g, _, gc = people(rng)
+    few = np.where(np.arange(len(gc)) < 4, gc, -1)
+    found = Centralizer().rerank(q, g, gallery_camids=few)
+    np.testing.assert_array_equal(found, Centralizer().rerank(q, g))
+
+
+def test_a_camera_model_needs_cameras(rng):
+    q, g, qc, gc = people(rng)
+    with pytest.raises(ValueError, match="gallery_camids must name cameras with camera_model"):
+        Centralizer().enhance(q, g, query_camids=qc, camera_model=CameraModel.fit(g, gc))
 
 
 class TestCameraModel:

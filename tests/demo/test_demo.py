@@ -19,7 +19,7 @@ from pose2id.report import by_number, compare, number_table
 
 NAMES = ["baseline", "NFC", "auto", "auto, cameras", "IPG", "IPG + NFC", "IPG + auto"]
 RERANKED = ["re-ranking", "NFC + re-ranking", "IPG + re-ranking", "IPG + NFC + re-ranking"]
-SAFE = ["safe re-ranking", "safe re-ranking, cameras"]
+SAFE = ["rerank", "rerank, cameras"]
 FAST = demo.Settings(num_inference_steps=1, guidance_scale=1.0)
 ETA = 0.7
 
@@ -108,7 +108,7 @@ def test_where_nobody_repeats_nfc_harms_and_auto_does_not(repeated):
     rows = {row.name: row for row in compare(alone.features)}
     assert rows["NFC"].result.mAP < rows["baseline"].result.mAP - 0.05
     assert rows["re-ranking"].result.mAP < rows["baseline"].result.mAP - 0.05
-    assert rows["auto"].result.mAP == rows["safe re-ranking"].result.mAP == rows["baseline"].result.mAP
+    assert rows["auto"].result.mAP == rows["rerank"].result.mAP == rows["baseline"].result.mAP
     q, _ = Centralizer().enhance(alone.features.query_feats, alone.features.gallery_feats)
     np.testing.assert_allclose(q, reference.unit(alone.features.query_feats), atol=1e-7)
     printed = demo.report(alone, Centralizer())
@@ -119,7 +119,7 @@ def test_where_nobody_repeats_nfc_harms_and_auto_does_not(repeated):
 
 def test_where_people_repeat_auto_gains(repeated):
     rows = {row.name: row.result.mAP for row in compare(repeated.features)}
-    assert rows["baseline"] < rows["auto"] < rows["auto, cameras"] < rows["safe re-ranking, cameras"]
+    assert rows["baseline"] < rows["auto"] < rows["auto, cameras"] < rows["rerank, cameras"]
     assert str(evidence(repeated.features.gallery_feats)) in demo.report(repeated, Centralizer())
     assert evidence(repeated.features.gallery_feats).gate > 0
 
@@ -137,7 +137,7 @@ def test_rows_of_every_method_and_of_other_parameters(repeated):
     assert rows["NFC"] == evaluate(*(nfc(x, 3, 2) for x in feats), *labels(features)).mAP
     assert rows["auto"] == evaluate(*Centralizer().enhance(*feats), *labels(features)).mAP
     bare = replace(features, q_camids=None, g_camids=None)
-    assert [row.name for row in compare(bare)][2:] == ["auto", "re-ranking", "NFC + re-ranking", "safe re-ranking"]
+    assert [row.name for row in compare(bare)][2:] == ["auto", "re-ranking", "NFC + re-ranking", "rerank"]
     with pytest.raises(ValueError, match="gallery_camids must name cameras"):
         compare(bare, centralizer=Centralizer(method="centring"))
 
@@ -213,7 +213,7 @@ def test_features_alone(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "24 queries, 48 gallery images" in printed
     assert "The same people, once each: 6 queries" in printed
-    assert printed.count("\nsafe re-ranking, cameras ") == 2
+    assert printed.count("\nrerank, cameras ") == 2
     assert "not real people" in printed
     assert "IPG" not in printed
     with Image.open(picture) as drawn:

@@ -46,7 +46,7 @@ class TestBranches:
         q, g, *_ = people(rng)
         found, line = said(caplog, q, g)
         np.testing.assert_array_equal(found, k_reciprocal(q, g, 10, 3))
-        assert line == f"{OPEN[: OPEN.index('Links')]}{evidence(g)}"
+        assert line == f"{OPEN[: OPEN.index('Links')]}{evidence(g).numbers}"
 
     @pytest.mark.parametrize(("n", "start"), [(100, SHUT), (15, FEW), (1, FEW)])
     def test_people_who_appear_once(self, n, start, rng, caplog):

@@ -59,7 +59,7 @@ class CameraModel:
             raise ValueError("feats must hold at least one row, got an empty set.")
         centres = Centres.of([(rows, cameras)])
         centred = centres.applied(rows, cameras)
-        names = dict(zip(cameras.tolist(), list(camids), strict=True))
+        names = dict(zip(cameras.tolist(), [-1] * rows.n if camids is None else list(camids), strict=True))
         return CameraModel(
             tuple(
                 str(names[number]).strip() if number >= FIRST_WORD else str(number)
@@ -70,13 +70,21 @@ class CameraModel:
             map_of(Compared(centred, None, backend, max_memory), cameras).cpu(),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file; it appears whole or not at all, and never in the place of another."""
-        from safetensors.torch import save_file  # noqa: PLC0415 - slow to import
+    def __repr__(self) -> str:
+        """Without the numbers."""
+        return f"CameraModel({len(self.cameras)} cameras, {len(self.mean)} columns)"
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a .safetensors file, which appears whole or not at all.
+
+        Raises:
+            FileExistsError: there is one, and overwrite is False.
+        """
+        from safetensors.torch import save  # noqa: PLC0415 - slow to import
 
         tensors = {name: getattr(self, name).contiguous() for name in ("mean", "offsets", "link_map")}
-        with whole_file(new_file(path, suffixes=(".safetensors",))) as unfinished:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "cameras": json.dumps(self.cameras)})
+        with whole_file(new_file(path, overwrite=overwrite, suffixes=(".safetensors",))) as unfinished:
+            unfinished.write_bytes(save(tensors, {"format": _FORMAT, "cameras": json.dumps(self.cameras)}))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> CameraModel:

@@ -38,10 +38,14 @@ class Enhancement:
         self._backend, self._max_memory = backend, max_memory
         self._of_query, self._of_gallery, self._of_model = known_cameras(query, gallery, *camids, camera_model)
         self._model, self._statistics = camera_model, statistics
+        if camera_model is not None and not (self._of_gallery != -1).any():
+            raise ValueError("gallery_camids must name cameras with camera_model; none is known.")
         names, counts = torch.unique(self._of_gallery[self._of_gallery != -1], return_counts=True)
         self._num_cameras = len(names)
+        every = torch.cat([self._of_query, self._of_gallery, self._of_model])
+        several = len(torch.unique(every[every != -1])) > 1
         # Cameras that each see few people tell little: half of the gallery must be in others.
-        self._usable = 2 * int(counts[counts >= MIN_IMAGES].sum()) >= gallery.n and len(names) > 0
+        self._usable = several and len(names) > 0 and 2 * int(counts[counts >= MIN_IMAGES].sum()) >= gallery.n
 
     def run(self, method: str) -> tuple[tuple[Any, Any], str]:
         """Query and gallery by one of `METHODS` but NFC, and why so, in a sentence."""
@@ -53,23 +57,24 @@ class Enhancement:
                 return self._written(query, gallery), f"centring: {self._cameras()}, without guard"
             return self._summed(query, self._compared(gallery)), f"cameras: {self._cameras()}, without guard"
         if not self._usable:
-            known = f"{self._cameras()}, too few images each" if self._num_cameras else "no cameras"
+            few = "1 camera alone" if self._num_cameras == 1 else f"{self._cameras()} of too few images"
+            known = f"without cameras ({few if self._num_cameras else 'none is known'})"
             guard = Guard(self._compared(self._gallery), None)
             guarded = self._guarded(guard, self._query, self._gallery, None)
-            return guarded, f"guarded, {known}. {guard.evidence}"
+            return guarded, f"guarded, {known}, {_strength(guard)}. {guard.evidence.numbers}"
         query, gallery = self._centred()
         compared = self._compared(gallery)
         guard = Guard(compared, self._of_gallery)
         if method == "auto" and guard.evidence.gate >= _OPEN:
-            said = f"cameras: {self._cameras()}. {guard.evidence}"
+            said = f"cameras: {self._cameras()}, {_strength(guard)}. {guard.evidence.numbers}"
             del guard  # and its lists
             return self._summed(query, compared), said
         guarded = self._guarded(guard, query, gallery, self._of_query)
-        return guarded, f"guarded, {self._cameras()}, centred. {guard.evidence}"
+        return guarded, f"guarded, {self._cameras()} centred, {_strength(guard)}. {guard.evidence.numbers}"
 
     def evidence(self) -> Evidence:
         """What the gallery says without cameras."""
-        return Guard(self._compared(self._gallery), None).evidence
+        return Guard(self._compared(self._gallery)).evidence
 
     def _cameras(self) -> str:
         return f"{self._num_cameras} camera{'s' if self._num_cameras > 1 else ''}"
@@ -107,6 +112,10 @@ class Enhancement:
     def _written(self, query: Rows, gallery: Rows) -> tuple[Any, Any]:
         """Rows in the containers that they came in."""
         return written(query, self._query), written(gallery, self._gallery)
+
+
+def _strength(guard: Guard) -> str:
+    return f"gate {guard.evidence.gate:.2f}" if guard.evidence.gate else "gate shut, no neighbours added"
 
 
 def added(rows: Rows, links: Links, source: Rows, visibility: Tensor | None = None) -> Rows:

@@ -54,11 +54,17 @@ class Evidence:
     def __str__(self) -> str:
         """What it means, in a sentence."""
         if self.k == 0:
-            return f"Too few images to tell whether people repeat (at least {MIN_IMAGES}): features unchanged."
+            return f"{self.numbers[:-1]}: features unchanged."
+        return f"{self.numbers} Below 1: no evidence that people repeat, features unchanged; above 2: full strength."
+
+    @property
+    def numbers(self) -> str:
+        """The same without what they mean for features."""
+        if self.k == 0:
+            return f"Too few images to tell whether people repeat (at least {MIN_IMAGES})."
         return (
             f"Links too close for strangers: {self.links}; expected among strangers: {self.expected:.1f}; lower bound "
-            f"of the ratio: {self.lower:.2f}. Below 1: no evidence that people repeat, features unchanged; above 2: "
-            "full strength."
+            f"of the ratio: {self.lower:.2f}."
         )
 
 
@@ -96,14 +102,17 @@ def evidence(
 
 
 class _Lists:
-    """The nearest of rows within one camera, to rank 2k, and the strangers' scale, from the ranks k + 1 to m."""
+    """The nearest of rows within one camera, to rank 2k, and the strangers' scale, from the ranks k + 1 to m.
 
-    def __init__(self, indices: Tensor, similarities: Tensor, k: int, m: int, median: Tensor | None) -> None:
+    `of_median`: the rows whose scales the median is of, or the median itself.
+    """
+
+    def __init__(self, indices: Tensor, similarities: Tensor, k: int, m: int, of_median: Tensor) -> None:
         x = -torch.log((1 - similarities).clamp(min=_LEAST_GAP))
         ranks = torch.arange(k + 1, m + 1, device=x.device)
         scale = (ranks * (x[:, k:m] - x[:, k + 1 : m + 1])).mean(1)
-        ordered = scale.sort().values
-        self.median = (ordered[(len(scale) - 1) // 2] + ordered[len(scale) // 2]) / 2 if median is None else median
+        ordered = (scale[of_median] if of_median.ndim else of_median[None]).sort().values
+        self.median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
         self.scale = ((m - k) * scale + _SHRINK * self.median) / (m - k + _SHRINK)
         self.k, self.x, self.level = k, x[:, :k].clone(), x[:, k].clone()
         self.indices = indices[:, :k].clone()
@@ -123,10 +132,12 @@ class Guard:
         self._gallery, self._rows = gallery, gallery.rows
         n, device = self._rows.n, self._rows.device
         self._cameras = torch.zeros(n, dtype=torch.int64, device=device) if cameras is None else cameras
-        names, counts = torch.unique(self._cameras, return_counts=True)
+        # A zero row is nobody's neighbour: it is at one distance from all others.
+        names, place = torch.unique(self._cameras, return_inverse=True)
+        counts = torch.bincount(place[gallery.directed], minlength=len(names))
         # Members of each camera that has lists, by the camera's number.
         self._members = {
-            int(name): torch.nonzero(self._cameras == name).flatten()
+            int(name): gallery.directed[self._cameras[gallery.directed] == name]
             for name, count in zip(names, counts, strict=True)
             if int(count) >= MIN_IMAGES
         }
@@ -148,7 +159,7 @@ class Guard:
             m, among = self._reach(members)
             indices, similarities = self._gallery.nearest(m + 1, among, keep=keep)
             for of_length, k in zip(lists, lengths, strict=True):
-                of_length[camera] = _Lists(indices, similarities, min(k, m // 2), m, None)
+                of_length[camera] = _Lists(indices, similarities, min(k, m // 2), m, self._gallery.directed)
         return [_Trial(k, of_length, self._cameras) for k, of_length in zip(lengths, lists, strict=True)]
 
     def _reach(self, members: Tensor) -> tuple[int, Tensor | None]:

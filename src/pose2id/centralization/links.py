@@ -103,13 +103,15 @@ def link_map(
         max_memory: as in `link_weights`; (D, D) float64 matrices come on top.
 
     Returns:
-        (D, D) symmetric float64, for features @ M, normalised again; the unit matrix where the links weigh less than 1
-        in all. In the container and on the device of `features`.
+        (D, D) symmetric, for features @ M, normalised again; the unit matrix where the links weigh less than 1 in all.
+        In the container and on the device of `features`, float64 for float64 features, else float32.
     """
     checked_memory(max_memory)
     rows = Rows(features, "features", normalize=True)
     cameras = camera_numbers({"camids": (camids, rows.n)})[0].to(rows.device)
     found = map_of(Compared(rows, None, backend, max_memory), None if camids is None else cameras)
+    if not str(features.dtype).endswith("float64"):
+        found = found.float()
     return as_container(found, features)  # type: ignore[return-value]
 
 
@@ -166,19 +168,21 @@ class Searched:
         self._shared = large.sum()
         self._numbers = torch.where(large, large.cumsum(0) - 1, self._shared)
         self.lists = self.listed(cameras)
-        self.sizes = torch.bincount(self.lists, minlength=int(large.sum()) + 1)
-        self.members = torch.argsort(self.lists, stable=True).split(self.sizes.tolist())
-        self.length = min(_OVERALL, compared.rows.n - 2) + 1
+        # Without zero rows, which are at one distance from all others.
+        listed = self.lists[compared.directed]
+        self.sizes = torch.bincount(listed, minlength=int(large.sum()) + 1)
+        self.members = compared.directed[torch.argsort(listed, stable=True)].split(self.sizes.tolist())
+        self.length = min(_OVERALL, len(listed) - 2) + 1
         if self.length > 1:
             (self.indices, self.similarities), self.tables = self.nearest(None)
 
     def nearest(self, rows: Rows | None) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
         """The nearest of all searched rows, to these or to those of another set; of few lists, also those of each."""
         if len(self.members) > FEW_LISTS:
-            everybody = (
-                self.compared.nearest(self.length) if rows is None else self.compared.nearest_to(rows, self.length)
-            )
-            return everybody, []
+            every = self.compared.directed
+            if rows is None:
+                return self.compared.nearest(self.length, every), []
+            return self.compared.nearest_to(rows, self.length, every), []
         length = max(self.length, _NEAREST + 1)
         if rows is None:
             tables = [self.compared.nearest(length, members) for members in self.members]

@@ -22,7 +22,9 @@ def add_commands(commands: Any) -> None:
     evaluate = feature_command(commands, "evaluate", "mAP, Rank-k, mINP and ID² of a feature file", _evaluate)
     evaluate.add_argument("features", metavar="FEATS", help="feature file with identity labels")
     evaluate.add_argument("--nfc", action="store_true", help="also with the published NFC")
-    evaluate.add_argument("--rerank", action="store_true", help="also re-ranked: published (20, 6, 0.3), and safe")
+    evaluate.add_argument(
+        "--rerank", action="store_true", help="also re-ranked: published (20, 6, 0.3), and as Centralizer.rerank does"
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON (fractions) instead of a table (percent)")
 
 

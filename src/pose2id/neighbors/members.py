@@ -39,6 +39,7 @@ class Compared:
         self._backend, self._max_memory = backend, max_memory
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         self._all = torch.arange(rows.n, device=rows.device)
+        self.directed = self._all[rows.directions > 0]  # rows that are not zero, ascending
 
     def nearest(
         self, k: int, members: Tensor | None = None, asking: Tensor | None = None, *, keep: int = 0
@@ -96,7 +97,7 @@ class Compared:
         for block, distances, _ in mean_distances(queries, self.rows, visibility, self._visibility, *memory):
             indices[block] = nearest_columns(distances, count)
             # Rows that share no part are as far as any can be. Products round the two sides of a pair differently; in
-            # float32 they are one number.
+            # float32 they are one number, but for about one pair in 10^8.
             squares = distances.gather(1, indices[block]).clamp(max=2).square().float()
             similarities[block] = 1 - squares.double() / 2
         return indices, similarities

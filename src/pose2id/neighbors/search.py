@@ -188,7 +188,7 @@ def search_members(
     Args:
         rows: checked rows.
         members: ascending indices of the rows that may be neighbours.
-        asking: (B,) indices of the rows that ask, B at least 1.
+        asking: (B,) ascending indices of the rows that ask, B at least 1.
         k: number of neighbours, from 1 to the number of members.
         backend: as in `nearest_neighbors`.
         max_memory: likewise.
@@ -196,6 +196,7 @@ def search_members(
     n = min(len(members) + len(asking), rows.n)
     lists, copies = n * (_ROW_BYTES + _NEIGHBOR_BYTES * k), (6 + rows.dtype.itemsize) * n * (rows.dim + 6)
     memory = plan_memory(rows, k, max_memory, lists=lists, copies=copies)
+    _check_room(memory, backend, max_memory)
     with full_precision(rows.device):
         kept = members[distinct(ChosenRows(rows, members), k, memory.block_bytes)[0]]
         position = torch.full((rows.n,), -1, dtype=torch.int64, device=rows.device)
@@ -222,8 +223,7 @@ def _search(
     everything = rows if queries is None else JoinedRows(rows, queries)
     lists, copies = everything.n * (_ROW_BYTES + _NEIGHBOR_BYTES * k), 6 * everything.n * (rows.dim + 6)
     memory = plan_memory(everything, k, max_memory, lists=lists, copies=copies)
-    if backend == "faiss" and not memory.copies:
-        raise ValueError(f"max_memory={max_memory} has no room for the copy that backend='faiss' needs. Take 'torch'.")
+    _check_room(memory, backend, max_memory)
     if k < 1:
         empty = torch.empty((rows.n, 0), dtype=torch.int64, device=rows.device)
         return empty, empty.double
@@ -325,6 +325,11 @@ def plan_memory(rows: RowSource, k: int, max_memory: int | Memory | None, *, lis
     if room - copies >= least:
         return Memory(min((room - copies) // 4, BLOCK_BYTES), copies=True)
     return Memory(min(room // 3, 8 * BLOCK_BYTES), copies=False)
+
+
+def _check_room(memory: Memory, backend: Any, max_memory: int | Memory | None) -> None:
+    if backend == "faiss" and not memory.copies:
+        raise ValueError(f"max_memory={max_memory} has no room for the copy that backend='faiss' needs. Take 'torch'.")
 
 
 def _engines(space: Space, k: int, backend: str) -> Sequence[EngineMaker]:

@@ -224,7 +224,7 @@ class Uncentred(Space):
     def wrong(self, rows: Tensor, distances: Tensor) -> Tensor:
         """As `Centred.wrong`: normalised rows were rounded, then differences, squares and their sums."""
         norms = self.norms.max() + torch.linalg.vector_norm(self._mean) / self.scale
-        return FLOAT32_ROUNDING * (2.2 * norms + 8 * distances)
+        return FLOAT32_ROUNDING * (2.2 * norms + (4 + math.log2(self.dim) / 2) * distances)
 
     def _read_plain(self, positions: Tensor) -> Tensor:
         return self._rows.read(self._kept[positions]) if self._plain is None else self._plain.index_select(0, positions)

@@ -150,7 +150,7 @@ def evaluate_rank(
         Fractions in an `EvaluationResult`.
     """
     if isinstance(distmat, tuple):
-        raise TypeError("distmat must be a whole matrix, got a tuple. Call k_reciprocal without topk.")
+        raise TypeError("distmat must be a whole matrix, got a tuple. Re-rank without topk.")
     matrix = checked_distances(distmat, "distmat")
     labels = RankingProtocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
 

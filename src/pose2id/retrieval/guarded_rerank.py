@@ -40,7 +40,7 @@ def reranked(
     of_query, of_gallery, _ = known_cameras(query, gallery, *camids, None)
     cameras = torch.cat([of_query, of_gallery])
     known = int((torch.unique(cameras) != -1).sum())
-    if known > 1:
+    if known > 1 and 2 * int((cameras != -1).sum()) >= len(cameras):  # unknown ones would be taken for one camera
         rows = joined_features(query, gallery, of_query, of_gallery, known, backend, max_memory)
         everything = rows.read(slice(None))
         found: Any = k_reciprocal(
@@ -57,8 +57,8 @@ def reranked(
     if force or guard.evidence.gate > 0:
         options: dict[str, Any] = {"normalize": False, "topk": count, "backend": backend, "max_memory": max_memory}
         found = k_reciprocal(query.read(slice(None)), gallery.read(slice(None)), _K1, _K2, **options)
-        return found, f"k-reciprocal, k1 {_K1}, k2 {_K2}, no cameras. {guard.evidence}"
-    return _plain(query, gallery, count), f"plain distances, no cameras. {guard.evidence}"
+        return found, f"k-reciprocal, k1 {_K1}, k2 {_K2}, no cameras. {guard.evidence.numbers}"
+    return _plain(query, gallery, count), f"plain distances, no cameras. {guard.evidence.numbers}"
 
 
 def joined_features(
