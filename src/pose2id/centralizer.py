@@ -312,7 +312,7 @@ class Centralizer:
         Args:
             query_feats: (Q, D) floating features, numpy array or torch tensor. Not modified.
             gallery_feats: (G, D) features of the same model, on the same device.
-            query_camids: (Q,) cameras, as in `enhance`.
+            query_camids: (Q,) cameras, as in `enhance`; without cameras where fewer than half of all images have one.
             gallery_camids: (G,) cameras.
             topk: how many of the nearest gallery images to return for each query; None: distances to all of them.
             force: re-rank without cameras whatever the evidence.

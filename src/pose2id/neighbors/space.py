@@ -180,7 +180,9 @@ class Space(Centred):
 
     def _pairs(self, n: int) -> Iterator[slice]:
         """Blocks of pairs of float32 rows."""
-        block_bytes = self.block_bytes if self.device.type == "cuda" else min(self.block_bytes, _CACHE_BYTES)
+        block_bytes = self.block_bytes
+        if self.device.type != "cuda":
+            block_bytes = min(block_bytes, _CACHE_BYTES * torch.get_num_threads())  # starting threads takes long
         return blocks(n, block_bytes // (24 * self.dim))
 
     def wrong(self, rows: Tensor, distances: Tensor) -> Tensor:
