@@ -371,7 +371,7 @@ def kept(path: Path, names: list[str], make: Callable[[], NDArray[np.float32]]) 
 def compared(name: str, features: FeatureFile, **options: Any) -> list[Row]:
     """Rows of `pose2id.report.compare` that are the paper's, under a name."""
     rows = compare(features, **options)
-    return [replace(row, name=f"{name}: {row.name}") for row in rows if not re.search("auto|safe", row.name)]
+    return [replace(row, name=f"{name}: {row.name}") for row in rows if not re.search("auto|rerank", row.name)]
 
 
 def chosen_size(args: argparse.Namespace) -> Size:
