@@ -157,3 +157,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def real_sides(name, model):
+    """Query, gallery, then identities and cameras of both, of a set of ../shared/data."""
+    path = SHARED / "data" / f"{name}.npz"
+    if not path.is_file():
+        pytest.skip("needs ../shared/data")
+    data = np.load(path)
+    query = data["is_query"].astype(bool)
+    x = data[f"feat_{model}"].astype(np.float32)
+    return x[query], x[~query], *(data[key][mask] for key in ("pids", "camids") for mask in (query, ~query))

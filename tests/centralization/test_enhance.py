@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, real_sides
 
 import pose2id
 from pose2id import CameraModel, Centralizer, centre_cameras, evaluate, evaluate_rank, evidence, link_map, link_weights
@@ -100,14 +100,7 @@ def test_against_the_literal_references(case, copies, rng, references):
 
 @pytest.mark.parametrize(("name", "model"), TABLE)
 def test_the_table_on_real_features(name, model):
-    path = SHARED / "data" / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip("needs ../shared/data")
-    data = np.load(path)
-    query = data["is_query"].astype(bool)
-    x = data[f"feat_{model}"].astype(np.float32)
-    q, g = x[query], x[~query]
-    labels = [data[key][mask] for key in ("pids", "camids") for mask in (query, ~query)]
+    q, g, *labels = real_sides(name, model)
     cameras = {"query_camids": labels[2], "gallery_camids": labels[3]}
     found = [
         evaluate(*Centralizer().enhance(q, g), *labels),

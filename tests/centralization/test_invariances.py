@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import real_sides
 from test_enhance import people, unit
-from test_no_harm import SETS, read
+from test_no_harm import SETS
 
 from pose2id import CameraModel, Centralizer, evaluate, evidence, link_map, link_weights
 from pose2id.io.rows import Rows
@@ -244,7 +245,7 @@ def test_wrong_cameras_in_re_ranking(rng):
 @pytest.mark.parametrize(("name", "model"), [SETS[0], SETS[2], SETS[8]])
 def test_wrong_cameras_on_real_features(name, model, rng):
     """docs/does-it-help.md has the figures; here, that they stay above those of no centralization."""
-    q, g, *labels = read(name, model)
+    q, g, *labels = real_sides(name, model)
     before = evaluate(q, g, *labels)
     for share in (0.2, 1.0):
         after = evaluate(*enhanced("auto", q, g, *(confused(rng, side, share) for side in labels[2:])), *labels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import real_sides
 
 from pose2id import Centralizer, evaluate, evaluate_rank, evidence
 from pose2id.io.rows import Rows
@@ -26,17 +26,6 @@ SETS = [
 ]
 
 
-def read(name, model):
-    """Query, gallery, then identities and cameras of both."""
-    path = SHARED / "data" / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip("needs ../shared/data")
-    data = np.load(path)
-    query = data["is_query"].astype(bool)
-    x = data[f"feat_{model}"].astype(np.float32)
-    return x[query], x[~query], *(data[key][mask] for key in ("pids", "camids") for mask in (query, ~query))
-
-
 def check_unchanged(q, g):
     found = Centralizer().enhance(q, g)
     for x, before in zip(found, (q, g), strict=True):
@@ -49,7 +38,7 @@ def check_unchanged(q, g):
 
 @pytest.mark.parametrize(("name", "model"), SETS)
 def test_real_people_who_appear_once(name, model, stress):
-    q, g, _, pids, *_ = read(name, model)
+    q, g, _, pids, *_ = real_sides(name, model)
     for seed in range(20 if stress else 3):
         order = np.random.default_rng(seed).permutation(len(g))
         once = np.sort(order[np.unique(pids[order], return_index=True)[1]])
@@ -103,7 +92,7 @@ def test_drawn_people_who_appear_once(kind, n, dim, dtype, stress):
     ],
 )
 def test_whole_sets(name, model):
-    q, g, *labels = read(name, model)
+    q, g, *labels = real_sides(name, model)
     cameras = {"query_camids": labels[2], "gallery_camids": labels[3]}
     before = evaluate(q, g, *labels)
     slack = max(0.017, 1 / before.num_valid_queries) + 1e-9
