@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pose2id.io.rows import blocks
 from pose2id.neighbors.engines import Blocks, Engine, EngineMaker, Products, Scores, UnusableError
@@ -130,7 +131,7 @@ def _ranked(
     """The k nearest (B, k) of `rows` in exact order, their `space.near`, and which (B,) of these lists are certain.
 
     Candidates (B, m) that may be among them are scored. A list is certain if nothing but candidates can be as near as
-    its last member. Where two of its distances are too close to tell their order, they are scored exactly.
+    its last member. Those whose distances are too close to tell their order are scored exactly.
     """
     result = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
     near = torch.empty((len(rows), k), dtype=torch.float64, device=rows.device)
@@ -148,17 +149,27 @@ def _ranked(
         others = others.gather(1, order)
         wrong = space.wrong(own, distances[:, k - 1])
         certain[part] = (floor > distances[:, k - 1] + wrong) | floor.isinf()
-        tied = (distances[:, : k + 1].diff(dim=1) <= 3 * wrong[:, None]).any(1) & certain[part]
-        tied = torch.nonzero(tied).flatten()
-        for piece in blocks(len(tied), space.block_bytes // (64 * width)):
-            again = tied[piece]
-            row, column = torch.nonzero(distances[again].isfinite(), as_tuple=True)
-            best = _ExactBest(len(again), k, rows.device)
-            best.add(row, others[again[row], column], space.exact(own[again[row]], others[again[row], column]))
-            found = torch.where(distances[again, :k].isinf(), -1, best.positions)
-            others[again, :k], distances[again, :k] = found, _near(space, own[again], found)
+        _order_ties(space, own, others, distances, 3 * wrong, certain[part])
         result[part], near[part] = torch.where(distances[:, :k].isinf(), -1, others[:, :k]), distances[:, :k]
     return result, near, certain
+
+
+def _order_ties(
+    space: Centred, rows: Tensor, positions: Tensor, distances: Tensor, close: Tensor, certain: Tensor
+) -> None:
+    """Put candidates (B, m) and their distances, ascending but for rounding, in exact order, in lists that are certain.
+
+    Candidates that follow each other at distances of at most `close` (B,) are a group; each keeps its places.
+    """
+    tied = (distances.diff(dim=1) <= close[:, None]) & distances[:, 1:].isfinite() & certain[:, None]
+    group = pad(~tied, (1, 0)).cumsum(1)
+    row, column = torch.nonzero(pad(tied, (1, 0)) | pad(tied, (0, 1)), as_tuple=True)
+    found = positions[row, column]
+    exact = space.exact(rows[row], found)
+    order = torch.argsort(found, stable=True)
+    for key in (exact, row * (group.shape[1] + 1) + group[row, column]):
+        order = order[torch.argsort(key[order], stable=True)]
+    positions[row, column], distances[row, column] = found[order], distances[row, column][order]
 
 
 def _settled_nearby(space: Space, products: Blocks, nearest: Tensor, left: Tensor, k: int) -> Tensor:
