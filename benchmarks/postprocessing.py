@@ -1,7 +1,7 @@
 """Speed and memory of `Centralizer.enhance` and `rerank` beside nfc and k-reciprocal re-ranking, in one run.
 
     python benchmarks/postprocessing.py                       # cuhk03 and market1501, about 15 minutes on 2 cores
-    python benchmarks/postprocessing.py pairs many            # 500 cameras of 2 images, 5,000 cameras of 4
+    python benchmarks/postprocessing.py pairs many city       # cameras of 2, 4 and 200 images: 500, 5,000 and 100
     python benchmarks/postprocessing.py msmt17 --runs 1       # hours
     python benchmarks/postprocessing.py market1501.npz        # features of your own, a file with cameras
 
@@ -31,6 +31,7 @@ SIZES = {  # queries, gallery, columns, cameras, images of a person
     "cuhk03": (1686, 6491, 512, 2, 10),
     "market1501": (3368, 15_913, 768, 6, 20),
     "msmt17": (11_659, 82_161, 768, 15, 30),
+    "city": (3368, 20_000, 512, 100, 10),
     "pairs": (200, 1000, 512, 500, 5),
     "many": (3368, 20_000, 512, 5000, 10),
 }

@@ -162,3 +162,18 @@ def test_cuda_equals_cpu(levels, rng):
     found = Compared(Rows(x.cuda(), "x", normalize=True)).nearest(7, members.cuda(), asking.cuda())
     assert found[0].is_cuda
     check(found, [values.numpy() for values in here])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_few_members_by_products(dtype, rng, monkeypatch):
+    monkeypatch.setattr("pose2id.neighbors.members.BLOCK_BYTES", 1 << 16)  # several blocks
+    x, q = rng.normal(size=(2, 150, 24))
+    members = chosen(rng, 150, 0.3)
+    searched, queries = compared(x, dtype), Rows(torch.from_numpy(q).to(dtype), "q", normalize=True)
+    k, among, atol = (
+        len(members) // 4,
+        torch.from_numpy(members),
+        1e-6 if dtype == torch.float32 else 1e-12,
+    )
+    check(searched.nearest_of_few(k, among), searched.nearest(k, among), atol)
+    check(searched.nearest_of_few(k, among, queries), searched.nearest_to(queries, k, among), atol)

@@ -64,7 +64,7 @@ class Enhancement:
             return guarded, f"guarded, {known}, {_strength(guard)}. {guard.evidence.numbers}"
         query, gallery = self._centred()
         compared = self._compared(gallery)
-        guard = Guard(compared, self._of_gallery)
+        guard = Guard(compared, self._of_gallery, keep=method == "auto")
         if method == "auto" and guard.evidence.gate >= _OPEN:
             said = f"cameras: {self._cameras()}, {_strength(guard)}. {guard.evidence.numbers}"
             del guard  # and its lists

@@ -9,7 +9,7 @@ than these, features stay as they are. A method of this library, not of the pape
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ _STRANGERS = 1.2  # safety on the expected share of strangers
 _GALLERY, _QUERY = 0.8, 1.6  # weights of neighbours
 _KEPT = 21  # neighbours in a camera that links look at after the test
 MIN_IMAGES = 16  # of a camera with lists of its own
+_FEW_IMAGES = 1024  # of many cameras with at most so many, all images are compared: a search is slower
+Found = tuple[Tensor, Tensor, Tensor, Tensor]  # row, column, rank and u of links
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def evidence(
         camids: (N,) cameras: integers, whole floats or strings; images of unknown ones (-1 or None) count as those of
             one more camera. Whole features only.
         backend: as in `pose2id.nearest_neighbors`.
-        max_memory: as in `pose2id.nearest_neighbors`, for each search; lists of 51 neighbours in each camera come on
-            top, about 600 bytes a row and camera.
+        max_memory: as in `pose2id.nearest_neighbors`, for each search; lists of 51 neighbours come on top, about 2 kB a
+            row, and what is kept of them, about 0.6 kB a row and camera.
 
     Returns:
         The `Evidence`; `str()` says what it means.
@@ -102,22 +104,39 @@ def evidence(
 
 
 class _Lists:
-    """The nearest of rows within one camera, to rank 2k, and the strangers' scale, from the ranks k + 1 to m.
+    """What rows see in one camera: their nearest images, and how strangers are spaced further down.
 
-    `of_median`: the rows whose scales the median is of, or the median itself.
+    Squared distances are float32, precise enough for x, and one number from both sides of a pair.
+
+    Args:
+        indices, similarities: (B, m + 1) of the nearest.
+        lengths: (L,) K of each trial, already cut to what the camera has.
     """
 
-    def __init__(self, indices: Tensor, similarities: Tensor, k: int, m: int, of_median: Tensor) -> None:
-        x = -torch.log((1 - similarities).clamp(min=_LEAST_GAP))
-        ranks = torch.arange(k + 1, m + 1, device=x.device)
-        scale = (ranks * (x[:, k:m] - x[:, k + 1 : m + 1])).mean(1)
-        ordered = (scale[of_median] if of_median.ndim else of_median[None]).sort().values
-        self.median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-        self.scale = ((m - k) * scale + _SHRINK * self.median) / (m - k + _SHRINK)
-        self.k, self.x, self.level = k, x[:, :k].clone(), x[:, k].clone()
-        self.indices = indices[:, :k].clone()
-        self.deep, self.deep_similarities = indices[:, k : 2 * k - 1].clone(), similarities[:, k : 2 * k - 1].clone()
-        self.last = similarities[:, 2 * k - 1].clone()
+    def __init__(self, indices: Tensor, similarities: Tensor, lengths: Sequence[int]) -> None:
+        m, deepest = indices.shape[1] - 1, 2 * max(lengths)
+        self.lengths, self._m = lengths, m
+        self.indices = indices[:, :deepest].int()
+        self.squares = (2 - 2 * similarities[:, :deepest]).float()
+        x = nearness(2 - 2 * similarities)
+        ranks = torch.arange(1, m + 1, device=x.device)
+        spacings = ranks * (x[:, :m] - x[:, 1:])
+        self._own = torch.stack([spacings[:, k:].mean(1) for k in lengths])
+
+    def medians(self, rows: Tensor) -> Tensor:
+        """(L,) median scales of some rows."""
+        ordered = self._own[:, rows].sort(dim=1).values
+        return (ordered[:, (len(rows) - 1) // 2] + ordered[:, len(rows) // 2]) / 2
+
+    def scales(self, medians: Tensor) -> Tensor:
+        """(L, B) scales of strangers, shrunk to a median."""
+        counts = self._m - torch.tensor(self.lengths, device=medians.device)[:, None]
+        return (counts * self._own + _SHRINK * medians[:, None]) / (counts + _SHRINK)
+
+
+def nearness(squares: Tensor) -> Tensor:
+    """Float64 x = -log(1 - cos) of squared distances."""
+    return -torch.log((squares.double() / 2).clamp(min=_LEAST_GAP))
 
 
 class Guard:
@@ -126,10 +145,11 @@ class Guard:
     Args:
         gallery: rows to compare, L2-normalised.
         cameras: (n,) int64 camera of each row; None: all images are compared with all.
+        keep: whether the gallery's lists of neighbours are asked for again, for links.
     """
 
-    def __init__(self, gallery: Compared, cameras: Tensor | None = None) -> None:
-        self._gallery, self._rows = gallery, gallery.rows
+    def __init__(self, gallery: Compared, cameras: Tensor | None = None, *, keep: bool = False) -> None:
+        self._gallery, self._rows, self._keep = gallery, gallery.rows, keep
         n, device = self._rows.n, self._rows.device
         self._cameras = torch.zeros(n, dtype=torch.int64, device=device) if cameras is None else cameras
         # A zero row is nobody's neighbour: it is at one distance from all others.
@@ -141,108 +161,174 @@ class Guard:
             for name, count in zip(names, counts, strict=True)
             if int(count) >= MIN_IMAGES
         }
-        tried = self._tried(_LENGTHS if len(names) == 1 else _LENGTHS[:2])
-        if not tried:
+        if not self._members:
             self.evidence = Evidence(0, 0.0, 0.0, 0.0, 0)
             return
+        self._lengths = _LENGTHS if len(names) == 1 else _LENGTHS[:2]
+        self._table = self._searched()
+        places = self._table.places(self._cameras)
+        tried = [
+            _Trial(length, at, self._table, places)
+            for at, length in enumerate(self._lengths)
+            if not at or self._table.ks[at].ne(self._table.ks[at - 1]).any()  # else it is the same again
+        ]
         most = max(trial.count for trial in tried)
         self._found = next(trial for trial in tried if trial.count >= _ENOUGH * most)
         self.evidence = self._found.evidence
 
-    def _tried(self, lengths: Sequence[int]) -> list[_Trial]:
-        """Links and evidence for each length of lists."""
-        if not self._members:
-            return []
-        lists: list[dict[int, _Lists]] = [{} for _ in lengths]
-        keep = _KEPT if len(self._members) < FEW_LISTS else 0  # beside the list of small cameras
-        for camera, members in self._members.items():
-            m, among = self._reach(members)
-            indices, similarities = self._gallery.nearest(m + 1, among, keep=keep)
-            for of_length, k in zip(lists, lengths, strict=True):
-                of_length[camera] = _Lists(indices, similarities, min(k, m // 2), m, self._gallery.directed)
-        return [_Trial(k, of_length, self._cameras) for k, of_length in zip(lengths, lists, strict=True)]
+    def _searched(self) -> _Table:
+        """The gallery's own lists in each camera."""
+        cameras = torch.tensor(list(self._members), device=self._rows.device)
+        table = _Table(cameras, self._rows.n, list(map(self._cut, self._members.values())))
+        for own, members in enumerate(self._members.values()):
+            keep = _KEPT if self._keep and len(cameras) < FEW_LISTS else 0  # beside the list of small cameras
+            lists = _Lists(*self._nearest(None, members, keep=keep), self._cut(members))
+            table.fill(own, lists, lists.medians(self._gallery.directed))
+        return table
 
-    def _reach(self, members: Tensor) -> tuple[int, Tensor | None]:
-        """How many ranks of a camera are looked at, and its members, None for everybody."""
-        return min(_DEEPEST, len(members) // _DIVISOR), None if len(members) == self._rows.n else members
+    def _cut(self, members: Tensor) -> list[int]:
+        """K of each trial in a camera: half of the ranks that are looked at, at most."""
+        return [min(k, self._deepest(members) // 2) for k in self._lengths]
+
+    def _deepest(self, members: Tensor) -> int:
+        return min(_DEEPEST, len(members) // _DIVISOR)
+
+    def _nearest(
+        self, queries: Rows | None, members: Tensor, visibility: Tensor | None = None, keep: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The nearest members of all rows, or of queries."""
+        count = self._deepest(members) + 1
+        if len(self._members) >= FEW_LISTS and len(members) <= _FEW_IMAGES:
+            return self._gallery.nearest_of_few(count, members, queries)
+        among = None if len(members) == self._rows.n else members
+        if queries is None:
+            return self._gallery.nearest(count, among, keep=keep)
+        return self._gallery.nearest_to(queries, count, among, visibility)
 
     def gallery_links(self) -> Links:
         """Links of the gallery's rows to each other, with the weights of their sums."""
-        found = self._found
-        weight = self.evidence.gate * found.confidence(found.u)
+        row, column, rank, weight = self._weighed(self._found.links())
         # The expected number of images of the same person in the gallery.
         self._people = torch.ones(self._rows.n, dtype=torch.float64, device=self._rows.device)
-        self._people.index_add_(0, found.row, weight)
-        links = Links(found.row, found.column, _GALLERY * weight / found.rank.double().sqrt())
-        return links.chosen(links.weight > 0)
+        self._people.index_add_(0, row, weight)
+        return Links(row, column, _GALLERY * weight / rank.double().sqrt())
 
     def query_links(self, queries: Rows, cameras: Tensor | None, visibility: Tensor | None = None) -> Links:
         """Links of queries to the gallery's rows, after `gallery_links`; each query by itself."""
         if cameras is None:
             cameras = torch.zeros(queries.n, dtype=torch.int64, device=queries.device)
-        found, results = self._found, []
-        places = found.places(cameras)
-        for own, (camera, members) in enumerate(self._members.items()):
-            m, among = self._reach(members)
-            indices, similarities = self._gallery.nearest_to(queries, m + 1, among, visibility)
-            of_gallery = found.lists[camera]
-            lists = _Lists(indices, similarities, of_gallery.k, m, of_gallery.median)
-            results.append(found.two_sided(lists, places, own))
-        row, column, rank, u = (torch.cat(values) for values in zip(*results, strict=True))
+        row, column, rank, weight = self._weighed(self._found_by(queries, cameras, visibility))
         # A person counts once, however many images there are.
-        weight = self.evidence.gate * found.confidence(u) / self._people[column]
-        links = Links(row, column, _QUERY * weight / rank.double().sqrt())
-        return links.chosen(links.weight > 0)
+        return Links(row, column, _QUERY * weight / (self._people[column] * rank.double().sqrt()))
+
+    def _found_by(self, queries: Rows, cameras: Tensor, visibility: Tensor | None) -> Iterator[Found]:
+        table, at = self._table, self._found.at
+        places = table.places(cameras)
+        for own, members in enumerate(self._members.values()):
+            lists = _Lists(*self._nearest(queries, members, visibility), self._cut(members))
+            scale = lists.scales(table.medians[:, own])[at]
+            yield table.two_sided(at, own, lists.indices, lists.squares, scale, places)
+
+    def _weighed(self, found: Iterable[Found]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Row, column, rank and weight of links, camera by camera, that weigh anything."""
+        results = []
+        for row, column, rank, u in found:
+            weight = self.evidence.gate * self._found.confidence(u)
+            results.append([values[weight > 0] for values in (row, column, rank, weight)])
+        row, column, rank, weight = (torch.cat(values) for values in zip(*results, strict=True))
+        return row, column, rank, weight
+
+
+class _Table:
+    """What the gallery's rows see in each of C cameras: for L trials, to rank 2K of the longest.
+
+    Attributes:
+        ks: (L, C) K of each trial and camera.
+        indices, squares: (C, n, 2K) int32 and float32.
+        scales, medians: (L, C, n) and (L, C) float64.
+    """
+
+    def __init__(self, cameras: Tensor, n: int, ks: list[list[int]]) -> None:
+        self._cameras, self.n, device = cameras, n, cameras.device
+        self.ks = torch.tensor(ks, device=device).T
+        shape = (len(cameras), n, 2 * int(self.ks.max()))
+        self.indices = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.squares = torch.full(shape, torch.inf, dtype=torch.float32, device=device)
+        self.scales = torch.empty((*self.ks.shape, n), dtype=torch.float64, device=device)
+        self.medians = torch.empty(self.ks.shape, dtype=torch.float64, device=device)
+
+    def fill(self, own: int, lists: _Lists, medians: Tensor) -> None:
+        """Take in the lists in one camera, by place."""
+        width = lists.indices.shape[1]
+        self.indices[own, :, :width], self.squares[own, :, :width] = lists.indices, lists.squares
+        self.medians[:, own], self.scales[:, own] = medians, lists.scales(medians)
+
+    def places(self, cameras: Tensor) -> Tensor:
+        """Which lists (by place) neighbours look at, for rows in `cameras`; -1 where the camera has none."""
+        at = torch.searchsorted(self._cameras, cameras).clamp(max=len(self._cameras) - 1)
+        return torch.where(self._cameras[at] == cameras, at, -1)
+
+    def two_sided(self, at: int, own: int, indices: Tensor, squares: Tensor, scale: Tensor, places: Tensor) -> Found:
+        """Links of rows to neighbours in one camera that are nearer than the level of both sides.
+
+        A neighbour looks at the lists at the row's place, or at those of its own camera where that has none.
+
+        Args:
+            at: the trial.
+            own: the camera's place.
+            indices: (B, 2K) the nearest that the rows see there.
+            squares: (B, 2K) their squared distances.
+            scale: (B,) of strangers.
+            places: (B,) of the rows.
+
+        Returns:
+            Row, column, rank from 1, and u = -log p, p the larger of both sides.
+        """
+        k = int(self.ks[at, own])
+        x, near = nearness(squares[:, : k + 1]), indices[:, :k].long()
+        back = torch.where(places < 0, own, places)[:, None]
+        of_back = self.ks[at, back]
+        level = nearness(self.squares[back, near, of_back])
+        ahead = (x[:, :k] - x[:, k:]) / scale[:, None]
+        behind = (x[:, :k] - level) / self.scales[at, back, near]
+        row, rank = torch.nonzero((ahead > 0) & (behind > 0), as_tuple=True)
+        u = torch.minimum(ahead - math.log(k), behind - of_back.double().log())[row, rank]
+        return row, near[row, rank], rank + 1, u
+
+    def agreeing(self, at: int, own: int, places: Tensor) -> tuple[int, int]:
+        """How many neighbours from rank K + 1 to 2K - 1 have the row as near as that; and how many there are."""
+        k = int(self.ks[at, own])
+        squares, deep = self.squares[own, :, k : 2 * k - 1], self.indices[own, :, k : 2 * k - 1].long()
+        back = torch.where(places < 0, own, places)[:, None]
+        last = self.squares[back, deep, 2 * self.ks[at, back] - 1]
+        return int((squares <= last).sum()), deep.numel()
 
 
 class _Trial:
     """Links of a gallery for one length of lists, and what they say."""
 
-    def __init__(self, longest: int, lists: dict[int, _Lists], cameras: Tensor) -> None:
-        self.longest, self.lists = longest, lists
-        self._numbers = torch.tensor(list(lists), device=cameras.device)
-        self._level, self._scale, self._last = (
-            torch.stack([getattr(of_camera, name) for of_camera in lists.values()])
-            for name in ("level", "scale", "last")
+    def __init__(self, longest: int, at: int, table: _Table, places: Tensor) -> None:
+        self.at, self._table, self._places = at, table, places
+        self._sorted = torch.cat([u for *_, u in self.links()]).sort().values
+        agreeing, deep = map(
+            sum, zip(*(table.agreeing(at, own, places) for own in range(len(table.indices))), strict=True)
         )
-        logs = [math.log(of_camera.k) for of_camera in lists.values()]
-        self._logs = torch.tensor(logs, dtype=torch.float64, device=cameras.device)
-        places, found, agreeing, deep = self.places(cameras), [], 0, 0
-        for own, of_camera in enumerate(lists.values()):
-            found.append(self.two_sided(of_camera, places, own))
-            back = torch.where(places < 0, own, places)[:, None]
-            agreeing += int((of_camera.deep_similarities >= self._last[back, of_camera.deep]).sum())
-            deep += of_camera.deep.numel()
-        self.row, self.column, self.rank, self.u = (torch.cat(values) for values in zip(*found, strict=True))
         # How often strangers agree. Never 0: a few links tell no more than that it is rare.
         self._agreement = max(agreeing, 1) / max(deep, 1)
-        self._rows = len(cameras) * len(lists)
-        self._sorted = self.u.sort().values
-        self.count = int((self.u > -math.log(_P)).sum())
+        self._rows = table.n * len(table.indices)
+        self.count = int((self._sorted > -math.log(_P)).sum())
         expected = self._rows * _P * self._agreement
         # Links come in pairs, so that their variance is twice their number.
         lower = (self.count - _SIGMAS * math.sqrt(2 * self.count)) / expected
         self.evidence = Evidence(self.count, expected, lower, min(max(lower - 1, 0.0), 1.0), longest)
 
-    def places(self, cameras: Tensor) -> Tensor:
-        """Which lists (by place) neighbours look at, for rows in `cameras`; -1 where the camera has none."""
-        at = torch.searchsorted(self._numbers, cameras).clamp(max=len(self._numbers) - 1)
-        return torch.where(self._numbers[at] == cameras, at, -1)
-
-    def two_sided(self, lists: _Lists, places: Tensor, own: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Links of rows to neighbours in one camera that are nearer than the level of both sides.
-
-        A neighbour looks at the lists at the row's place, or at those of its own camera where that has none.
-
-        Returns:
-            Row, column, rank from 1, and u = -log p, p the larger of both sides.
-        """
-        back = torch.where(places < 0, own, places)[:, None]
-        ahead = (lists.x - lists.level[:, None]) / lists.scale[:, None]
-        behind = (lists.x - self._level[back, lists.indices]) / self._scale[back, lists.indices]
-        row, at = torch.nonzero((ahead > 0) & (behind > 0), as_tuple=True)
-        u = torch.minimum(ahead - math.log(lists.k), behind - self._logs[back])[row, at]
-        return row, lists.indices[row, at], at + 1, u
+    def links(self) -> Iterator[Found]:
+        """What `_Table.two_sided` finds, camera by camera."""
+        table = self._table
+        for own, (indices, squares, scale) in enumerate(
+            zip(table.indices, table.squares, table.scales[self.at], strict=True)
+        ):
+            yield table.two_sided(self.at, own, indices, squares, scale, self._places)
 
     def confidence(self, u: Tensor) -> Tensor:
         """1 - (strangers expected with p or smaller) / (links seen with p or smaller), at least 0."""

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import JoinedRows, Rows, blocks
-from pose2id.neighbors.distance import nearest_columns
+from pose2id.neighbors.distance import nearest_columns, squared_euclidean
 from pose2id.neighbors.engines import own_entry
 from pose2id.neighbors.search import search_members
 from pose2id.neighbors.visible_parts import mean_distances, query_memory
@@ -70,6 +70,30 @@ class Compared:
             assert visibility is not None
             return _padded(*self._by_parts(queries, visibility, min(k, self.rows.n)), k)
         return self._lists(members, queries, torch.arange(queries.n, device=queries.device) + self.rows.n, k)
+
+    def nearest_of_few(self, k: int, members: Tensor, queries: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """The k nearest of some members, a large share of them, for all whole rows or for queries: as in `nearest`.
+
+        By products in float64, so that copies may come in any order.
+        """
+        rows = self.rows if queries is None else queries
+        others = self.rows.read(members, torch.float64)
+        squares = others.square().sum(1)
+        place = torch.full((self.rows.n,), -1, dtype=torch.int64, device=self.rows.device)
+        place[members] = torch.arange(len(members), device=self.rows.device)
+        indices = torch.empty((rows.n, k), dtype=torch.int64, device=rows.device)
+        similarities = torch.empty((rows.n, k), dtype=torch.float64, device=rows.device)
+        for block in blocks(rows.n, BLOCK_BYTES // (32 * max(len(members), rows.dim))):
+            x = rows.read(block, torch.float64)
+            distances = squared_euclidean(x, others, x.square().sum(1), squares)
+            if queries is None:
+                own = torch.nonzero(place[block] >= 0).flatten()
+                distances[own, place[block][own]] = torch.inf
+            found, at = distances.topk(k, dim=1, largest=False)
+            indices[block] = members[at]
+            directions = rows.directions[block, None] + self.rows.directions[indices[block]]
+            similarities[block] = (directions - found) / (2 * rows.parts)
+        return indices, similarities
 
     def _lists(self, members: Tensor | None, queries: Rows | None, asking: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Lists of members, for rows by index, which are not on their own; queries come after the rows themselves."""
