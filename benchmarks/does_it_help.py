@@ -136,7 +136,7 @@ def forms(data: str, own: list[Path]) -> Iterator[tuple[str, str, Callable[[], l
             if file not in NOT_DERIVED:
                 yield name, kind, partial(draws_of, Path(data) / file, features, kind)
     yield LOOK_ALIKE, WHOLE, lambda: [drawn(groups=40, spread=0.5, noise=0.6, shift=0.3, images=1)]
-    yield STRONG, WHOLE, lambda: [drawn(groups=300, spread=0.5, noise=0.6, shift=0.8, images=4)]
+    yield STRONG, WHOLE, lambda: [drawn(groups=300, spread=0.5, noise=0.6, shift=1.1, images=4)]
 
 
 def drawn(*, groups: int, spread: float, noise: float, shift: float, images: int) -> Form:

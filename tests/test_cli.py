@@ -14,7 +14,7 @@ import reference
 from PIL import Image
 
 import pose2id
-from pose2id import Centralizer, evaluate, evaluate_rank, evidence, id2_score, k_reciprocal, nfc
+from pose2id import Centralizer, centre_cameras, evaluate, evaluate_rank, evidence, id2_score, k_reciprocal, nfc
 from pose2id.cli import main
 from pose2id.demo import demo
 from pose2id.io.feature_files import load_features
@@ -127,6 +127,8 @@ def test_evaluate_prints_what_the_functions_give(path, capsys):
     rows = printed["rows"]
     q, g = content.query_feats, content.gallery_feats
     assert printed["evidence"] == vars(evidence(g))
+    centred = centre_cameras(q, g, *labels[2:])[1]
+    assert printed["evidence_with_cameras"] == vars(evidence(centred, labels[3]))
     new_q, new_g = nfc(q), nfc(g)
     cameras = {"query_camids": labels[2], "gallery_camids": labels[3]}
     results = {
@@ -151,8 +153,9 @@ def test_evaluate_prints_what_the_functions_give(path, capsys):
     assert [row["id2"] is None for row in rows] == [False] * 4 + [True] * 4
 
     assert main(["evaluate", str(path)]) == 0
-    sizes, _, head, *lines, _, sentence = capsys.readouterr().out.splitlines()
+    sizes, _, head, *lines, _, sentence, with_cameras = capsys.readouterr().out.splitlines()
     assert sentence == str(evidence(g))
+    assert with_cameras == f"With cameras: {evidence(centred, labels[3])}"
     assert sizes == "20 queries (20 with a match), 60 gallery images"
     assert head.split() == ["mAP", "Rank-1", "Rank-5", "Rank-10", "mINP", "ID²"]
     assert [re.split(" {2,}", line)[:2] for line in lines] == [
@@ -264,6 +267,7 @@ assert before == ([(logger.level, list(logger.handlers)) for logger in loggers],
     warning, told = found.stderr.splitlines()
     assert warning.startswith("method='nfc' may harm here")  # without the line of code that warns
     assert told.startswith("enhance: nfc, k1 2, k2 2")
+    assert told.endswith("Cameras are not used.")
 
 
 def test_bad_k_and_missing_labels(path, tmp_path, capsys):

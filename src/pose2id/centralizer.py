@@ -214,7 +214,8 @@ class Centralizer:
             gallery_camids: (G,) cameras; without any that is known, methods go without cameras.
             camera_model: means and map of a model (`CameraModel.fit` of the gallery), to treat a live query as the
                 gallery was; in place of those of these sets.
-            camera_statistics: camera means of "both" sets, or of the "gallery" alone: then no query enters anything.
+            camera_statistics: camera means of "both" sets, or of the "gallery" alone: then no query enters anything. A
+                camera_model has its own.
             joint: for "nfc": search neighbours in the union of both sets instead, of which a copy is made; figures are
                 then not comparable with published ones.
             query_visibility: (Q, P) of the parts, booleans or weights, as in `nfc`; what `__call__` and `extract` give
@@ -265,6 +266,8 @@ class Centralizer:
             remedy = "method='auto' keeps strangers apart"
             warnings.warn(f"method='nfc' may harm here. {found.numbers} {remedy}.", stacklevel=2)
         said = found.numbers if found else "Evidence not looked for."
+        if enhancement.has_cameras:
+            said += " Cameras are not used."
         logger.info("enhance: nfc, k1 %d, k2 %d, whatever the evidence. %s", self.k1, self.k2, said)
         if joint:
             given = query_visibility, gallery_visibility

@@ -187,6 +187,22 @@ def test_no_other_array_takes_the_place_of_features(suffix, name, features, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "suffix"),
+    [
+        ("query_camids", "q_camids", ".npz"),
+        ("gallery_pids", "g_pids", ".npz"),
+        ("gallery_camids", "gallery_cam", ".mat"),
+    ],
+)
+def test_labels_by_the_name_of_an_argument(name, right, suffix, features, tmp_path):
+    unlabelled = FeatureFile(features.query_feats, features.gallery_feats, others={name: np.zeros(3)})
+    path = tmp_path / f"f{suffix}"
+    save_features(unlabelled, path)
+    with pytest.raises(ValueError, match=f"must call its labels {right}, got {name}, which would be ignored"):
+        load_features(path)
+
+
 def test_other_members_of_any_name_are_kept(features, tmp_path):
     path = tmp_path / "f.npz"
     np.savez(path, query_feats=features.query_feats, gallery_feats=features.gallery_feats)

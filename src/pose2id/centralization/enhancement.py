@@ -72,6 +72,11 @@ class Enhancement:
         guarded = self._guarded(guard, query, gallery, self._of_query)
         return guarded, f"guarded, {self._cameras()} centred, {_strength(guard)}. {guard.evidence.numbers}"
 
+    @property
+    def has_cameras(self) -> bool:
+        """Whether any camera of the gallery is known."""
+        return self._num_cameras > 0
+
     def evidence(self) -> Evidence:
         """What the gallery says without cameras."""
         return Guard(self._compared(self._gallery)).evidence

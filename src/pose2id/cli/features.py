@@ -47,6 +47,7 @@ def _enhance(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from pose2id.centralization.cameras import centre_cameras  # noqa: PLC0415
     from pose2id.centralization.guard import evidence  # noqa: PLC0415
     from pose2id.centralizer import Centralizer  # noqa: PLC0415
     from pose2id.io.feature_files import load_features  # noqa: PLC0415
@@ -55,10 +56,17 @@ def _evaluate(args: argparse.Namespace) -> None:
     centralizer = Centralizer(method=args.method, k1=args.k1, k2=args.k2)
     content = load_features(args.features)
     rows = compare(content, nfc=args.nfc or centralizer.method == "nfc", rerank=args.rerank, centralizer=centralizer)
-    found = evidence(content.gallery_feats)
+    found = {"evidence": evidence(content.gallery_feats)}
+    cameras = content.q_camids, content.g_camids
+    if cameras[0] is not None and cameras[1] is not None:
+        centred = centre_cameras(content.query_feats, content.gallery_feats, *cameras)[1]
+        found["evidence_with_cameras"] = evidence(centred, cameras[1])
     if args.json:
-        print(json.dumps({"rows": records(rows), "evidence": vars(found)}, indent=2))
+        figures = {name: vars(of_gallery) for name, of_gallery in found.items()}
+        print(json.dumps({"rows": records(rows), **figures}, indent=2))
         return
     valid = rows[0].result.num_valid_queries
     print(f"{len(content.query_feats)} queries ({valid} with a match), {len(content.gallery_feats)} gallery images\n")
-    print(table(rows), found, sep="\n\n")
+    print(table(rows), found["evidence"], sep="\n\n")
+    if "evidence_with_cameras" in found:
+        print(f"With cameras: {found['evidence_with_cameras']}")

@@ -30,6 +30,8 @@ _MAT_KEYS = dict(
     zip(_NPZ_KEYS, ("query_f", "gallery_f", "query_label", "gallery_label", "query_cam", "gallery_cam"), strict=True)
 )
 _KEYS = {".npz": _NPZ_KEYS, ".mat": _MAT_KEYS}
+# Names of arguments, easily taken for those of arrays.
+_MISTAKEN = dict(zip(("query_pids", "gallery_pids", "query_camids", "gallery_camids"), _LABELS, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,9 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a broken file, pickled objects, an array that is missing or there twice, an .npz of
-            more than 1 GiB that is packed to less than a hundredth, or bad content, named.
+        ValueError: another ending, a broken file, pickled objects, an array that is missing or there twice, labels by
+            the name of an argument (query_camids), an .npz of more than 1 GiB that is packed to less than a hundredth,
+            or bad content, named.
     """
     path = Path(path)
     keys = _keys(path)
@@ -81,6 +84,11 @@ def load_features(path: str | os.PathLike[str]) -> FeatureFile:
     missing = [keys[name] for name in ("query_feats", "gallery_feats") if keys[name] not in arrays]
     if missing:
         raise ValueError(f"{path} must hold {' and '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
+    for taken, name in _MISTAKEN.items():
+        if taken in arrays and keys[name] not in arrays:
+            raise ValueError(
+                f"{path} must call its labels {keys[name]}, got {taken}, which would be ignored. Rename it."
+            )
     found: dict[str, Any] = {name: arrays.pop(key, None) for name, key in keys.items()}
     query, gallery = (Rows(found[name], f"{keys[name]} of {path}") for name in ("query_feats", "gallery_feats"))
     checked_pair(query, gallery, keys["query_feats"], keys["gallery_feats"])
