@@ -319,6 +319,18 @@ def wrong_cameras(
             yield f"{method}; {how}", draws, asked
 
 
+def moved_alone(form: Form) -> list[float]:
+    """The most that a value of a query, and of the gallery, moves by "auto" where a query with cameras is alone."""
+    together = Centralizer().enhance(form.q, form.g, query_camids=form.q_cams, gallery_camids=form.g_cams)
+    most = [0.0, 0.0]
+    for query in range(0, len(form.q), -(-len(form.q) // SAMPLED)):
+        one = form.queries([query])
+        alone = Centralizer().enhance(one.q, one.g, query_camids=one.q_cams, gallery_camids=one.g_cams)
+        before = together[0][query], together[1]
+        most = [max(x, float(np.abs(a - b).max())) for x, a, b in zip(most, alone, before, strict=True)]
+    return [round(x, 3) for x in most]
+
+
 def record(name: str, kind: str, draws: list[Form]) -> dict[str, Any]:
     """Everything about one form."""
     first, methods = draws[0], measured(draws)
@@ -338,6 +350,7 @@ def record(name: str, kind: str, draws: list[Form]) -> dict[str, Any]:
         "cameras": len(np.unique(np.concatenate([first.q_cams, first.g_cams]))),
         "gates": [round(evidence(form.g).gate, 3) for form in draws],
         "gates with cameras": [gate_with_cameras(form) for form in draws],
+        "moved alone": moved_alone(first) if kind == WHOLE else None,
         "methods": methods,
     }
 
@@ -406,10 +419,21 @@ def tables(rows: list[dict[str, Any]]) -> str:
             *(str(row[key]) for key in ("queries", "gallery", "people", "images a person", "cameras")),
             ", ".join(f"{gate:g}" for gate in row["gates"]),
             ", ".join("-" if gate is None else f"{gate:g}" for gate in row["gates with cameras"]),
+            "" if row["moved alone"] is None else " / ".join(f"{x:.3f}" for x in row["moved alone"]),
         ]
         for row in rows
     ]
-    head = ["set", "queries", "gallery", "people", "images a person", "cameras", "gate", "gate with cameras"]
+    head = [
+        "set",
+        "queries",
+        "gallery",
+        "people",
+        "images a person",
+        "cameras",
+        "gate",
+        "gate with cameras",
+        "moved alone",
+    ]
     return "\n\n".join([*found, "## Sets", table(head, about)]) + "\n"
 
 
