@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import JoinedRows, Rows, blocks
-from pose2id.neighbors.distance import nearest_columns, squared_euclidean
+from pose2id.neighbors.distance import full_precision, nearest_columns, squared_euclidean
 from pose2id.neighbors.engines import own_entry
 from pose2id.neighbors.search import search_members
 from pose2id.neighbors.visible_parts import mean_distances, query_memory
@@ -85,7 +85,8 @@ class Compared:
         similarities = torch.empty((rows.n, k), dtype=torch.float64, device=rows.device)
         for block in blocks(rows.n, BLOCK_BYTES // (32 * max(len(members), rows.dim))):
             x = rows.read(block, torch.float64)
-            distances = squared_euclidean(x, others, x.square().sum(1), squares)
+            with full_precision(rows.device):
+                distances = squared_euclidean(x, others, x.square().sum(1), squares)
             if queries is None:
                 own = torch.nonzero(place[block] >= 0).flatten()
                 distances[own, place[block][own]] = torch.inf
