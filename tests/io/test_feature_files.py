@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 
+import h5py
 import numpy as np
 import pytest
+import torch
+from conftest import SHARED, real_sides
 from scipy.io import savemat
 
 from pose2id import evaluate
-from pose2id.io import feature_files
+from pose2id.io import array_files
 from pose2id.io.feature_files import FeatureFile, load_features, save_features
 
 
@@ -153,7 +157,7 @@ def test_encrypted_members_are_named(features, tmp_path):
 
 
 def test_bombs_are_not_unpacked(features, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_files, "_BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr(array_files, "_BOMB_BYTES", 1 << 20)
     written(tmp_path / "f.npz", features, ("x.npy", bytes(2 << 20)))
     monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("unpacked"))
     with pytest.raises(ValueError, match=r"must hold features, which hardly pack, got 0\.0021 GB packed into"):
@@ -268,7 +272,10 @@ def test_matlab_cells_are_not_pickled_into_npz(features, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"gallery_feats": np.ones((2, 3))}, "must hold query_feats; it holds gallery_feats"),
+        (
+            {"gallery_feats": np.ones((2, 3))},
+            "must hold query_feats, or features with is_query or num_query; it holds gallery_feats",
+        ),
         ({"query_feats": np.ones((2, 3)), "gallery_feats": np.ones((2, 4))}, "same number of columns"),
         ({"query_feats": np.ones(3), "gallery_feats": np.ones((2, 3))}, r"query_feats of .* must have shape \(N, D\)"),
         ({"query_feats": np.full((1, 3), np.nan), "gallery_feats": np.ones((2, 3))}, "must be finite"),
@@ -287,9 +294,200 @@ def test_bad_content_is_named(arrays, message, tmp_path):
 def test_bad_paths(features, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no feature file"):
         load_features(tmp_path / "none.npz")
-    with pytest.raises(ValueError, match=r"end in \.npz or \.mat"):
+    with pytest.raises(ValueError, match=r"end in \.npz, \.mat, \.pt or \.pth"):
         load_features(tmp_path / "f.pkl")
     with pytest.raises(ValueError, match=r"end in \.npz or \.mat"):
         save_features(features, tmp_path / "f.csv")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         save_features(features, tmp_path / "no" / "f.npz")
+
+
+def one_array(features, **others):
+    """Both sets in one array, the gallery's images first and last."""
+    order = np.array([4, 5, 0, 6, 1, 2, 7, 3, 8, 9])  # rows 0 to 3 are queries
+    both = np.concatenate([features.query_feats, features.gallery_feats])[order]
+    pids, camids = (
+        np.concatenate([getattr(features, f"q_{name}"), getattr(features, f"g_{name}")])[order]
+        for name in ("pids", "camids")
+    )
+    return {"features": both, "pids": pids, "camids": camids, "is_query": order < 4, **others}
+
+
+def write(path, arrays):
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    elif path.suffix == ".mat":
+        savemat(path, arrays)
+    else:
+        torch.save({name: torch.as_tensor(value) for name, value in arrays.items()}, path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat", ".pt", ".pth"])
+def test_one_array_with_flags(suffix, features, tmp_path):
+    path = tmp_path / f"f{suffix}"
+    write(path, one_array(features))
+    found = load_features(path)
+    same(found, features)
+    assert set(found.others) == {"is_query"}
+
+
+@pytest.mark.parametrize("number", [4, 4.0, [4], [[4]]])
+def test_one_array_whose_first_rows_are_queries(number, features, tmp_path):
+    both = np.concatenate([features.query_feats, features.gallery_feats])
+    pids = np.concatenate([features.q_pids, features.g_pids])
+    np.savez(tmp_path / "f.npz", feats=both, pids=pids, num_query=number)
+    found = load_features(tmp_path / "f.npz")
+    np.testing.assert_array_equal(found.query_feats, features.query_feats)
+    np.testing.assert_array_equal(found.gallery_feats, features.gallery_feats)
+    np.testing.assert_array_equal(found.g_pids, features.g_pids)
+    assert found.q_camids is None
+
+
+def test_one_of_several_arrays_is_chosen_by_name(features, tmp_path):
+    arrays = one_array(features)
+    arrays["osnet"], arrays["vit"] = arrays.pop("features"), np.ones((10, 2), np.float16)
+    np.savez(tmp_path / "f.npz", **arrays)
+    same(load_features(tmp_path / "f.npz", name="osnet"), features)
+    with pytest.raises(ValueError, match=r"name must tell which features of .*f.npz to take: osnet, vit"):
+        load_features(tmp_path / "f.npz")
+    with pytest.raises(ValueError, match="must hold swin; it holds pids, camids, is_query, osnet, vit"):
+        load_features(tmp_path / "f.npz", name="swin")
+
+
+def test_what_one_array_became_is_written_as_two(features, tmp_path):
+    np.savez(tmp_path / "f.npz", **one_array(features, names=np.array(list("abcdefghij"))))
+    save_features(load_features(tmp_path / "f.npz"), tmp_path / "g.npz")
+    found = load_features(tmp_path / "g.npz")
+    same(found, features)
+    assert set(found.others) == {"is_query", "names"}
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"is_query": np.zeros(10, bool)}, "is_query of .* must have queries and gallery images, got 0 of 10"),
+        ({"is_query": np.ones(9, bool)}, r"is_query of .* must be \(10,\) booleans, got bool of shape \(9,\)"),
+        ({"is_query": np.arange(10)}, r"is_query of .* must be \(10,\) booleans, got int64"),
+        ({"pids": np.ones(9, int)}, r"pids of .* must have shape \(10,\), got \(9,\)"),
+        ({"features": np.full((10, 3), np.nan)}, "must be finite"),
+    ],
+)
+def test_bad_flags_are_named(others, message, features, tmp_path):
+    np.savez(tmp_path / "f.npz", **{**one_array(features), **others})
+    with pytest.raises(ValueError, match=message):
+        load_features(tmp_path / "f.npz")
+
+
+@pytest.mark.parametrize("number", [0, 10, -1, 2.5, [1, 2]])
+def test_bad_numbers_of_queries(number, tmp_path):
+    np.savez(tmp_path / "f.npz", features=np.ones((10, 3)), num_query=number)
+    with pytest.raises(ValueError, match=r"num_query of .* must be one number in 1\.\.9"):
+        load_features(tmp_path / "f.npz")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["npz", "one array", None])
+def test_pairs_of_files(form, dtype, features, tmp_path):
+    sides = [torch.from_numpy(x).to(dtype) for x in (features.query_feats, features.gallery_feats)]
+    for side, x in zip("qg", sides, strict=True):
+        torch.save(x, tmp_path / f"{side}.pt")
+        np.save(tmp_path / f"{side}.npy", x.float().numpy())
+    labels = {name: getattr(features, name) for name in ("q_pids", "g_pids", "q_camids", "g_camids")}
+    if form == "one array":
+        labels = {name: np.concatenate([labels[f"q_{name}"], labels[f"g_{name}"]]) for name in ("pids", "camids")} | {
+            "num_query": 4
+        }
+    if form:
+        np.savez(tmp_path / "labels.npz", **labels)
+    for suffix in ("pt", "npy"):
+        given = {"labels": tmp_path / "labels.npz"} if form else {}
+        found = load_features(tmp_path / f"q.{suffix}", tmp_path / f"g.{suffix}", **given)
+        np.testing.assert_array_equal(found.query_feats, sides[0].float().numpy())
+        np.testing.assert_array_equal(found.gallery_feats, sides[1].float().numpy())
+        for name in ("q_pids", "g_pids", "q_camids", "g_camids"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(features, name) if form else None)
+
+
+def test_npy_files_of_a_pair_stay_on_disk(features, tmp_path):
+    np.save(tmp_path / "q.npy", features.query_feats)
+    found = load_features(tmp_path / "q.npy", tmp_path / "q.npy")
+    assert isinstance(found.query_feats, np.memmap)
+
+
+def test_bad_pairs(features, tmp_path):
+    np.save(tmp_path / "q.npy", features.query_feats)
+    torch.save({"query_feats": torch.ones(2, 3)}, tmp_path / "dict.pt")
+    np.savez(tmp_path / "labels.npz", ids=features.q_pids)
+    with pytest.raises(ValueError, match=r"q\.npy must end in \.npz"):
+        load_features(tmp_path / "q.npy")
+    with pytest.raises(ValueError, match=r"f\.npz must end in \.npy, \.pt or \.pth"):
+        load_features(tmp_path / "q.npy", tmp_path / "f.npz")
+    with pytest.raises(FileNotFoundError, match=r"no feature file .*g\.npy"):
+        load_features(tmp_path / "q.npy", tmp_path / "g.npy")
+    with pytest.raises(ValueError, match=r"dict\.pt must hold one tensor, got dict"):
+        load_features(tmp_path / "q.npy", tmp_path / "dict.pt")
+    with pytest.raises(ValueError, match=r"labels\.npz must hold q_pids, g_pids, q_camids, g_camids, got ids"):
+        load_features(tmp_path / "q.npy", tmp_path / "q.npy", labels=tmp_path / "labels.npz")
+    with pytest.raises(ValueError, match="labels must come with two files"):
+        load_features(tmp_path / "labels.npz", labels=tmp_path / "labels.npz")
+
+
+class _Runs:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def test_tensor_files_never_run_code(features, tmp_path, capsys):
+    torch.save({"query_feats": _Runs(), "gallery_feats": torch.ones(2, 3)}, tmp_path / "f.pt")
+    with pytest.raises(ValueError, match=r"f\.pt cannot be read as tensors"):
+        load_features(tmp_path / "f.pt")
+    (tmp_path / "f.npy").write_bytes(pickle.dumps(_Runs()))
+    with pytest.raises(ValueError, match=r"f\.npy is damaged, or not an \.npy file"):
+        load_features(tmp_path / "f.npy", tmp_path / "f.npy")
+    assert "ran" not in capsys.readouterr().out
+
+
+def mat73(path, arrays):
+    """As MATLAB writes it: HDF5 behind a header of text, columns before rows."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for name, value in arrays.items():
+            file.create_dataset(name, data=np.atleast_2d(value).T)
+        text = file.create_dataset("note", data=np.array([[104], [105]], np.uint16))
+        text.attrs["MATLAB_class"] = np.bytes_("char")
+        file.create_group("#refs#")
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(116) + bytes(8) + b"\x00\x02IM")
+
+
+def test_matlab_7_3(features, tmp_path):
+    names = {"query_f": "query_feats", "gallery_f": "gallery_feats", "query_label": "q_pids", "gallery_label": "g_pids"}
+    names |= {"query_cam": "q_camids", "gallery_cam": "g_camids"}
+    mat73(tmp_path / "f.mat", {key: getattr(features, name).astype(float) for key, name in names.items()})
+    found = load_features(tmp_path / "f.mat")
+    np.testing.assert_allclose(found.query_feats, features.query_feats)
+    np.testing.assert_allclose(found.gallery_feats, features.gallery_feats)
+    for name in ("q_pids", "g_pids", "q_camids", "g_camids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(features, name))
+    assert found.others == {}
+    whole = (tmp_path / "f.mat").read_bytes()
+    (tmp_path / "f.mat").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"f\.mat cannot be read"):
+        load_features(tmp_path / "f.mat")
+
+
+def test_matlab_7_3_without_h5py(features, tmp_path, monkeypatch):
+    mat73(tmp_path / "f.mat", {"query_f": features.query_feats, "gallery_f": features.gallery_feats})
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r'f\.mat is of MATLAB 7\.3, which needs the extra "mat": pip install'):
+        load_features(tmp_path / "f.mat")
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the real features of ../shared/data")
+def test_real_features_of_several_models():
+    path = SHARED / "data" / "cuhk03_p1_det_val100.npz"
+    found = load_features(path, name="feat_osnet_msmt17")
+    query, gallery, *labels = real_sides("cuhk03_p1_det_val100", "osnet_msmt17")
+    np.testing.assert_array_equal(found.query_feats, query)
+    np.testing.assert_array_equal(found.gallery_feats, gallery)
+    for name, expected in zip(("q_pids", "g_pids", "q_camids", "g_camids"), labels, strict=True):
+        np.testing.assert_array_equal(getattr(found, name), expected)

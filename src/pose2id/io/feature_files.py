@@ -1,13 +1,11 @@
-"""Feature files: query and gallery features with their labels, as .npz or as the field's .mat.
+"""Feature files: query and gallery features with their labels, in the forms that the field passes around.
 
-Both are read as plain arrays: nothing in a file is ever executed. Written files appear whole or not at all.
+All are read as plain arrays: nothing in a file is ever executed. Written files appear whole or not at all.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,14 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pose2id.io.checks import first_few, labels_together
+from pose2id.io.array_files import SUFFIXES, read_array, read_arrays
+from pose2id.io.checks import labels_together
 from pose2id.io.rows import Rows, checked_pair
 from pose2id.io.whole_files import new_file, whole_file
 
 _MAT_NAME_LENGTH = 63
-_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100  # Deflate makes a thousandth of zeros
+_SIDES = ("query_feats", "gallery_feats")
+_ONE_ARRAY = {"is_query", "num_query"}  # what tells the rows of one array apart
 _LABELS = ("q_pids", "g_pids", "q_camids", "g_camids")
-_NPZ_KEYS = {name: name for name in ("query_feats", "gallery_feats", *_LABELS)}
+_NPZ_KEYS = {name: name for name in (*_SIDES, *_LABELS)}
 # The layout in which Market1501 features are commonly passed around between Python and MATLAB.
 _MAT_KEYS = dict(
     zip(_NPZ_KEYS, ("query_f", "gallery_f", "query_label", "gallery_label", "query_cam", "gallery_cam"), strict=True)
@@ -58,47 +58,56 @@ class FeatureFile:
         return replace(self, query_feats=query_feats, gallery_feats=gallery_feats)
 
 
-def load_features(path: str | os.PathLike[str]) -> FeatureFile:
-    """Read a feature file.
+def load_features(
+    path: str | os.PathLike[str],
+    gallery: str | os.PathLike[str] | None = None,
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+) -> FeatureFile:
+    """Read features with their labels, in one of three forms.
 
-    .npz: `query_feats` (Q, D), `gallery_feats` (G, D); optional `q_pids`, `g_pids`, `q_camids`, `g_camids`.
-    .mat (up to version 7): `query_f`, `gallery_f`; optional `query_label`, `gallery_label`, `query_cam`, `gallery_cam`.
+    Both sets in one file. .npz, .pt (a dict): `query_feats` (Q, D), `gallery_feats` (G, D); optional `q_pids`,
+    `g_pids`, `q_camids`, `g_camids`. .mat: `query_f`, `gallery_f`; optional `query_label`, `gallery_label`,
+    `query_cam`, `gallery_cam`. MATLAB 7.3 needs h5py: `pip install "pose2id[mat]"`.
+
+    One array (N, D) of both, in one such file: `features`, or any name if it is the only array of features, with
+    `is_query` (N,) booleans, or `num_query`: so many rows, the first ones, are queries. Optional `pids`, `camids`.
+
+    A pair of files, .npy (memory-mapped) or .pt with one tensor: queries and gallery. Labels come from a file of the
+    first two forms, without features.
 
     Args:
         path: the file; its ending tells the format.
+        gallery: the gallery's file of a pair.
+        labels: file with the labels of a pair, in place of those of none.
+        name: of the array of features, where a file holds several.
 
     Returns:
         The arrays, checked: features are finite and of one width, labels integers (or strings) and as many as features.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ImportError: MATLAB 7.3 without h5py.
         ValueError: another ending, a broken file, pickled objects, an array that is missing or there twice, labels by
             the name of an argument (query_camids), an .npz of more than 1 GiB that is packed to less than a hundredth,
             or bad content, named.
     """
     path = Path(path)
-    keys = _keys(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no feature file {path}.")
-    arrays = (_read_npz if keys is _NPZ_KEYS else _read_mat)(path)
-    missing = [keys[name] for name in ("query_feats", "gallery_feats") if keys[name] not in arrays]
+    if gallery is not None:
+        return _checked(path, _pair_of_files(path, Path(gallery), labels), _NPZ_KEYS)
+    if labels is not None:
+        raise ValueError("labels must come with two files, of query and gallery features.")
+    arrays, keys = read_arrays(_existing(path, SUFFIXES)), _KEYS.get(path.suffix.lower(), _NPZ_KEYS)
+    missing = [keys[side] for side in _SIDES if keys[side] not in arrays]
+    if missing == [keys[side] for side in _SIDES] and _ONE_ARRAY & arrays.keys():
+        return _checked(path, _split(path, arrays, name), _NPZ_KEYS)
     if missing:
-        raise ValueError(f"{path} must hold {' and '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
-    for taken, name in _MISTAKEN.items():
-        if taken in arrays and keys[name] not in arrays:
-            raise ValueError(
-                f"{path} must call its labels {keys[name]}, got {taken}, which would be ignored. Rename it."
-            )
-    found: dict[str, Any] = {name: arrays.pop(key, None) for name, key in keys.items()}
-    query, gallery = (Rows(found[name], f"{keys[name]} of {path}") for name in ("query_feats", "gallery_feats"))
-    checked_pair(query, gallery, keys["query_feats"], keys["gallery_feats"])
-    for names in (_LABELS[:2], _LABELS[2:]):
-        given = {name: _flat(np.asarray(found[name])) for name in names if found[name] is not None}
-        sizes = {"q": query.n, "g": gallery.n}
-        sides = {f"{keys[name]} of {path}": (labels, sizes[name[0]]) for name, labels in given.items()}
-        for (name, labels), integers in zip(given.items(), labels_together(sides), strict=True):
-            found[name] = labels if labels.dtype.kind == "U" else integers
-    return FeatureFile(**found, others=arrays)
+        one = "or features with is_query or num_query"
+        raise ValueError(f"{path} must hold {' and '.join(missing)}, {one}; it holds {', '.join(arrays) or 'nothing'}.")
+    if name is not None:
+        raise ValueError(f"name must be None for {path}, which holds {keys['query_feats']}, got {name!r}.")
+    return _checked(path, arrays, keys)
 
 
 def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -126,6 +135,93 @@ def save_features(features: FeatureFile, path: str | os.PathLike[str], *, overwr
 def new_feature_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """As `whole_files.new_file`, for the endings of feature files."""
     return new_file(path, overwrite=overwrite, suffixes=tuple(_KEYS))
+
+
+def _existing(path: Path, suffixes: tuple[str, ...]) -> Path:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path} must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no feature file {path}.")
+    return path
+
+
+def _pair_of_files(path: Path, gallery: Path, labels: str | os.PathLike[str] | None) -> dict[str, Any]:
+    sides = [read_array(_existing(file, (".npy", ".pt", ".pth"))) for file in (path, gallery)]
+    arrays: dict[str, Any] = dict(zip(_SIDES, sides, strict=True))
+    if labels is None:
+        return arrays
+    labels = _existing(Path(labels), SUFFIXES)
+    found, of = read_arrays(labels), _KEYS.get(labels.suffix.lower(), _NPZ_KEYS)
+    given = {name: found[of[name]] for name in _LABELS if of[name] in found}
+    if not given and _ONE_ARRAY & found.keys():
+        n = len(sides[0]) + len(sides[1])
+        given = _split_labels(labels, found, _is_query(labels, found, n))
+    if not given:
+        raise ValueError(f"{labels} must hold {', '.join(_LABELS)}, got {', '.join(found) or 'nothing'}.")
+    return {**arrays, **given}
+
+
+def _split(path: Path, arrays: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """Query and gallery of one array for both."""
+    wide = [key for key, value in arrays.items() if np.ndim(value) > 1 and np.asarray(value).dtype.kind == "f"]
+    wide = [key for key in wide if min(np.shape(arrays[key])[:2]) > 1] or wide  # MATLAB's vectors are (1, N)
+    if name is None and len(wide) > 1 and "features" not in wide:
+        raise ValueError(f"name must tell which features of {path} to take: {', '.join(wide)}.")
+    chosen = name if name is not None else "features" if "features" in wide else wide[0] if wide else "features"
+    if chosen not in arrays:
+        raise ValueError(f"{path} must hold {chosen}; it holds {', '.join(arrays)}.")
+    features = np.asarray(arrays.pop(chosen))
+    is_query = _is_query(path, arrays, len(features))
+    found = {"query_feats": features[is_query], "gallery_feats": features[~is_query]}
+    labels = _split_labels(path, arrays, is_query)
+    rest = {key: value for key, value in arrays.items() if key not in ("pids", "camids") and key not in wide}
+    return {**found, **labels, **rest}
+
+
+def _is_query(path: Path, arrays: Mapping[str, Any], n: int) -> NDArray[np.bool_]:
+    """(n,) which rows are queries."""
+    if "is_query" in arrays:
+        flags = _flat(np.asarray(arrays["is_query"]))
+        if flags.shape != (n,) or not np.isin(flags, (0, 1)).all():
+            raise ValueError(f"is_query of {path} must be ({n},) booleans, got {flags.dtype} of shape {flags.shape}.")
+        found = flags.astype(bool)
+    else:
+        number = np.asarray(arrays["num_query"]).reshape(-1)
+        if number.size != 1 or not 0 < number[0] < n or number[0] != int(number[0]):
+            raise ValueError(f"num_query of {path} must be one number in 1..{n - 1}, got {number}.")
+        found = np.arange(n) < int(number[0])
+    if found.all() or not found.any():
+        raise ValueError(f"is_query of {path} must have queries and gallery images, got {found.sum()} of {n} queries.")
+    return found
+
+
+def _split_labels(path: Path, arrays: Mapping[str, Any], is_query: NDArray[np.bool_]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("pids", "camids"):
+        if arrays.get(name) is not None:
+            values = _flat(np.asarray(arrays[name]))
+            if values.shape != is_query.shape:
+                raise ValueError(f"{name} of {path} must have shape {is_query.shape}, got {values.shape}.")
+            found |= {f"q_{name}": values[is_query], f"g_{name}": values[~is_query]}
+    return found
+
+
+def _checked(path: Path, arrays: dict[str, Any], keys: Mapping[str, str]) -> FeatureFile:
+    for taken, name in _MISTAKEN.items():
+        if taken in arrays and keys[name] not in arrays:
+            raise ValueError(
+                f"{path} must call its labels {keys[name]}, got {taken}, which would be ignored. Rename it."
+            )
+    found: dict[str, Any] = {name: arrays.pop(key, None) for name, key in keys.items()}
+    query, gallery = (Rows(found[name], f"{keys[name]} of {path}") for name in _SIDES)
+    checked_pair(query, gallery, keys["query_feats"], keys["gallery_feats"])
+    for names in (_LABELS[:2], _LABELS[2:]):
+        given = {name: _flat(np.asarray(found[name])) for name in names if found[name] is not None}
+        sizes = {"q": query.n, "g": gallery.n}
+        sides = {f"{keys[name]} of {path}": (labels, sizes[name[0]]) for name, labels in given.items()}
+        for (name, labels), integers in zip(given.items(), labels_together(sides), strict=True):
+            found[name] = labels if labels.dtype.kind == "U" else integers
+    return FeatureFile(**found, others=arrays)
 
 
 def _keys(path: Path) -> dict[str, str]:
@@ -158,44 +254,6 @@ def _write_mat(file: Any, arrays: Mapping[str, Any]) -> None:
     half = {name for name, value in arrays.items() if isinstance(value, np.ndarray) and value.dtype == np.float16}
     wide = {name: value.astype(np.float32) if name in half else value for name, value in arrays.items()}
     savemat(file, wide, do_compression=True, long_field_names=True)
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        file = np.load(path, allow_pickle=False)
-    except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{path} is damaged, or not an .npz file ({error}).") from error
-    arrays = {}
-    with file:
-        twice = {name for name in file.files if file.files.count(name) > 1}
-        if twice:
-            raise ValueError(f"{path} must hold each array once, got {first_few(sorted(twice))} more than once.")
-        if unpacked > max(_BOMB_BYTES, _BOMB_RATIO * path.stat().st_size):
-            given = f"{unpacked / 1e9:.3g} GB packed into {path.stat().st_size:,} bytes"
-            raise ValueError(f"{path} must hold features, which hardly pack, got {given}. Write it uncompressed.")
-        for name in file.files:
-            try:
-                arrays[name] = file[name]
-            except Exception as error:
-                raise ValueError(
-                    f"{name} of {path} cannot be read ({error}). Pickled objects, which can run code, are refused."
-                ) from error
-    return arrays
-
-
-def _read_mat(path: Path) -> dict[str, Any]:
-    from scipy.io import loadmat  # noqa: PLC0415 - slow to import
-
-    # Damaged files can end scipy's process: another one reads the file first.
-    reading = [sys.executable, "-c", "import sys; from scipy.io import loadmat; loadmat(sys.argv[1])", str(path)]
-    done = subprocess.run(reading, capture_output=True, text=True, check=False)
-    if done.returncode:  # of an exception, too: NotImplementedError for version 7.3, and many kinds
-        problem = done.stderr.strip().rpartition("\n")[2] or f"scipy's reader ended with status {done.returncode}"
-        raise ValueError(f"{path} cannot be read ({problem}). Save it in MATLAB with -v7, or as .npz.")
-    content = loadmat(path)
-    return {name: value for name, value in content.items() if not name.startswith("__")}
 
 
 def _flat(labels: NDArray[Any]) -> NDArray[Any]:
