@@ -45,19 +45,25 @@ class Written:
 
 
 def collect_images(
-    images: Iterable[str | os.PathLike[str]], without: str | os.PathLike[str] | None = None
+    images: Iterable[str | os.PathLike[str]],
+    without: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> dict[str, Path]:
     """Name to file, in order, of image files and of all image files below directories, hidden ones left out.
 
-    A file's name is its path without suffix: below the directory, or the last part for a file given by itself. What a
-    directory has below `without` is left out: pictures that were generated into it. Two files of one name are errors.
+    A file's name is its path without suffix: below `root`, else below the directory, or the last part for a file given
+    by itself. What a directory has below `without` is left out: pictures that were generated into it. Two files of one
+    name are errors.
     """
     if isinstance(images, (str, os.PathLike)):
         raise TypeError(f"images must be a sequence of files and directories, got {images!r}. Wrap it in a list.")
     found: dict[str, Path] = {}
     for given in map(Path, images):
         for path in _files_of(given, without):
-            name = path.relative_to(given if given.is_dir() else given.parent).with_suffix("").as_posix()
+            below = Path(root) if root is not None else given if given.is_dir() else given.parent
+            if not path.is_relative_to(below):
+                raise ValueError(f"images must be below root, {below}, got {path}.")
+            name = path.relative_to(below).with_suffix("").as_posix()
             if name in found:
                 raise ValueError(f"images must have different names, got {found[name]} and {path}. Pass their folder.")
             found[name] = path
@@ -77,6 +83,7 @@ def generate_files(
     sampling: Sampling | None = None,
     batch_size: int | str = "auto",
     progress: bool = True,
+    root: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Written:
     """Generate every person in every pose into PNG files, and go on where an earlier run stopped.
@@ -98,6 +105,7 @@ def generate_files(
         sampling: settings of all pictures; None: the default.
         batch_size: pictures per forward.
         progress: show a bar on a terminal, of the pictures that are missing.
+        root: folder below which an image's path is its NAME; None: that which was given, or the file's own.
         **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size` of `IdentityGenerator.generate`.
 
     Raises:
@@ -107,7 +115,7 @@ def generate_files(
     checked_flag(progress, "progress")
     generator.networks.resolve_batch_size(batch_size)
     sampling = generator.checked_sampling(sampling, **settings)
-    job = _Job(generator, images, Path(directory), poses, sampling, grid, overwrite)
+    job = _Job(generator, images, Path(directory), poses, sampling, grid, overwrite, root)
     results = iter(())
     if job.incomplete:
         references = job.references.some(list(job.incomplete))
@@ -236,10 +244,11 @@ class _Job:
         sampling: Sampling,
         grid: bool,
         overwrite: bool,
+        root: str | os.PathLike[str] | None = None,
     ) -> None:
         checked_flags(grid=grid, overwrite=overwrite)
         check_folder(directory)
-        found = collect_images(images, directory)
+        found = collect_images(images, directory, root)
         self.names, self.directory, self.overwrite = list(found), directory, overwrite
         self.poses = load_poses(poses)
         for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):

@@ -1,5 +1,21 @@
-"""What the method does for your features: rows of figures, measured alike, as text and records."""
+"""What the method does for your features: rows of figures, measured alike, as text, records and tables."""
 
-from pose2id.report.comparison import Pair, Row, by_number, compare, number_table, records, table, with_nfc
+from pose2id.report.comparison import Comparison, Row, by_number, compare, measure
+from pose2id.report.studies import study
+from pose2id.report.tables import number_table, records, table
+from pose2id.report.ways import Pair, Sets, with_nfc
 
-__all__ = ["Pair", "Row", "by_number", "compare", "number_table", "records", "table", "with_nfc"]
+__all__ = [
+    "Comparison",
+    "Pair",
+    "Row",
+    "Sets",
+    "by_number",
+    "compare",
+    "measure",
+    "number_table",
+    "records",
+    "study",
+    "table",
+    "with_nfc",
+]

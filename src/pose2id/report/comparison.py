@@ -1,26 +1,26 @@
-"""The table of the command line, the demo and the examples: each half of the method and re-ranking, measured alike."""
+"""What the method does for given features: each half of it and re-ranking, measured alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import html
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from pose2id.centralization.id2 import id2_score
-from pose2id.centralization.nfc import nfc as published_nfc
 from pose2id.centralizer import Centralizer
-from pose2id.io.checks import checked_flags
-from pose2id.io.feature_files import FeatureFile
-from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
-from pose2id.retrieval.rerank import k_reciprocal
+from pose2id.io.checks import as_numpy, checked_flags
+from pose2id.io.feature_files import FeatureFile, load_features
+from pose2id.report.tables import as_csv, as_latex, as_markdown, cells, records, table
+from pose2id.report.ways import Pair, Sets, Way, unpublished
+from pose2id.retrieval.evaluation import EvaluationResult, mean_of
+from pose2id.retrieval.protocols import MARKET1501, EvaluationProtocol
 
-_RANKS = (1, 5, 10)
 _WITH_CAMERAS = ", cameras"
-
-Pair = tuple[NDArray[Any], NDArray[Any]]  # of the queries, of the gallery
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,30 +30,108 @@ class Row:
     Attributes:
         name: what was done to the features.
         result: retrieval quality.
-        id2: ID² score of query and gallery together (published convention); None where only distances changed.
+        id2: ID² score of query and gallery together (published convention), the mean over trials; None where only
+            distances changed.
+        published: figures of the paper, fractions, by name ("mAP", "Rank-1"); empty where there are none.
     """
 
     name: str
     result: EvaluationResult
     id2: float | None
+    published: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison(Sequence[Row]):
+    """Rows, the first one of the features as they are; a sequence that prints as a table, in notebooks too.
+
+    Attributes:
+        rows: the rows.
+        features: what was measured, with its labels.
+        protocol: by which protocol.
+        paths: image files of queries and gallery, where they were given.
+        centralizer: whose parameters were used.
+    """
+
+    rows: tuple[Row, ...]
+    features: FeatureFile
+    protocol: EvaluationProtocol
+    paths: tuple[Sequence[str], Sequence[str]] | None
+    centralizer: Centralizer
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        """Aligned text, in percent."""
+        return table(self.rows)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Figures as fractions, by the rows' names."""
+        return {record.pop("name"): record for record in records(self.rows)}
+
+    def to_frame(self) -> Any:
+        """Figures as fractions in a pandas DataFrame, indexed by the rows' names.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas as pd  # noqa: PLC0415 - optional
+
+        return pd.DataFrame(records(self.rows)).set_index("name")
+
+    def to_csv(self) -> str:
+        """Figures as fractions in CSV."""
+        return as_csv(self.rows)
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, in percent."""
+        return as_markdown(self.rows)
+
+    def to_latex(self) -> str:
+        """The table in LaTeX with the rules of booktabs, in percent."""
+        return as_latex(self.rows)
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks, in percent."""
+        head, *lines = cells(self.rows)
+        rows = [("th", head), *(("td", line) for line in lines)]
+        body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in rows)
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in body)}</table>"
 
 
 def compare(
-    features: FeatureFile,
+    features: FeatureFile | Pair | str | os.PathLike[str],
+    labels: Sequence[Any] | None = None,
     *,
+    protocol: EvaluationProtocol = MARKET1501,
+    paths: tuple[Sequence[str], Sequence[str]] | None = None,
     nfc: bool = True,
     rerank: bool = True,
     centralizer: Centralizer | None = None,
     generated: Pair | None = None,
     control: bool = False,
-) -> list[Row]:
+) -> Comparison:
     """Measure the features as they are, with NFC, with the safe default, with generated images (IPG), and re-ranked.
 
     "NFC" is the published method. The row of the safe default is called by its method, "auto", and comes a second time
-    with ", cameras" where both sets have cameras, as does "rerank": `Centralizer.rerank`.
+    with ", cameras" where both sets have cameras, as does "rerank": `Centralizer.rerank`. Everything is done inside
+    each trial of the protocol, with the images of that trial alone. Where queries and gallery are the same images
+    (`protocols.LEAVE_ONE_OUT`) nothing is re-ranked: an image and its copy would be each other's neighbours.
 
     Args:
-        features: features with identity labels; camera labels are used where both sets have them.
+        features: (qf, gf), arrays (Q, D) and (G, D); or a feature file, or its path (`load_features`).
+        labels: (q_pids, g_pids) or (q_pids, g_pids, q_camids, g_camids), as in `evaluate`, with arrays; those of a
+            feature file are its own. Camera labels are used where both sets have them.
+        protocol: which images are queries and gallery in each trial, and which are dropped: `retrieval.protocols`.
+        paths: image files of queries and gallery: for the protocols that go by file names, and for pictures.
         nfc: measure the rows with the published NFC.
         rerank: measure published re-ranking (20, 6, 0.3), of all rows but those of the default, and the safe one.
         centralizer: whose `enhance`, `rerank` and `fuse` are measured; default `Centralizer()`. With method="nfc" its
@@ -70,39 +148,108 @@ def compare(
         ValueError: the features have no identity labels, or no query has a match; or as in `fuse`.
     """
     checked_flags(nfc=nfc, rerank=rerank, control=control)
-    labels, centralizer = _labels(features), centralizer or Centralizer()
-    safe, pair, cameras = _unpublished(centralizer), _pair(features), _cameras(features)
-    ways = {f"{safe.method}{suffix}": camids for suffix, camids in cameras.items()}
-    if safe.method in ("cameras", "centring"):  # never without cameras
-        ways = {safe.method: cameras.get(_WITH_CAMERAS, {})}
-    sets: list[tuple[str, str | None, Pair]] = [("baseline", "re-ranking", pair)]
-    if nfc:
-        sets.append(("NFC", "NFC + re-ranking", with_nfc(pair, centralizer)))
-    sets += [(name, None, safe.enhance(*pair, **camids)) for name, camids in ways.items()]
-    sources = {} if generated is None else {"IPG": generated}
-    if generated is not None and control:
-        sources["control"] = _means(generated)
-    for name, source in sources.items():
-        fused = _fused(pair, source, centralizer, _number(source))
-        sets.append((name, f"{name} + re-ranking", fused))
+    content, centralizer = given_features(features, labels), centralizer or Centralizer()
+    cameras = content.q_camids is not None and content.g_camids is not None
+    sources = ["baseline"]
+    if generated is not None:
+        sources += ["IPG", "control"] if control else ["IPG"]
+    ways, published = _features(sources, unpublished(centralizer).method, nfc=nfc, cameras=cameras)
+    if rerank and not protocol.leave_one_out:
+        names = {name: "re-ranking" if name == "baseline" else f"{name} + re-ranking" for name in published}
+        ways |= {names[name]: _reranked(way) for name, way in published.items()}
+        ways["rerank"] = lambda sets: sets.safely_reranked()
+        if cameras:
+            ways[f"rerank{_WITH_CAMERAS}"] = lambda sets: sets.safely_reranked(cameras=True)
+    return measure(ways, content, protocol=protocol, paths=paths, centralizer=centralizer, generated=generated)
+
+
+def _features(sources: list[str], method: str, *, nfc: bool, cameras: bool) -> tuple[dict[str, Way], dict[str, Way]]:
+    """The rows of features, and those among them that are published and get re-ranked."""
+    safe = {method: False} | ({f"{method}{_WITH_CAMERAS}": True} if cameras else {})
+    if method in ("cameras", "centring"):  # never without cameras
+        safe = {method: cameras}
+    ways: dict[str, Way] = {}
+    published: dict[str, Way] = {}
+    for source in sources:
+        ways[source] = published[source] = _way(lambda sets, source: sets.source(source), source)
         if nfc:
-            sets.append((f"{name} + NFC", f"{name} + NFC + re-ranking", with_nfc(fused, centralizer)))
-        way, camids = next(iter(ways.items()))
-        sets.append((f"{name} + {way}", None, safe.enhance(*fused, **camids)))
-    pids = np.concatenate(labels[:2])
-    rows = [Row(name, evaluate(*x, *labels), id2_score(np.concatenate(x), pids)) for name, _, x in sets]
-    if rerank:
-        rows += [Row(name, evaluate_rank(k_reciprocal(*x), *labels), None) for _, name, x in sets if name]
-        for suffix, camids in cameras.items():
-            rows.append(Row(f"rerank{suffix}", evaluate_rank(safe.rerank(*pair, **camids), *labels), None))
-    return rows
+            name = "NFC" if source == "baseline" else f"{source} + NFC"
+            ways[name] = published[name] = _way(lambda sets, source: sets.centralized(source), source)
+        if source == "baseline":
+            ways |= {name: _way(_safe, source, with_cameras) for name, with_cameras in safe.items()}
+        else:
+            ways[f"{source} + {method}"] = _way(_safe, source, next(iter(safe.values())))
+    return ways, published
 
 
-def with_nfc(pair: Pair, centralizer: Centralizer) -> Pair:
-    """Both sets by the published NFC, with the parameters of a centralizer."""
-    options: dict[str, Any] = {name: getattr(centralizer, name) for name in ("backend", "neighbors", "max_memory")}
-    query, gallery = (published_nfc(x, centralizer.k1, centralizer.k2, **options) for x in pair)
-    return query, gallery
+def _several(ways: Way | Sequence[Way]) -> Sequence[Way]:
+    return (ways,) if callable(ways) else ways
+
+
+def _way(make: Callable[..., Any], *given: Any) -> Way:
+    return lambda sets: make(sets, *given)
+
+
+def _safe(sets: Sets, source: str, cameras: bool) -> Pair:
+    return sets.safe(sets.source(source), cameras=cameras)
+
+
+def _reranked(way: Callable[[Sets], Any]) -> Way:
+    return lambda sets: sets.reranked(way(sets))
+
+
+def measure(
+    ways: Mapping[str, Way | Sequence[Way]],
+    features: FeatureFile,
+    *,
+    protocol: EvaluationProtocol = MARKET1501,
+    paths: tuple[Sequence[str], Sequence[str]] | None = None,
+    centralizer: Centralizer | None = None,
+    generated: Pair | None = None,
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> Comparison:
+    """One row for each way: what it makes of the features of each trial, measured by the protocol.
+
+    Args:
+        ways: from the rows' names to functions of `Sets`, which give both sides' features, or distances (Q, G). Of
+            several functions a row has the mean.
+        features: features with identity labels.
+        protocol: as in `compare`, and so are the following.
+        paths: as in `compare`.
+        centralizer: as in `compare`.
+        generated: as in `compare`.
+        published: figures of the paper, fractions by name, for some of the rows.
+
+    Returns:
+        The rows in the order of `ways`.
+    """
+    centralizer = centralizer or Centralizer()
+    labels = labels_of(features)
+    pids, camids = labels[:2], labels[2:]
+    checked_generated(generated)
+    results: dict[str, list[EvaluationResult]] = {name: [] for name in ways}
+    id2s: dict[str, list[float]] = {name: [] for name in ways}
+    pair, names = _pair(features), None if paths is None else paths[1]
+    for trial in protocol.trials(*labels, g_names=names):
+        sets = Sets(
+            trial.of(pair),
+            trial.of(camids),
+            None if generated is None else trial.of(generated),
+            centralizer,
+            alone=protocol.leave_one_out,
+        )
+        of_trial = trial.of(pids)
+        for name, way in ((name, way) for name, several in ways.items() for way in _several(several)):
+            made = way(sets)
+            results[name].append(protocol.measure(made, *trial.of(pids), *trial.of(camids)))
+            if isinstance(made, tuple):
+                once = slice(1 if protocol.leave_one_out else 2)  # both sides are the same images there
+                id2s[name].append(id2_score(np.concatenate(made[once]), np.concatenate(of_trial[once])))
+    rows = [
+        Row(name, mean_of(found), float(np.mean(id2s[name])) if id2s[name] else None, (published or {}).get(name, {}))
+        for name, found in results.items()
+    ]
+    return Comparison(tuple(rows), features, protocol, paths, centralizer)
 
 
 def by_number(
@@ -122,55 +269,40 @@ def by_number(
     Raises:
         ValueError: as in `compare`.
     """
-    labels, centralizer = _labels(features), centralizer or Centralizer()
-    curves: dict[str, list[float]] = {"IPG": [], "IPG + NFC": []}
-    for number in range(_number(generated) + 1):
-        fused = _fused(_pair(features), generated, centralizer, number)
-        curves["IPG"].append(evaluate(*fused, *labels).mAP)
-        curves["IPG + NFC"].append(evaluate(*with_nfc(fused, centralizer), *labels).mAP)
-    return curves
+    numbers = range(checked_generated(generated) + 1)
+    ways: dict[str, Way | Sequence[Way]] = {}
+    for number in numbers:
+        ways[f"IPG {number}"] = _way(_first, number)
+        ways[f"IPG + NFC {number}"] = _way(lambda sets, number: sets.with_nfc(_first(sets, number)), number)
+    found = measure(ways, features, centralizer=centralizer, generated=generated).to_dict()
+    return {name: [found[f"{name} {number}"]["mAP"] for number in numbers] for name in ("IPG", "IPG + NFC")}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text, in percent; ID² as it is."""
-    head = ["", "mAP", *(f"Rank-{r}" for r in _RANKS), "mINP", "ID²"]
-    id2s = ["-" if row.id2 is None else f"{row.id2:.4f}" for row in rows]
-    return _aligned([head, *([row.name, *_percent(row.result), id2] for row, id2 in zip(rows, id2s, strict=True))])
+def _first(sets: Sets, number: int) -> Pair:
+    query, gallery = sets.generated
+    return sets.fused((query[:, :number], gallery[:, :number]))
 
 
-def number_table(curves: Mapping[str, Sequence[float]]) -> str:
-    """What `by_number` gives as aligned text, in percent, one column per number of generated images."""
-    numbers = range(max(map(len, curves.values())))
-    return _aligned(
-        [["mAP", *map(str, numbers)], *([name, *(f"{100 * v:.2f}" for v in mAPs)] for name, mAPs in curves.items())]
-    )
+def given_features(features: FeatureFile | Pair | str | os.PathLike[str], labels: Sequence[Any] | None) -> FeatureFile:
+    """Arrays with labels, or a file, as a `FeatureFile`."""
+    if isinstance(features, (str, os.PathLike)):
+        features = load_features(features)
+    if isinstance(features, FeatureFile):
+        if labels is not None:
+            raise ValueError("labels must be None with a feature file, which has its own.")
+        return features
+    if not isinstance(features, (tuple, list)) or len(features) != 2:
+        given = type(features).__name__
+        raise TypeError(f"features must be (qf, gf), a FeatureFile or the path of a feature file, got {given}.")
+    if labels is None or len(labels) not in (2, 4):
+        given = "None" if labels is None else f"{len(labels)} of them"
+        raise ValueError(f"labels must be (q_pids, g_pids) or (q_pids, g_pids, q_camids, g_camids), got {given}.")
+    query, gallery = (as_numpy(x) if isinstance(x, Tensor) else x for x in features)
+    return FeatureFile(query, gallery, *labels)
 
 
-def records(rows: Sequence[Row]) -> list[dict[str, str | float | int | None]]:
-    """The rows for JSON, as fractions."""
-    return [
-        {
-            "name": row.name,
-            "mAP": row.result.mAP,
-            **{f"rank{r}": row.result.rank(r) for r in _RANKS},
-            "mINP": row.result.mINP,
-            "id2": row.id2,
-            "num_valid_queries": row.result.num_valid_queries,
-        }
-        for row in rows
-    ]
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for name, *values in cells:
-        numbers = "  ".join(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))
-        lines.append(f"{name.ljust(widths[0])}  {numbers}")
-    return "\n".join(lines)
-
-
-def _labels(features: FeatureFile) -> tuple[Any, ...]:
+def labels_of(features: FeatureFile) -> tuple[Any, ...]:
+    """Identities of both sides, then their cameras."""
     if features.q_pids is None or features.g_pids is None:
         raise ValueError("q_pids and g_pids must be given to evaluate features (query_label, gallery_label in .mat).")
     return features.q_pids, features.g_pids, features.q_camids, features.g_camids
@@ -184,43 +316,12 @@ def _pair(features: FeatureFile) -> Pair:
     return query, gallery
 
 
-def _unpublished(centralizer: Centralizer) -> Centralizer:
-    """The same unless its method is NFC, which has rows of its own: then the default."""
-    if centralizer.method != "nfc":
-        return centralizer
-    return Centralizer(backend=centralizer.backend, max_memory=centralizer.max_memory)
-
-
-def _cameras(features: FeatureFile) -> dict[str, dict[str, Any]]:
-    """Keywords without cameras and, where both sets have them, with cameras; by what is added to a row's name."""
-    if features.q_camids is None or features.g_camids is None:
-        return {"": {}}
-    return {"": {}, _WITH_CAMERAS: {"query_camids": features.q_camids, "gallery_camids": features.g_camids}}
-
-
-def _number(generated: Pair) -> int:
+def checked_generated(generated: Pair | None) -> int:
+    """How many generated images each image has, the same number on both sides; 0 where there are none."""
+    if generated is None:
+        return 0
     of_query, of_gallery = (int(x.shape[1]) for x in generated)
     if of_query != of_gallery:
         wanted = f"as many images of a query as of a gallery image, got {of_query} and {of_gallery}"
         raise ValueError(f"generated must have {wanted}. Pass the first {min(of_query, of_gallery)} of each.")
     return of_query
-
-
-def _means(generated: Pair) -> Pair:
-    """The mean of all people in each pose, for every image."""
-    mean = np.concatenate(generated).mean(axis=0)
-    query, gallery = (np.broadcast_to(mean, x.shape) for x in generated)
-    return query, gallery
-
-
-def _fused(pair: Pair, generated: Pair, centralizer: Centralizer, number: int) -> Pair:
-    """Features with the first so many generated images (eq. 9); with none the features as they are."""
-    if number == 0:
-        return pair
-    query, gallery = (centralizer.fuse(x, of_x[:, :number]) for x, of_x in zip(pair, generated, strict=True))
-    return query, gallery
-
-
-def _percent(result: EvaluationResult) -> list[str]:
-    values = (result.mAP, *map(result.rank, _RANKS), result.mINP)
-    return [f"{100 * value:.2f}" for value in values]

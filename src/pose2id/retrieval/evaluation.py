@@ -6,7 +6,7 @@ Names at this boundary are the field's: qf, gf are query and gallery features, p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import cameras_together, checked_choice, checked_count, checked_distances, labels_together
+from pose2id.io.checks import (
+    cameras_together,
+    checked_choice,
+    checked_count,
+    checked_distances,
+    labels_together,
+    require_modules,
+)
 from pose2id.io.rows import Rows, checked_pair
 from pose2id.neighbors.search import tying_distances
 from pose2id.neighbors.visible_parts import mean_distances, query_blocks, query_memory
@@ -24,6 +31,7 @@ _METRICS = ("cosine", "euclidean")
 JUNK_PID = -1
 _MAX_RANK = 10**7  # the CMC curve has as many entries
 _MAX_COSINE = 1.001  # rounding, in half precision too
+_SHOWN_RANKS = (1, 5, 10)
 _SAMPLED_QUERIES = 256
 _LEAST_QUERIES = 3  # a few queries are better in reverse by chance
 
@@ -37,7 +45,8 @@ class EvaluationResult:
         cmc: (max_rank,) float64; cmc[r - 1] is Rank-r, the share of valid queries with a match among the first r.
         mINP: mean inverse negative penalty: number of matches over the rank of the last one (Ye et al., 2021).
         num_valid_queries: queries with at least one match in the gallery; the others count nowhere.
-        average_precision: (Q,) float64, of each query; nan where it has no match.
+        average_precision: (Q,) float64, of each query; nan where it has no match. Of several trials one after another.
+        trials: the results of several trials, whose means the others are (num_valid_queries is rounded); empty for one.
 
     Results are equal if all their values are.
     """
@@ -47,24 +56,79 @@ class EvaluationResult:
     mINP: float  # noqa: N815
     num_valid_queries: int
     average_precision: NDArray[np.float64] = field(repr=False)
+    trials: tuple[EvaluationResult, ...] = field(default=(), repr=False)
+
+    @property
+    def rank1(self) -> float:
+        """Rank-1 accuracy."""
+        return float(self.cmc[0])
 
     def rank(self, r: int) -> float:
         """Rank-r accuracy, r in 1..max_rank."""
         return float(self.cmc[checked_count(r, "r", most=len(self.cmc)) - 1])
 
+    def to_dict(self) -> dict[str, float]:
+        """Fractions by name: mAP, rank1, rank5, rank10, mINP, num_valid_queries; of several trials also mAP_std etc.
+
+        Standard deviations are those of the trials at hand (divided by their number).
+        """
+        figures = self._figures()
+        for name in figures if self.trials else ():
+            figures[f"{name}_std"] = float(np.std([trial._figures()[name] for trial in self.trials]))
+        return {**figures, "num_valid_queries": self.num_valid_queries}
+
+    def to_frame(self) -> Any:
+        """`to_dict` as a pandas DataFrame of one row.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        require_modules("to_frame needs pandas", "pandas", "pandas")
+        import pandas as pd  # noqa: PLC0415 - optional
+
+        return pd.DataFrame([self.to_dict()])
+
+    def _figures(self) -> dict[str, float]:
+        ranks = {f"rank{r}": self.rank(r) for r in _SHOWN_RANKS if r <= len(self.cmc)}
+        return {"mAP": self.mAP, **ranks, "mINP": self.mINP}
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EvaluationResult):
             return NotImplemented
-        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return all(np.array_equal(mine, others, equal_nan=True) for mine, others in pairs)
+        if self.trials != other.trials:
+            return False
+        names = [field.name for field in fields(self) if field.name != "trials"]
+        return all(np.array_equal(getattr(self, n), getattr(other, n), equal_nan=True) for n in names)
 
     def __hash__(self) -> int:
         return hash((self.mAP, self.mINP, self.num_valid_queries))
 
     def __str__(self) -> str:
         """One line in percent: mAP, Rank-1, Rank-5, Rank-10, mINP, number of valid queries."""
-        ranks = "".join(f"  Rank-{r} {self.cmc[r - 1]:.2%}" for r in (1, 5, 10) if r <= len(self.cmc))
-        return f"mAP {self.mAP:.2%}{ranks}  mINP {self.mINP:.2%}  ({self.num_valid_queries} valid queries)"
+        ranks = "".join(f"  Rank-{r} {self.cmc[r - 1]:.2%}" for r in _SHOWN_RANKS if r <= len(self.cmc))
+        trials = f", mean of {len(self.trials)} trials" if self.trials else ""
+        return f"mAP {self.mAP:.2%}{ranks}  mINP {self.mINP:.2%}  ({self.num_valid_queries} valid queries{trials})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, in percent."""
+        figures = self._figures()
+        head = "".join(f"<th>{name.replace('rank', 'Rank-')}</th>" for name in figures)
+        values = "".join(f"<td>{value:.2%}</td>" for value in figures.values())
+        return f"<table><tr>{head}<th>valid queries</th></tr><tr>{values}<td>{self.num_valid_queries}</td></tr></table>"
+
+
+def mean_of(results: Sequence[EvaluationResult]) -> EvaluationResult:
+    """The mean over trials; of one trial its result."""
+    if len(results) == 1:
+        return results[0]
+    return EvaluationResult(
+        mAP=float(np.mean([result.mAP for result in results])),
+        cmc=np.mean([result.cmc for result in results], axis=0),
+        mINP=float(np.mean([result.mINP for result in results])),
+        num_valid_queries=round(float(np.mean([result.num_valid_queries for result in results]))),
+        average_precision=np.concatenate([result.average_precision for result in results]),
+        trials=tuple(results),
+    )
 
 
 def evaluate(
@@ -109,6 +173,20 @@ def evaluate(
     Returns:
         Fractions in an `EvaluationResult`.
     """
+    found, q, g = feature_distances(qf, gf, q_visibility, g_visibility, metric=metric, max_memory=max_memory)
+    return measured(found, RankingProtocol(q, g, q_pids, g_pids, q_camids, g_camids), max_rank)
+
+
+def feature_distances(
+    qf: Any,
+    gf: Any,
+    q_visibility: Any = None,
+    g_visibility: Any = None,
+    *,
+    metric: str = "cosine",
+    max_memory: int | None = None,
+) -> tuple[Iterator[NDArray[Any]], int, int]:
+    """Each query's distances to the whole gallery, fresh rows, one after another; then how many of each there are."""
     checked_choice(metric, "metric", _METRICS)
     block_bytes, least = query_memory(max_memory)
     q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine", parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
@@ -119,16 +197,16 @@ def evaluate(
             raise ValueError(f"{name} must show at least one part, got all 0. Is it inverted, or thresholded?")
     if metric == "euclidean":
         Rows.share_scale(q_rows, g_rows)
-    labels = RankingProtocol(q_rows.n, g_rows.n, q_pids, g_pids, q_camids, g_camids)
 
-    found: Iterator[Tensor]
-    if q_rows.in_parts:
-        found = (block for _, block, _ in mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes, least))
-    else:
+    def found() -> Iterator[Tensor]:
+        if q_rows.in_parts:
+            yield from (block for _, block, _ in mean_distances(q_rows, g_rows, q_shown, g_shown, block_bytes, least))
+            return
         dtype, to_gallery = torch.promote_types(q_rows.dtype, g_rows.dtype), tying_distances(g_rows, block_bytes)
-        queries = query_blocks(q_rows, g_rows, block_bytes, least)
-        found = (to_gallery(q_rows.read(block, dtype)) for block in queries)
-    return _measure((row for block in found for row in block.cpu().numpy()), labels, max_rank)
+        for block in query_blocks(q_rows, g_rows, block_bytes, least):
+            yield to_gallery(q_rows.read(block, dtype))
+
+    return (row for block in found() for row in block.cpu().numpy()), q_rows.n, g_rows.n
 
 
 def evaluate_rank(
@@ -149,10 +227,20 @@ def evaluate_rank(
     Returns:
         Fractions in an `EvaluationResult`.
     """
+    matrix = checked_matrix(distmat)
+    labels = RankingProtocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
+    return measured_matrix(matrix, labels, max_rank)
+
+
+def checked_matrix(distmat: Any) -> NDArray[Any]:
+    """Given distances as a numpy array (Q, G)."""
     if isinstance(distmat, tuple):
         raise TypeError("distmat must be a whole matrix, got a tuple. Re-rank without topk.")
-    matrix = checked_distances(distmat, "distmat")
-    labels = RankingProtocol(matrix.shape[0], matrix.shape[1], q_pids, g_pids, q_camids, g_camids)
+    return checked_distances(distmat, "distmat")
+
+
+def measured_matrix(matrix: NDArray[Any], labels: RankingProtocol, max_rank: int) -> EvaluationResult:
+    """What `labels` make of given distances; warns of similarities."""
 
     def distances() -> Iterator[NDArray[Any]]:
         for query, row in enumerate(matrix):
@@ -160,7 +248,7 @@ def evaluate_rank(
                 raise ValueError(f"distmat must not hold NaN; row {query} does. Find the feature that caused it.")
             yield _floating(row)
 
-    result = _measure(distances(), labels, max_rank)
+    result = measured(distances(), labels, max_rank)
     if result.mAP < 1 / 3 and matrix.min() >= -_MAX_COSINE and matrix.max() <= _MAX_COSINE:
         _warn_of_similarities(matrix, labels, result.average_precision)
     return result
@@ -182,14 +270,17 @@ def _warn_of_similarities(matrix: NDArray[Any], labels: RankingProtocol, precisi
     reverse = np.mean([_precision(_match_ranks(-_floating(matrix[query]), query, labels)) for query in sample])
     if len(sample) >= _LEAST_QUERIES and reverse > 3 * precisions[sample].mean():
         given = f"in reverse order, mAP is {reverse:.1%} in place of {precisions[sample].mean():.1%}"
-        warnings.warn(f"distmat looks like similarities: {given}. Pass 1 - similarity.", stacklevel=3)
+        warnings.warn(f"distmat looks like similarities: {given}. Pass 1 - similarity.", stacklevel=4)
 
 
 class RankingProtocol:
     """Which gallery images are a query's matches, and which are dropped for it, by Market1501's rules."""
 
+    collapses = False  # CMC goes by the first image of each identity
+
     def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
         self.q_pids, g_pids = labels_together({"q_pids": (q_pids, q), "g_pids": (g_pids, g)})
+        self.g_pids = g_pids
         self.q_camids: NDArray[np.int64] | None
         self.g_camids: NDArray[np.int64] | None
         cameras = cameras_together({"q_camids": (q_camids, q), "g_camids": (g_camids, g)})
@@ -211,7 +302,8 @@ class RankingProtocol:
         return same_pid[~same_camera], np.concatenate([same_pid[same_camera], self._junk])
 
 
-def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_rank: int) -> EvaluationResult:
+def measured(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_rank: int) -> EvaluationResult:
+    """Average precisions, CMC and mINP of the queries' rows of distances, which are overwritten."""
     max_rank = checked_count(max_rank, "max_rank", most=_MAX_RANK)
     first_match = np.zeros(max_rank, dtype=np.int64)
     precisions = np.full(len(labels.q_pids), np.nan)
@@ -222,8 +314,9 @@ def _measure(distances: Iterator[NDArray[Any]], labels: RankingProtocol, max_ran
             continue
         precisions[query] = _precision(ranks)
         penalties.append(len(ranks) / float(ranks[-1]))
-        if ranks[0] <= max_rank:
-            first_match[ranks[0] - 1] += 1
+        first = _collapsed(row, query, labels) if labels.collapses else ranks[0]
+        if first <= max_rank:
+            first_match[first - 1] += 1
     if not penalties:
         given = f"none of the {len(labels.q_pids)} queries has a match (in another camera, where cameras are given)"
         raise ValueError(f"q_pids must share an identity with g_pids, but {given}. Check pids and camids.")
@@ -243,6 +336,15 @@ def _match_ranks(row: NDArray[Any], query: int, labels: RankingProtocol) -> NDAr
     # NaN compares false: what is dropped is nearer than nothing.
     row[dropped] = np.nan
     return _ranks(row, matches) if len(matches) else matches
+
+
+def _collapsed(row: NDArray[Any], query: int, labels: RankingProtocol) -> int:
+    """Rank of the query's identity among identities, each where its first image is; of a row after `_match_ranks`."""
+    matches, _ = labels.of_query(query)
+    first = matches[np.argmin(row[matches])]  # of equals the lowest index
+    index = np.arange(len(row))
+    nearer = (row < row[first]) | ((row == row[first]) & (index < first))
+    return 1 + len(np.unique(labels.g_pids[nearer]))
 
 
 def _precision(ranks: NDArray[np.int64]) -> float:
