@@ -531,6 +531,37 @@ class TestSideInputs:
         Centralizer(extractor, pose_inputs={"cam_ids": lambda pose: 1}, **settings)(images, cam_ids=infrared)
         assert seen == [list(infrared), [1] * 22]
 
+    @pytest.mark.parametrize("value", [None, 7, "one each", "pictures"])
+    @pytest.mark.parametrize("call", ["__call__", "extract_generated", "diagnose"])
+    def test_of_generated_images_alone(self, call, value, images):
+        """Originals keep their camera, generated images get another, or none, and share what is not replaced."""
+        each = [100 + i for i in range(11)]
+        seen = []
+
+        def extractor(batch, cams, views, extra=None):
+            seen.append((cams if cams is None or isinstance(cams, int) else list(map(int, cams)), list(views), extra))
+            return batch.mean((2, 3))
+
+        replaced = {"cams": each if value in ("one each", "pictures") else value}
+        if value == "pictures":
+            replaced["extra"] = "generated"
+        settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2, "batch_size": 100}
+        views = [i % 3 for i in range(11)]
+        found = getattr(Centralizer(extractor, **settings), call)
+        found(images, generated_inputs=replaced, cams=np.arange(11), views=views)
+        of_originals = [] if call == "extract_generated" else [(list(range(11)), views, None)]
+        cams = [cam for cam in each for _ in range(2)] if value in ("one each", "pictures") else value
+        twice = [view for view in views for _ in range(2)]
+        assert seen == [*of_originals, (cams, twice, "generated" if value == "pictures" else None)]
+
+    def test_of_generated_images_that_are_wrong(self, images):
+        centralizer = centralizer_of(Model())
+        with pytest.raises(ValueError, match="cams must have one entry for each of the 11 images, got 44"):
+            centralizer(images, generated_inputs={"cams": list(range(44))})
+        with pytest.raises(TypeError, match="generated_inputs must map keywords of the model to values, got list"):
+            centralizer(images, generated_inputs=[1])
+        assert centralizer.pictures.generator.asked == []
+
     def test_of_poses_with_other_shapes(self, images):
         settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2}
         centralizer = Centralizer(Model(), pose_inputs={"xy": lambda pose: np.ones(3)}, **settings)
