@@ -92,16 +92,22 @@ def cuhk03(root: str | os.PathLike[str], *, boxes: str | None = None) -> Dataset
         raise missing(folder, "images_detected", LAYOUT)
     top = only(found, folder)[1]
     if MARKET1501.fits(top):
-        given = top.resolve().name.lower()
-        chosen = _choice(boxes, [given] if given in BOXES else list(BOXES), top)
-        return _from_boxes(top, chosen)
-    there = [kind for kind in BOXES if _folder(top, kind) is not None]
-    if not there:
-        raise missing(top, "images_detected, or detected/query", LAYOUT)
-    chosen = _choice(boxes, there, top)
-    images = _folder(top, chosen)
-    assert images is not None
-    return _from_boxes(images, chosen) if MARKET1501.fits(images) else _from_mat(top, images, chosen)
+        own = top.resolve().name.lower()
+        chosen = _choice(boxes, [own] if own in BOXES else list(BOXES), top)
+        splits, notes = _from_boxes(top)
+    else:
+        there = {kind: images for kind in BOXES if (images := _folder(top, kind)) is not None}
+        if not there:
+            raise missing(top, "images_detected, or detected/query", LAYOUT)
+        chosen = _choice(boxes, list(there), top)
+        images = there[chosen]
+        splits, notes = _from_boxes(images) if MARKET1501.fits(images) else _from_mat(top, images, chosen)
+        notes += unread(top, [images])
+    name = f"{LAYOUT.name} ({chosen})"
+    notes += check_counts(name, splits, PUBLISHED[chosen])
+    query, gallery, train = splits.values()
+    assert query is not None and gallery is not None  # noqa: PT018
+    return Dataset(name, top, query, gallery, train, "cuhk03", notes=notes)
 
 
 def _folder(top: Path, boxes: str) -> Path | None:
@@ -119,13 +125,13 @@ def _choice(boxes: str | None, there: list[str], top: Path) -> str:
     return chosen
 
 
-def _from_boxes(folder: Path, boxes: str) -> Dataset:
+def _from_boxes(folder: Path) -> tuple[dict[str, Split | None], tuple[str, ...]]:
     query, gallery, train, _ = read_boxes(folder, LAYOUT)
     notes = unread(folder, [optional(folder, name) for name in FOLDERS.values()])
-    return _dataset(folder, boxes, {"train": train, "query": query, "gallery": gallery}, notes)
+    return {"query": query, "gallery": gallery, "train": train}, notes
 
 
-def _from_mat(top: Path, folder: Path, boxes: str) -> Dataset:
+def _from_mat(top: Path, folder: Path, boxes: str) -> tuple[dict[str, Split | None], tuple[str, ...]]:
     name = f"cuhk03_new_protocol_config_{boxes}.mat"
     path = optional(top, name)
     if path is None:
@@ -133,15 +139,14 @@ def _from_mat(top: Path, folder: Path, boxes: str) -> Dataset:
     held = read_mat(path, LAYOUT.name, "filelist", "labels", "camId", "train_idx", "query_idx", "gallery_idx")
     names = np.array([str(np.ravel(cell)[0]) for cell in np.ravel(held["filelist"])])
     pids, cameras = (np.ravel(held[key]).astype(np.int64) for key in ("labels", "camId"))
-    rows = {key: np.ravel(held[f"{key}_idx"]).astype(np.int64) - 1 for key in ("train", "query", "gallery")}
+    rows = {key: np.ravel(held[f"{key}_idx"]).astype(np.int64) - 1 for key in ("query", "gallery", "train")}
     listed = np.concatenate(list(rows.values()))
     if len({len(names), len(pids), len(cameras)}) > 1 or listed.min() < 0 or listed.max() >= len(names):
         raise ValueError(f"{LAYOUT.name}: {path} must have one label and camera per image, and rows of them.")
     there = image_names(folder, LAYOUT.name)
     check_listed(names[listed].tolist(), there, folder, LAYOUT.name)
-    splits = {key: _rows(folder, names, pids, cameras, at) for key, at in rows.items()}
-    read = [optional(top, f"images_{kind}") for kind in BOXES]
-    return _dataset(top, boxes, splits, unlisted(there, names[listed].tolist(), folder.name) + unread(top, read))
+    splits: dict[str, Split | None] = {key: _rows(folder, names, pids, cameras, at) for key, at in rows.items()}
+    return splits, unlisted(there, names[listed].tolist(), folder.name)
 
 
 def _rows(
@@ -149,9 +154,3 @@ def _rows(
 ) -> Split:
     at = at[np.argsort(names[at], kind="stable")]
     return split_from(folder, names[at].tolist(), pids[at], cameras[at])
-
-
-def _dataset(top: Path, boxes: str, splits: dict[str, Any], notes: tuple[str, ...]) -> Dataset:
-    name = f"{LAYOUT.name} ({boxes})"
-    notes += check_counts(name, splits, PUBLISHED[boxes])
-    return Dataset(name, top, splits["query"], splits["gallery"], splits["train"], "cuhk03", notes=notes)

@@ -29,8 +29,7 @@ def folders(root: str | os.PathLike[str]) -> Dataset:
             names that would be one number ("1" and "01").
     """
     top = checked_folder(root)
-    name = top.resolve().name
-    names = image_names(top, name)
+    names = image_names(top, "Folders of identities")
     misplaced = [image for image in names if image.count("/") != 1]
     if misplaced:
         raise ValueError(
@@ -46,4 +45,4 @@ def folders(root: str | os.PathLike[str]) -> Dataset:
         )
     check_words(people, "identities")
     split = Split(tuple(os.path.join(top, image) for image in names), np.array(people, dtype=str))
-    return Dataset(name, top, split, split, None, "leave-one-out")
+    return Dataset(top.resolve().name, top, split, split, None, "leave-one-out")

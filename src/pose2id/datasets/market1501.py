@@ -19,6 +19,7 @@ from pose2id.datasets.layout import (
     top_of,
     unread,
 )
+from pose2id.datasets.withdrawn import refuse_images
 
 LAYOUT = Layout(
     "Market1501",
@@ -55,7 +56,7 @@ def market1501(root: str | os.PathLike[str]) -> Dataset:
 
     Raises:
         FileNotFoundError: a folder is missing; the expected tree is shown.
-        ValueError: an empty folder, or file names that do not fit.
+        ValueError: an empty folder, file names that do not fit, or those of DukeMTMC.
     """
     top = top_of(root, LAYOUT)
     query, gallery, train, sequences = read_boxes(top, LAYOUT)
@@ -79,6 +80,7 @@ def read_boxes(top: Path, layout: Layout) -> tuple[Split, Split, Split | None, b
 
 def _boxes(folder: Path, layout: Layout) -> tuple[Split, bool]:
     images = named_images(folder, _NAME, _SCHEME, layout.name)
+    refuse_images((name.rpartition("/")[2] for name, _ in images), folder)
     split = split_from(
         folder,
         [name for name, _ in images],

@@ -71,7 +71,7 @@ def msmt17(root: str | os.PathLike[str]) -> Dataset:
     notes += _check_files([*query, *gallery], test_folder)
     train = None
     if lists and train_folder is not None:
-        lines = [line for path in lists for line in _lines(path)]
+        lines = sorted(line for path in lists for line in _lines(path))
         notes += _check_files(lines, train_folder)
         train = _split(lines, train_folder)
     elif lists or train_folder is not None:

@@ -12,9 +12,9 @@ from pose2id.datasets.cuhk03 import BOXES, cuhk03
 from pose2id.datasets.cuhk03 import LAYOUT as CUHK03
 from pose2id.datasets.dataset import Dataset
 from pose2id.datasets.folders import folders
-from pose2id.datasets.layout import Layout, candidates, checked_folder, entries, only
-from pose2id.datasets.market1501 import FOLDERS, market1501
+from pose2id.datasets.layout import Layout, candidates, checked_folder, only
 from pose2id.datasets.market1501 import LAYOUT as MARKET1501
+from pose2id.datasets.market1501 import market1501
 from pose2id.datasets.mars import LAYOUT as MARS
 from pose2id.datasets.mars import mars
 from pose2id.datasets.msmt17 import LAYOUT as MSMT17
@@ -30,6 +30,7 @@ from pose2id.datasets.vehicleid import LAYOUT as VEHICLEID
 from pose2id.datasets.vehicleid import vehicleid
 from pose2id.datasets.veri776 import LAYOUT as VERI776
 from pose2id.datasets.veri776 import veri776
+from pose2id.datasets.withdrawn import refuse_name
 
 READERS: Mapping[str, Callable[..., Dataset]] = {
     "market1501": market1501,
@@ -59,8 +60,6 @@ _OPTIONS = {"boxes": "cuhk03", "direction": "regdb", "trial": "regdb", "size": "
 TABLES = (".csv", ".tsv")
 _FEATURES = (".npz", ".mat", ".npy", ".pt", ".pth")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
-_DUKE_FOLDER = re.compile(r"duke[-_ ]?mtmc|(occluded|partial|p)[-_ ]?duke", re.IGNORECASE)
-_DUKE_IMAGE = re.compile(r"\d+_c\d+_f\d+")
 
 
 def open_dataset(
@@ -101,11 +100,9 @@ def open_dataset(
         raise FileNotFoundError(f"There is no data set {path}.")
     if path.is_file():
         return _reader(_table_key(path, name), options)(path)
-    _refuse_withdrawn(path.resolve().name, path)
+    refuse_name(path.resolve().name, path)
     key, top = _recognised(path) if name is None else (_key(name), path)
-    _refuse_withdrawn(top.resolve().name, top)
-    if key in ("market1501", "cuhk03"):
-        _refuse_images_of_duke(top)
+    refuse_name(top.resolve().name, top)
     return _reader(key, options)(top, **options)
 
 
@@ -129,8 +126,7 @@ def _plain(name: str) -> str:
 
 def _key(name: str) -> str:
     found = [key for key in READERS if _plain(key) == _plain(name)]
-    if not found and "duke" in name.lower():
-        _refuse_withdrawn("DukeMTMC", name)
+    refuse_name(name, name)
     if not found:
         raise ValueError(f"name must be one of {', '.join(READERS)}, got {name!r}.")
     return found[0]
@@ -154,18 +150,3 @@ def _recognised(place: Path) -> tuple[str, Path]:
     if key == "market1501" and (above[0] in BOXES or any("cuhk03" in _plain(folder) for folder in above)):
         key = "cuhk03"
     return key, top
-
-
-def _refuse_withdrawn(name: str, place: object) -> None:
-    if _DUKE_FOLDER.search(name):
-        raise ValueError(
-            f"DukeMTMC, and what is made of it, is not supported, got {place}. Its makers withdrew it in 2019: "
-            "people had been recorded and published beyond what had been approved. Use another data set."
-        )
-
-
-def _refuse_images_of_duke(top: Path) -> None:
-    folder = entries(top).get(FOLDERS["gallery"], top)
-    with os.scandir(folder) as found:
-        if any(_DUKE_IMAGE.match(entry.name) for entry in found):
-            _refuse_withdrawn("DukeMTMC", top)

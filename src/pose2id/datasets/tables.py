@@ -91,7 +91,7 @@ def read_table(table: Any, *, root: str | os.PathLike[str] | None = None) -> Dat
         raise TypeError(f"table must be the path of a CSV file or a DataFrame, got {type(table).__name__}.")
     base = base if root is None else Path(root).expanduser()
     _check_cells(rows)
-    paths = [os.path.join(base, cell) for cell in rows.columns["path"]]
+    paths = [str(base / cell) for cell in rows.columns["path"]]
     _check_paths(rows, paths)
     known = np.array([person != UNKNOWN for person in rows.columns["identity"]], dtype=bool)
     unknown = int((~known).sum())
