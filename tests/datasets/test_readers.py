@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trees
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.io import savemat
 
 from pose2id import datasets
@@ -557,3 +560,40 @@ def test_junk_and_distractors_of_words():
 
 def test_people_count_from_one():
     assert layout.from_one(np.array([-1, 0, 4])).tolist() == [-1, 1, 5]
+
+
+# A literal restatement of Market1501's rules: every image is found by its own, simplest means.
+NAMES = st.tuples(
+    st.sampled_from(["-1", "0000", "0001", "0002", "1501"]),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 99),
+    st.sampled_from(["jpg", "JPG", "png", "jpeg"]),
+)
+
+
+@given(images=st.dictionaries(NAMES, st.sampled_from(["query", "bounding_box_test", "bounding_box_train"]), min_size=3))
+def test_market1501_equals_a_literal_restatement(images):
+    with tempfile.TemporaryDirectory() as root:
+        # -1 and 0000 are in the gallery alone; and each folder holds somebody.
+        wanted = {
+            "query": [(1, 1, "0001_c1s1_999999_00.jpg")],
+            "bounding_box_test": [(1, 2, "0001_c2s1_999999_00.jpg")],
+        }
+        for (person, camera, sequence, frame, ending), folder in images.items():
+            folder = "bounding_box_test" if person in ("-1", "0000") else folder
+            name = f"{person}_c{camera}s{sequence}_{frame:06d}_00.{ending}"
+            wanted.setdefault(folder, []).append((int(person), camera, name))
+        for folder, rows in wanted.items():
+            trees.touch(Path(root) / folder, *(name for _, _, name in rows))
+        found = read(datasets.market1501, root)
+        for folder, split in (
+            ("query", found.query),
+            ("bounding_box_test", found.gallery),
+            ("bounding_box_train", found.train),
+        ):
+            rows = [] if split is None else [(pid, camera, name) for name, pid, camera in listed(split)]
+            assert rows == sorted(wanted.get(folder, []), key=lambda row: row[2])
+            assert split is None or [Path(path).parent.name for path in split.paths] == [folder] * len(split)
+        people = {pid for pid, _, _ in wanted["bounding_box_test"]} - {-1, 0}
+        assert found.gallery.counts()[:2] == (len(wanted["bounding_box_test"]), len(people))

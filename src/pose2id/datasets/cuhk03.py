@@ -111,11 +111,11 @@ def cuhk03(root: str | os.PathLike[str], *, boxes: str | None = None) -> Dataset
 
 
 def _folder(top: Path, boxes: str) -> Path | None:
-    """Where a kind of boxes lies: images_detected/ or detected/, with Market1501's folders in it."""
+    """Where a kind of boxes lies: detected/ with Market1501's folders in it, or images_detected/."""
     nested = optional(top, boxes)
     if nested is not None and nested.is_dir() and MARKET1501.fits(nested):
         return nested
-    return optional(top, f"images_{boxes}")
+    return optional(top, f"images_{boxes}") or optional(top, f"cuhk03_{boxes}")  # torchreid's, the protocol's own name
 
 
 def _choice(boxes: str | None, there: list[str], top: Path) -> str:

@@ -64,7 +64,8 @@ def mars(root: str | os.PathLike[str]) -> Dataset:
     top = top_of(root, LAYOUT)
     info = part(top, "info", LAYOUT)
     test_folder, train_folder = part(top, "bbox_test", LAYOUT), optional(top, "bbox_train")
-    notes = unread(top, [info, test_folder, train_folder])
+    notes: tuple[str, ...] = ("The gallery is the test tracklets that are no query; the published code keeps all.",)
+    notes += unread(top, [info, test_folder, train_folder])
     tracks, names, left_out = _tracks(info, test_folder, "test")
     is_query = np.zeros(len(tracks), dtype=bool)
     rows = np.ravel(read_mat(part(info, "query_IDX.mat", LAYOUT), LAYOUT.name, "query_IDX")["query_IDX"]).astype(
