@@ -576,22 +576,16 @@ NAMES = st.tuples(
 def test_market1501_equals_a_literal_restatement(images):
     with tempfile.TemporaryDirectory() as root:
         # -1 and 0000 are in the gallery alone; and each folder holds somebody.
-        wanted = {
-            "query": [(1, 1, "0001_c1s1_999999_00.jpg")],
-            "bounding_box_test": [(1, 2, "0001_c2s1_999999_00.jpg")],
-        }
-        for (person, camera, sequence, frame, ending), folder in images.items():
-            folder = "bounding_box_test" if person in ("-1", "0000") else folder
+        wanted = {folder: [(1, 1, "0001_c1s1_999999_00.jpg")] for folder in ("query", "bounding_box_test")}
+        for (person, camera, sequence, frame, ending), drawn in images.items():
+            folder = "bounding_box_test" if person in ("-1", "0000") else drawn
             name = f"{person}_c{camera}s{sequence}_{frame:06d}_00.{ending}"
             wanted.setdefault(folder, []).append((int(person), camera, name))
         for folder, rows in wanted.items():
             trees.touch(Path(root) / folder, *(name for _, _, name in rows))
         found = read(datasets.market1501, root)
-        for folder, split in (
-            ("query", found.query),
-            ("bounding_box_test", found.gallery),
-            ("bounding_box_train", found.train),
-        ):
+        splits = {"query": found.query, "bounding_box_test": found.gallery, "bounding_box_train": found.train}
+        for folder, split in splits.items():
             rows = [] if split is None else [(pid, camera, name) for name, pid, camera in listed(split)]
             assert rows == sorted(wanted.get(folder, []), key=lambda row: row[2])
             assert split is None or [Path(path).parent.name for path in split.paths] == [folder] * len(split)
