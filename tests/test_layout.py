@@ -12,7 +12,7 @@ SOURCE = ROOT / "src" / "pose2id"
 # From the ground up: a file imports from its own floor and from those below.
 FLOORS = (
     ("io",),
-    ("neighbors", "poses"),
+    ("datasets", "neighbors", "poses"),
     ("centralization", "retrieval"),
     ("extractor", "ipg", "plots"),
     ("centralizer", "training"),

@@ -103,6 +103,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 _SUBMODULES = (
     "centralization",
+    "datasets",
     "demo",
     "extractor",
     "io",

@@ -1,0 +1,159 @@
+"""What is this folder? Every set is told by its layout, and what is none, or several, is said."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import trees
+
+from pose2id import datasets
+from pose2id.datasets import READERS, open_dataset
+from pose2id.datasets.opening import _LAYOUTS, _OPTIONS
+
+TREES = {
+    "Market1501": trees.market1501,
+    "MSMT17": trees.msmt17,
+    "CUHK03 (detected)": trees.cuhk03_mat,
+    "MARS": trees.mars,
+    "Occluded-REID": trees.occluded_reid,
+    "SYSU-MM01": trees.sysu_mm01,
+    "RegDB": trees.regdb,
+    "VeRi-776": trees.veri776,
+    "VehicleID (small)": trees.vehicleid,
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_set_is_told_by_its_layout(name, tmp_path):
+    TREES[name](tmp_path / "one" / "two")
+    with pytest.warns(UserWarning, match=f"^{name.replace('(', '.').replace(')', '.')} is not as published"):
+        found = open_dataset(str(tmp_path))
+    assert found.name == name
+    assert found.root == tmp_path / "one" / "two"
+
+
+@pytest.mark.parametrize("key", _LAYOUTS)
+@pytest.mark.parametrize("spelled", [str, str.upper, lambda key: key.replace("-", "_")])
+def test_a_set_asked_for_by_name_says_what_it_lacks(key, spelled, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"(?s)^{_LAYOUTS[key].name}: .*Expected:"):
+        open_dataset(tmp_path, name=spelled(key))
+
+
+def test_three_levels_down_is_too_deep(tmp_path):
+    trees.market1501(tmp_path / "a" / "b" / "c")
+    with pytest.raises(ValueError, match=r"must hold images as identity/name\.jpg"):
+        open_dataset(tmp_path)
+
+
+def test_two_candidates_are_listed_and_one_can_be_chosen(tmp_path):
+    trees.market1501(tmp_path / "market")
+    trees.veri776(tmp_path / "veri")
+    with pytest.raises(ValueError, match=r"must hold one data set, got 2: Market1501 in .*market, VeRi-776 in .*veri"):
+        open_dataset(tmp_path)
+    with pytest.warns(UserWarning, match="VeRi-776 is not as published"):
+        assert open_dataset(tmp_path, name="veri-776").name == "VeRi-776"
+    trees.market1501(tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"got 2: Market1501 in .*copy, Market1501 in .*market"):
+        open_dataset(tmp_path, name="market1501")
+
+
+def test_the_nearer_candidate_wins(tmp_path):
+    trees.market1501(tmp_path)
+    trees.market1501(tmp_path / "copy")
+    with pytest.warns(UserWarning, match=r"query: 3 images"):
+        assert open_dataset(tmp_path).root == tmp_path
+
+
+def test_a_part_of_a_set_is_no_plain_folder(tmp_path):
+    # Else Market1501's only folder left would be one identity of 5 images.
+    trees.touch(tmp_path, "bounding_box_test/0001_c1s1_001051_03.jpg")
+    with pytest.raises(FileNotFoundError, match=r"there is no query in .*(?s:.)*Found: bounding_box_test/"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["DukeMTMC-reID", "dukemtmc", "Occluded_Duke", "P-DukeMTMC-reID", "sets/DukeMTMC"])
+def test_dukemtmc_is_refused_by_its_name(folder, tmp_path):
+    trees.touch(tmp_path, f"{folder}/query/1.jpg", f"{folder}/bounding_box_test/1.jpg")
+    with pytest.raises(ValueError, match=r"DukeMTMC, .* is not supported, got .* withdrew it in 2019"):
+        open_dataset(tmp_path if "/" in folder else tmp_path / folder)
+
+
+def test_dukemtmc_is_refused_by_its_images(tmp_path):
+    for folder in ("query", "bounding_box_test"):
+        trees.touch(tmp_path, f"renamed/{folder}/0005_c2_f0046985.jpg")
+    for options in ({}, {"name": "market1501"}):
+        with pytest.raises(ValueError, match="withdrew it in 2019"):
+            open_dataset(tmp_path, **options)
+    with pytest.raises(ValueError, match="withdrew it in 2019"):
+        open_dataset(tmp_path, name="DukeMTMC-reID")
+    with pytest.raises(ValueError, match="withdrew it in 2019"):
+        datasets.market1501(tmp_path)
+
+
+def test_a_place_that_is_no_data_set(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no data set .*nowhere"):
+        open_dataset(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="must hold images, got none"):
+        open_dataset(tmp_path)
+    for name, advice in (
+        ("one.jpg", "got another file"),
+        ("f.npz", "load_features"),
+        ("M.zip", "Unpack it first"),
+    ):
+        with pytest.raises(ValueError, match=advice):
+            open_dataset(trees.touch(tmp_path, name) / name)
+    with pytest.raises(ValueError, match="must be a folder for the set 'mars', got a file"):
+        open_dataset(tmp_path / "one.jpg", name="mars")
+    with pytest.raises(ValueError, match=r"name must be one of market1501, .*, got 'market'"):
+        open_dataset(tmp_path, name="market")
+
+
+def test_options_are_of_their_sets_alone(tmp_path):
+    trees.market1501(tmp_path)
+    for option, value in {"boxes": "labeled", "direction": "visible-to-thermal", "trial": 1, "size": "small"}.items():
+        with pytest.raises(
+            ValueError, match=f"{option} is of {_OPTIONS[option]} alone, and the data set is market1501"
+        ):
+            open_dataset(tmp_path, **{option: value})
+        assert option in inspect.signature(READERS[_OPTIONS[option]]).parameters
+
+
+@pytest.mark.parametrize(
+    ("tree", "options", "name"),
+    [
+        (trees.cuhk03_mat, {"boxes": "labeled"}, "CUHK03 (labeled)"),
+        (trees.regdb, {"direction": "thermal-to-visible", "trial": 1}, "RegDB"),
+        (trees.vehicleid, {"size": "large"}, "VehicleID (large)"),
+    ],
+)
+def test_options_reach_their_reader(tree, options, name, tmp_path):
+    with pytest.warns(UserWarning, match="not as published"):
+        found = open_dataset(tree(tmp_path), **options)
+    assert found.name == name
+    if "direction" in options:
+        assert set(found.query.camids.tolist()) == {2}
+        assert found.train is not None
+
+
+def test_a_table_is_told_by_its_ending(tmp_path):
+    trees.folders(tmp_path)
+    trees.write(tmp_path / "people.csv", "path,identity", "anna/1.jpg,anna", "ben/1.jpg,ben")
+    assert open_dataset(tmp_path / "people.csv").query.pids.tolist() == ["anna", "ben"]
+    (tmp_path / "people.csv").rename(tmp_path / "people.list")
+    assert open_dataset(tmp_path / "people.list", name="table").name == "people"
+
+
+def test_folders_by_name(tmp_path):
+    # By its layout this is a set; whoever asks for folders gets them.
+    trees.touch(tmp_path, "bounding_box_test/1.jpg", "anna/1.jpg")
+    assert open_dataset(tmp_path, name="folders").query.pids.tolist() == ["anna", "bounding_box_test"]
+
+
+def test_every_reader_is_public_and_has_a_tree():
+    for key, reader in READERS.items():
+        assert getattr(datasets, reader.__name__) is reader
+        assert reader.__name__ in datasets.__all__
+        assert key in _LAYOUTS or key in ("folders", "table")
+    for layout in _LAYOUTS.values():
+        assert all(name == name.lower() for marker in layout.markers for name in marker)
