@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import trees
 
-from pose2id import datasets
+from pose2id import datasets, evaluate
 from pose2id.datasets import READERS, open_dataset
 from pose2id.datasets.opening import _LAYOUTS, _OPTIONS
 
@@ -157,3 +158,31 @@ def test_every_reader_is_public_and_has_a_tree():
         assert key in _LAYOUTS or key in ("folders", "table")
     for layout in _LAYOUTS.values():
         assert all(name == name.lower() for marker in layout.markers for name in marker)
+
+
+@pytest.mark.parametrize("folders", [("labeled",), ("CUHK03_NP", "boxes"), ("cuhk03-np",)])
+def test_one_kind_of_boxes_in_the_layout_of_market1501(folders, tmp_path):
+    trees.cuhk03_boxes(tmp_path / "both")
+    top = tmp_path.joinpath("x", *folders)
+    (tmp_path / "both" / "labeled").rename(top.parent.mkdir(parents=True) or top)
+    with pytest.warns(UserWarning, match=r"CUHK03 \((detected|labeled)\) is not as published"):
+        found = open_dataset(tmp_path / "x")
+    assert found.name == ("CUHK03 (labeled)" if folders == ("labeled",) else "CUHK03 (detected)")
+    top.rename(tmp_path / "plain")
+    assert open_dataset(tmp_path / "plain").name == "plain"
+
+
+def test_labels_are_those_that_evaluation_takes(tmp_path):
+    rng = np.random.default_rng(0)
+    trees.touch(tmp_path, *(f"{i}.jpg" for i in range(30)))
+    people = rng.choice(["-1", "0", "7", "12"], 30)
+    cameras = rng.integers(1, 4, 30)
+    rows = [f"{i}.jpg,{people[i]},{cameras[i]},{'query' if i % 3 == 0 else 'gallery'}" for i in range(30)]
+    trees.write(tmp_path / "t.csv", "path,identity,camera,split", *rows)
+    data, x = open_dataset(tmp_path / "t.csv"), rng.normal(size=(30, 8))
+    is_query = np.arange(30) % 3 == 0
+    sides = [(data.query.pids, data.gallery.pids, data.query.camids, data.gallery.camids)]
+    sides.append([labels[mask] for labels in (people.astype(int), cameras) for mask in (is_query, ~is_query)])
+    found, wanted = (evaluate(x[is_query], x[~is_query], *labels) for labels in sides)
+    assert found.mAP == wanted.mAP
+    assert found.num_valid_queries == wanted.num_valid_queries

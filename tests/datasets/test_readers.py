@@ -457,6 +457,7 @@ def test_one_trial_of_regdb_has_its_training_images(tmp_path):
     assert set(found.query.pids.tolist()) == {2, 3}
     assert set(found.train.pids.tolist()) == {1, 4}
     assert found.train.camids.tolist() == [1] * 4 + [2] * 4
+    assert "Not as published: train: 8 images found, 4,120 published." in found.notes
     with pytest.raises(ValueError, match="trial must be one of 1, 2, got 3"):
         datasets.regdb(tmp_path, trial=3)
     with pytest.raises(ValueError, match="direction must be one of"):

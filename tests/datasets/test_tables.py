@@ -181,7 +181,7 @@ def test_paths_start_from_root_or_from_the_table(write, tmp_path, monkeypatch):
         (["path,pid,cam", "0.jpg,1,"], "camera .drop the column if there are none.; empty cells .* got line 2"),
         (["path,pid,set", "0.jpg,1,val"], "must have a split of train, .*, test, got 'val' in line 2"),
         (
-            ["path,pid", "0.jpg,1", "1.jpg,1", "./0.jpg,2"],
+            ["path,pid", "0.jpg,1", "1.jpg,1", "x/../0.jpg,2"],
             "must have one row per image, got .*0.jpg in line 2 and line 4",
         ),
         (["path,pid,split", "0.jpg,1,query"], "must have images of query and gallery, or of test .*, got query"),

@@ -146,7 +146,7 @@ def _recognised(place: Path) -> tuple[str, Path]:
     layout, top = only(found, place)
     key = next(key for key, known in _LAYOUTS.items() if known is layout)
     # CUHK03 is offered in Market1501's layout, too.
-    above = [folder.name.lower() for folder in (top.resolve(), *top.resolve().parents[:2])]
+    above = [folder.name.lower() for folder in (top.resolve(), top.resolve().parent)]
     if key == "market1501" and (above[0] in BOXES or any("cuhk03" in _plain(folder) for folder in above)):
         key = "cuhk03"
     return key, top

@@ -83,7 +83,10 @@ def regdb(root: str | os.PathLike[str], *, direction: str | None = None, trial: 
     train = None if trial is None else _train(top, idx, trial)
     if trial is None:
         notes += ("Training images differ from trial to trial: trial=1 gives those of the first.",)
-    notes += warn_of(LAYOUT.name, _differences(numbers, lists, people, trial))
+    differ = _differences(numbers, lists, people, trial)
+    if train is not None and len(train) != 2 * IMAGES:
+        differ.append(f"train: {len(train):,} images found, {2 * IMAGES:,} published")
+    notes += warn_of(LAYOUT.name, differ)
     trials: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...] = tuple(
         zip(rows[asked], rows[searched], strict=True)
     )
