@@ -15,8 +15,9 @@ demo: .venv/demo.stamp
 	mkdir -p out
 	$(BIN)/pose2id demo --picture out/demo.png --overwrite
 
-test: .venv/dev.stamp .oldest/stamp lint
+test: .venv/dev.stamp .oldest/stamp .models/stamp lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	OMP_NUM_THREADS=1 PYTHONPATH=.models $(BIN)/python -m pytest tests/test_models.py -k "openvino or transformers"
 	OMP_NUM_THREADS=1 PYTHONPATH=.oldest $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(OLDEST_TESTS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -56,5 +57,11 @@ bench: .venv/dev.stamp
 	$(BIN)/python -m pip install -q --target .oldest -c constraints-oldest.txt diffusers huggingface_hub safetensors
 	touch $@
 
+# Packages whose models are run for real, apart from the others: diffusers imports transformers wherever it is.
+.models/stamp: .venv/dev.stamp constraints.txt Makefile
+	rm -rf .models
+	$(BIN)/python -m pip install -q --target .models -c constraints.txt --no-deps transformers tokenizers openvino
+	touch $@
+
 clean:
-	rm -rf .venv .oldest out site dist build
+	rm -rf .venv .oldest .models out site dist build

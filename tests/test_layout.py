@@ -14,7 +14,7 @@ FLOORS = (
     ("io",),
     ("datasets", "neighbors", "poses"),
     ("centralization", "retrieval"),
-    ("extractor", "ipg", "plots"),
+    ("extraction", "extractor", "ipg", "models", "plots"),
     ("centralizer", "training"),
     ("report",),
     ("demo",),

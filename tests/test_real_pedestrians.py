@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import replace
 
 import numpy as np
+import onnx_files
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -48,41 +49,6 @@ def run(out, data, *words):
         script.main()
 
 
-def field(number, *values):
-    """A field of a protobuf message: a whole number, text, or messages."""
-    content = b""
-    for value in values:
-        if isinstance(value, int):
-            content += varint(number << 3) + varint(value)
-        else:
-            encoded = value.encode() if isinstance(value, str) else value
-            content += varint(number << 3 | 2) + varint(len(encoded)) + encoded
-    return content
-
-
-def varint(value):
-    low, rest = value & 127, value >> 7
-    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
-
-
-def onnx_model():
-    """(N, 3, 256, 128) to (N, 24), the means of 8 stripes: written by hand, for want of the package onnx."""
-
-    def tensor(name, *sizes):
-        dims = b"".join(field(1, field(1, size) if isinstance(size, int) else field(2, size)) for size in sizes)
-        return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
-
-    def numbers(name, *values):
-        return field(5, field(1, name) + field(20, 7) + field(8, *values))
-
-    pool = field(1, "images") + field(2, "means") + field(4, "AveragePool")
-    pool += numbers("kernel_shape", 32, 128) + numbers("strides", 32, 128)
-    flat = field(1, "means") + field(2, "features") + field(4, "Flatten")
-    graph = field(1, pool, flat) + field(2, "stripes")
-    graph += field(11, tensor("images", "n", 3, 256, 128)) + field(12, tensor("features", "n", 24))
-    return field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 13))
-
-
 def write_crops(path, samples):
     """A zip of JPEGs; the crops' names."""
     names, numbers = [], {}
@@ -120,7 +86,7 @@ def data(tmp_path_factory):
         is_query=np.tile([True, False], 6),
         names=[f"detected_val/{int(name[:4]) - FIRST_TEST_PERSON:04d}{name[4:]}" for name in names],
     )
-    (folder / "models" / "osnet_x0_25_msmt17.onnx").write_bytes(onnx_model())
+    (folder / "models" / "osnet_x0_25_msmt17.onnx").write_bytes(onnx_files.stripes())
     return folder
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pose2id.cli import demo, features, generate, people, train
+from pose2id.cli import demo, evaluate, extract, features, generate, people, train
 from pose2id.cli.options import command, in_words_of
 
 
@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    features.add_commands(commands)
+    features.add_command(commands)
+    evaluate.add_command(commands)
+    extract.add_command(commands)
     demo.add_commands(commands)
     generate.add_commands(commands)
     people.add_commands(commands)

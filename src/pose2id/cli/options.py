@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
-_FILES = """Feature files, told apart by their ending:
-  .npz  query_feats (Q, D), gallery_feats (G, D); optional q_pids, g_pids, q_camids, g_camids
-  .mat  query_f, gallery_f; optional query_label, gallery_label, query_cam, gallery_cam
+FILES = """Feature files, told apart by their ending:
+  .npz, .pt  query_feats (Q, D), gallery_feats (G, D); optional q_pids, g_pids, q_camids, g_camids
+  .mat       query_f, gallery_f; optional query_label, gallery_label, query_cam, gallery_cam
+  all        or features (N, D) with is_query (N) or num_query; optional pids, camids
 """
 # What the functions call an argument whose option has another name.
 _OPTION = {"repo_or_dir": ("weights", "source"), "num_identities": ("people",), "directory": ("out",)}
@@ -42,12 +43,29 @@ def feature_command(
     commands: Any, name: str, help_text: str, run: Callable[[argparse.Namespace], None], told: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
     """A command on feature files, with the method and NFC's options."""
-    parser = command(commands, name, help_text, run, _FILES, told)
+    parser = command(commands, name, help_text, run, FILES, told)
+    add_method(parser)
+    return parser
+
+
+def add_method(parser: Any) -> None:
+    """Options of the method and of NFC."""
     methods = "auto (default), guarded, cameras, centring, or nfc (as published)"
     parser.add_argument("--method", default="auto", metavar="M", help=methods)
     parser.add_argument("--k1", type=int, help="NFC, which it selects: neighbours that a feature proposes (2)")
     parser.add_argument("--k2", type=int, help="NFC, which it selects: neighbours that the other side looks at (2)")
-    return parser
+
+
+def add_model(parser: Any) -> None:
+    """Options of the model that images go through."""
+    forms = "module:callable, timm:NAME, hf:NAME, onnx:FILE, openvino:FILE, torchreid:NAME[:WEIGHTS]"
+    parser.add_argument("--model", help=forms)
+    parser.add_argument("--transform", metavar="PRESET", help="size, mean and std: transreid, torchreid, saai, ...")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images (%(default)s)")
+    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--flip", action="store_true", help="add the features of mirrored images")
 
 
 def add_download(parser: argparse.ArgumentParser, what: str) -> None:

@@ -1,9 +1,9 @@
 """What the method does for your features: rows of figures, measured alike, as text, records and tables."""
 
-from pose2id.report.comparison import Comparison, Row, by_number, compare, measure
+from pose2id.report.comparison import Comparison, Row, by_number, compare, measure, pair_of
 from pose2id.report.studies import study
 from pose2id.report.tables import number_table, records, table
-from pose2id.report.ways import Pair, Sets, with_nfc
+from pose2id.report.ways import Pair, Sets, safely, unpublished, with_nfc
 
 __all__ = [
     "Comparison",
@@ -14,8 +14,11 @@ __all__ = [
     "compare",
     "measure",
     "number_table",
+    "pair_of",
     "records",
+    "safely",
     "study",
     "table",
+    "unpublished",
     "with_nfc",
 ]

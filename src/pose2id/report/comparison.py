@@ -229,7 +229,7 @@ def measure(
     checked_generated(generated)
     results: dict[str, list[EvaluationResult]] = {name: [] for name in ways}
     id2s: dict[str, list[float]] = {name: [] for name in ways}
-    pair, names = _pair(features), None if paths is None else paths[1]
+    pair, names = pair_of(features), None if paths is None else paths[1]
     for trial in protocol.trials(*labels, g_names=names):
         sets = Sets(
             trial.of(pair),
@@ -308,7 +308,8 @@ def labels_of(features: FeatureFile) -> tuple[Any, ...]:
     return features.q_pids, features.g_pids, features.q_camids, features.g_camids
 
 
-def _pair(features: FeatureFile) -> Pair:
+def pair_of(features: FeatureFile) -> Pair:
+    """Both sides, in single precision at least."""
     # Half precision would round what NFC gives back.
     query, gallery = (
         x.astype(np.float32) if x.dtype == np.float16 else x for x in (features.query_feats, features.gallery_feats)

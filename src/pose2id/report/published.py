@@ -33,7 +33,7 @@ _FIGURES: Mapping[tuple[str, str], Mapping[str, tuple[float, float | None]]] = {
         f"{_BOTH} + re-ranking": (92.79, None),
         **{
             f"IPG of both, M = {m}": (mAP, None)
-            for m, mAP in enumerate((79.88, 82.13, 85.27, 86.16, 86.75, 87.23, 87.52, 87.76, 88.02))  # noqa: N806
+            for m, mAP in enumerate((79.88, 82.13, 85.27, 86.16, 86.75, 87.23, 87.52, 87.76, 88.02))
         },
     },
     ("Market1501", "transreid-camera"): {"baseline": (89.0, None), _BOTH: (93.01, None)},

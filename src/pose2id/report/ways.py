@@ -79,8 +79,8 @@ class Sets:
 
     def safe(self, pair: Pair, *, cameras: bool = False) -> Pair:
         """Both sides as `Centralizer.enhance` makes them by default, or by the method asked for."""
-        query, gallery = unpublished(self.centralizer).enhance(*pair, **self._keywords(cameras=cameras))
-        return (gallery, gallery) if self._alone else (query, gallery)
+        camids = self._camids if cameras else (None, None)
+        return safely(pair, camids, self.centralizer, alone=self._alone)
 
     def reranked(self, pair: Pair) -> NDArray[Any]:
         """Distances re-ranked as published (20, 6, 0.3)."""
@@ -111,6 +111,12 @@ def with_nfc(
         published_nfc(x, k1, k2, **options) if side in sides else x for side, x in zip(SIDES, pair, strict=True)
     )
     return query, gallery
+
+
+def safely(pair: Pair, camids: tuple[Any, Any], centralizer: Centralizer, *, alone: bool) -> Pair:
+    """Both sides by `Centralizer.enhance`; of the same images each is as it is in the gallery."""
+    query, gallery = unpublished(centralizer).enhance(*pair, query_camids=camids[0], gallery_camids=camids[1])
+    return (gallery, gallery) if alone else (query, gallery)
 
 
 def unpublished(centralizer: Centralizer) -> Centralizer:

@@ -1,0 +1,259 @@
+"""Features of many images in a file: read by workers, reused when nothing has changed, and begun only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pose2id.extractor import Extraction, Extractor, Images, SideInputs
+from pose2id.io.checks import as_numpy, checked_count, checked_flags, first_few
+from pose2id.io.images import load_image
+from pose2id.io.rows import blocks
+from pose2id.io.whole_files import new_file, whole_file
+
+logger = logging.getLogger(__name__)
+_SAVED_ROWS = 4096  # how often what is done is written down
+
+
+def extract(
+    extractor: Extractor,
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    workers: int = 0,
+    amp: bool = False,
+    progress: bool = True,
+    overwrite: bool = False,
+    side_inputs: Mapping[str, Any] | None = None,
+) -> NDArray[np.float32]:
+    """Raw features of image files, in an .npy file that grows on disk and not in memory.
+
+    Beside it, OUT.json says what they were made from: `key`, the images' bytes in their order, `amp` and the side
+    inputs. If all of it is the same, the file is used as it is. A run that was killed left OUT.partial, and the next
+    one goes on there.
+
+    Args:
+        extractor: of features (B, D).
+        paths: N image files.
+        out: the .npy file.
+        key: what decides the extractor's features, as `pose2id.models.LoadedModel.digest`. None: unknown, and nothing
+            is ever used again.
+        workers: processes that read and transform images beside the model; 0: none. A model that reads images itself
+            (inputs="images") needs none.
+        amp: compute in float16 on CUDA, in bfloat16 on the CPU (torch.autocast).
+        progress: show a bar on a terminal.
+        overwrite: replace features that were made from something else.
+        side_inputs: keywords of the model with one entry per image, as in `Extractor.__call__`.
+
+    Returns:
+        (N, D) float32, memory-mapped, read-only; not normalised.
+
+    Raises:
+        FileExistsError: OUT was made from something else, and `overwrite` is False.
+        FileNotFoundError: images are missing; the first few are named.
+        ValueError: an unreadable image, named; features in parts, or not finite. What is done is kept.
+    """
+    checked_flags(amp=amp, progress=progress, overwrite=overwrite)
+    checked_count(workers, "workers", least=0)
+    target = _target(out)
+    made_from = _made_from(paths, key, amp=amp, side_inputs=side_inputs)
+    if target.exists():
+        if key is not None and _note(target) == made_from:
+            logger.info("extract: %s is of these images and this model, and is used again", out)
+            return _opened(target)
+        if not overwrite:
+            differing = _differing(_note(target), made_from)
+            raise FileExistsError(f"{out} exists, of other {differing}. Choose another name, or overwrite it.")
+    run = _Run(target, made_from, len(paths), again=key is not None)
+    if run.done:
+        logger.info("extract: goes on after %d of %d images", run.done, len(paths))
+    images = _Files(paths, extractor, workers, run.done, side_inputs or {})
+    with images.extractor.at_work(len(paths) - run.done, progress) as model, _precision(model, amp):
+        for block in blocks(len(paths) - run.done, extractor.batch_size):
+            features, visibility = model.next_features(images, block.stop - block.start)
+            if features.ndim != 2 or visibility is not None:
+                raise ValueError(f"extractor must return features (B, D) for a file, got {tuple(features.shape)}.")
+            run.add(as_numpy(features) if isinstance(features, Tensor) else features)
+    run.finish()
+    return _opened(target)
+
+
+class _Files(Images):
+    """Image files from one on, read and transformed by worker processes where there are any."""
+
+    def __init__(
+        self,
+        paths: Sequence[Any],
+        extractor: Extractor,
+        workers: int,
+        start: int,
+        side_inputs: Mapping[str, Any],
+    ) -> None:
+        self.paths, self.taken = paths, start
+        self.side_inputs = SideInputs(side_inputs, len(paths))
+        self.extractor = extractor
+        rest = range(start, len(paths))
+        if extractor.inputs == "images":
+            self.stream = (paths[i] for i in rest)
+            return
+        # What comes is transformed already.
+        self.extractor = Extractor(
+            extractor.model,
+            batch_size=extractor.batch_size,
+            device=extractor.device,
+            flip=extractor.flip,
+            pad_last_batch=extractor.pad_last_batch,
+        )
+        self.stream = _read(_Transformed(paths, extractor.transform), rest, workers, extractor.batch_size)
+
+    def name(self, row: int) -> str:
+        return f"images[{row}] ({os.fspath(self.paths[row])})"
+
+
+class _Transformed(Dataset[Any]):
+    """Transformed images; errors come as text, since another process cannot raise them here."""
+
+    def __init__(self, paths: Sequence[Any], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __getitem__(self, i: int) -> Tensor | str:
+        try:
+            tensor: Tensor = self.transform(load_image(self.paths[i], f"images[{i}]"))
+        except ValueError as error:
+            return str(error)
+        return tensor
+
+
+def _read(images: _Transformed, rows: range, workers: int, batch_size: int) -> Iterator[Tensor]:
+    loader = DataLoader(images, batch_size, sampler=rows, num_workers=workers, collate_fn=list)
+    for batch in loader:
+        for item in batch:
+            if isinstance(item, str):
+                raise ValueError(item)
+            yield item
+
+
+class _Run:
+    """The unfinished file, and how far it is.
+
+    A block of rows is written before the journal counts it, so that what the journal counts is there.
+    """
+
+    def __init__(self, target: Path, made_from: dict[str, Any], n: int, *, again: bool) -> None:
+        self.target, self.made_from, self.n = target, made_from, n
+        self.partial = target.with_name(f"{target.name}.partial")
+        self.rows: NDArray[np.float32] | None = None
+        self.done = self.saved = 0
+        if again and _note(self.partial, "done") == made_from:
+            with suppress(OSError, ValueError):  # of a torn file: from the start, then
+                np.load(self.partial, mmap_mode="r")  # writing would fill it up with zeros
+                rows = np.lib.format.open_memmap(self.partial, mode="r+")
+                if rows.shape[0] == n:
+                    self.rows, self.done = rows, json.loads(_beside(self.partial).read_text(encoding="utf-8"))["done"]
+
+    def add(self, features: NDArray[Any]) -> None:
+        """Write the next rows."""
+        if self.rows is None:
+            self.rows = np.lib.format.open_memmap(
+                self.partial, mode="w+", dtype=np.float32, shape=(self.n, features.shape[1])
+            )
+        if features.shape[1] != self.rows.shape[1]:
+            wanted = f"features of width {self.rows.shape[1]}, as of the first images"
+            raise ValueError(f"extractor must return {wanted}, got {features.shape[1]}.")
+        self.rows[self.done : self.done + len(features)] = features
+        self.done += len(features)
+        if self.done - self.saved >= _SAVED_ROWS or self.done == self.n:
+            self.save()
+
+    def save(self) -> None:
+        """Note what is done, after it is on disk."""
+        assert self.rows is not None
+        self.rows.flush()  # type: ignore[attr-defined]
+        _write_note(self.partial, {**self.made_from, "done": self.done})
+        self.saved = self.done
+
+    def finish(self) -> None:
+        """Give the file its name; what tells of it comes first, so that it never stands without."""
+        self.rows = None
+        _write_note(self.target, self.made_from)
+        self.partial.replace(self.target)
+        _beside(self.partial).unlink(missing_ok=True)
+
+
+def _target(out: str | os.PathLike[str]) -> Path:
+    return new_file(out, overwrite=True, suffixes=(".npy",))
+
+
+def _made_from(
+    paths: Sequence[Any], key: str | None, *, amp: bool, side_inputs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if len(paths) == 0:
+        raise ValueError("paths must hold at least one image file, got none.")
+    gone = [os.fspath(path) for path in paths if not Path(path).is_file()]
+    if gone:
+        raise FileNotFoundError(f"paths must be image files; {len(gone)} are missing: {first_few(gone)}.")
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    given = sorted((side_inputs or {}).items())
+    inputs = hashlib.sha256()
+    for name, value in given:
+        inputs.update(f"{name} {np.asarray(value).tolist()!r}".encode())
+    return {
+        "model": key,
+        "images": digest.hexdigest(),
+        "count": len(paths),
+        "amp": amp,
+        "side_inputs": inputs.hexdigest() if given else None,
+    }
+
+
+def _precision(model: Extraction, amp: bool) -> Any:
+    if not amp:
+        return nullcontext()
+    kind = model.device.type
+    return torch.autocast(kind, dtype=torch.float16 if kind == "cuda" else torch.bfloat16)
+
+
+def _opened(path: Path) -> NDArray[np.float32]:
+    rows: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return rows
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _note(path: Path, *without: str) -> dict[str, Any] | None:
+    """What a file's note says it was made from; None without a whole one."""
+    try:
+        note = json.loads(_beside(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(note, dict) or any(name not in note for name in without):
+        return None
+    return {name: value for name, value in note.items() if name not in (*without, "about")}
+
+
+def _write_note(path: Path, note: Mapping[str, Any]) -> None:
+    with whole_file(_beside(path)) as unfinished:
+        unfinished.write_text(json.dumps(note), encoding="utf-8")
+
+
+def _differing(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:
+    if found is None or found.get("model") is None or wanted["model"] is None:
+        return "or unknown origin"
+    return ", ".join(name for name in wanted if found.get(name) != wanted[name])
