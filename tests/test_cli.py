@@ -122,7 +122,7 @@ def test_enhance_never_replaces_a_file_unasked(path, capsys):
 def test_evaluate_prints_what_the_functions_give(path, capsys):
     content = load_features(path)
     labels = content.q_pids, content.g_pids, content.q_camids, content.g_camids
-    assert main(["evaluate", str(path), "--nfc", "--rerank", "--json"]) == 0
+    assert main(["evaluate", str(path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     rows = printed["rows"]
     q, g = content.query_feats, content.gallery_feats
@@ -152,28 +152,28 @@ def test_evaluate_prints_what_the_functions_give(path, capsys):
     assert rows[1]["id2"] == pytest.approx(id2_score(np.concatenate([new_q, new_g]), pids))
     assert [row["id2"] is None for row in rows] == [False] * 4 + [True] * 4
 
-    assert main(["evaluate", str(path)]) == 0
+    assert main(["evaluate", str(path), "--no-rerank"]) == 0
     sizes, _, head, *lines, _, sentence, with_cameras = capsys.readouterr().out.splitlines()
     assert sentence == str(evidence(g))
     assert with_cameras == f"With cameras: {evidence(centred, labels[3])}"
     assert sizes == "20 queries (20 with a match), 60 gallery images"
     assert head.split() == ["mAP", "Rank-1", "Rank-5", "Rank-10", "mINP", "ID²"]
     assert [re.split(" {2,}", line)[:2] for line in lines] == [
-        [name, f"{100 * results[name].mAP:.2f}"] for name in ("baseline", "auto", "auto, cameras")
+        [name, f"{100 * results[name].mAP:.2f}"] for name in ("baseline", "NFC", "auto", "auto, cameras")
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (["--method", "centring"], ["centring"]),
-        (["--method", "guarded"], ["guarded", "guarded, cameras"]),
+        (["--method", "centring"], ["NFC", "centring"]),
+        (["--method", "guarded"], ["NFC", "guarded", "guarded, cameras"]),
         (["--method", "nfc"], ["NFC", "auto", "auto, cameras"]),
         (["--k1", "3"], ["NFC", "auto", "auto, cameras"]),
     ],
 )
 def test_evaluate_measures_another_method(words, names, path, capsys):
-    assert main(["evaluate", str(path), "--json", *words]) == 0
+    assert main(["evaluate", str(path), "--json", "--no-rerank", *words]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["baseline", *names]
 
 
@@ -204,7 +204,7 @@ def test_demo_without_the_extra_names_it_before_any_work(capsys, monkeypatch, tm
     ("arguments", "message"),
     [
         (["evaluate", "none.npz"], "There is no feature file none.npz"),
-        (["evaluate", "none.pkl"], "end in .npz or .mat"),
+        (["evaluate", "none.pkl"], "end in .npz, .mat, .pt or .pth"),
         (["enhance", "none.npz", "out.npz"], "There is no feature file none.npz"),
         (["enhance", "none.npz", "out.txt"], "end in .npz or .mat"),
         (["enhance", "none.npz", "nowhere/out.npz"], "There is no folder nowhere"),
@@ -230,7 +230,7 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
         ("enhance {path} {out}.npz --method best", "--method must be one of"),
         ("enhance {path} {out}.npz --joint", "--joint must be False"),
         ("evaluate {path} --method best", "--method must be one of"),
-        ("evaluate {path} --k2 0 --rerank", "--k2 must be at least 1"),
+        ("evaluate {path} --k2 0", "--k2 must be at least 1"),
         ("demo {path} --no-picture --k1 0", "--k1 must be at least 1"),
         ("demo --no-picture --people 0", "--people must be at least 1"),
         ("draw-people {out} --people 0", "--people must be at least 1"),

@@ -30,7 +30,7 @@ from pose2id.retrieval.evaluation import RankingProtocol, feature_distances
 from pose2id.retrieval.protocols import MARKET1501, EvaluationProtocol
 
 _MARK = "<!-- pose2id report -->"
-_SHOWN, _LENGTH = 4, 10  # queries of a kind, images of a list
+_SHOWN, _LENGTH, _JUNK = 4, 8, 2  # queries of a kind, images of a list that count, and the nearest that don't
 _THUMBNAIL = (64, 128)
 _BINS = 100
 _PEOPLE = 10  # of the map
@@ -107,7 +107,7 @@ def write_page(
         pictures = _Pictures(unfinished / "images")
         body = [
             f"<h1>{html.escape(title)}</h1>",
-            *(f"<p>{html.escape(fact).replace(chr(10), '<br>')}</p>" for fact in facts),
+            *(f'<pre class="scroll" tabindex="0">{html.escape(fact)}</pre>' for fact in facts),
             _verdict(rows, shown, names),
             "<h2>Figures</h2>",
             _table(rows),
@@ -186,8 +186,8 @@ class _Shown:
         return up, len(gain) - up - down, down
 
     def rows(self, side: int) -> Iterator[NDArray[Any]]:
-        """Each query's distances to the gallery, before (0) or after (1)."""
-        return feature_distances(*self.pairs[side])[0]
+        """Each query's Euclidean distances to the gallery, in [0, 2], before (0) or after (1)."""
+        return (np.sqrt(np.clip(row, 0, 4)) for row in feature_distances(*self.pairs[side])[0])
 
 
 def _verdict(rows: Sequence[Row], shown: _Shown, names: tuple[str, str]) -> str:
@@ -234,11 +234,14 @@ def _lists(shown: _Shown, names: tuple[str, str], pictures: _Pictures) -> list[s
     for side in (0, 1):
         for query, row in enumerate(shown.rows(side)):
             if query in wanted:
-                order = np.argsort(row, kind="stable")[:_LENGTH]
-                ranked[query, side] = [(int(i), float(row[i])) for i in order]
+                dropped = shown.rule.of_query(query)[1]
+                order = np.argsort(row, kind="stable")
+                kept = np.flatnonzero(~np.isin(order, dropped))[:_LENGTH]
+                junk = np.setdiff1d(np.arange(kept[-1] if len(kept) else 0), kept)[:_JUNK]
+                ranked[query, side] = [(int(i), float(row[i])) for i in order[np.union1d(kept, junk)]]
     legend = (
         "Each query with its nearest gallery images and their distances: ✓ the same identity, ✗ another one, "
-        "grey and ~ dropped by the protocol, as images of the query's own camera are."
+        "grey and ~ dropped by the protocol, as images of the query's own camera are (the nearest two are shown)."
     )
     parts = ["<h2>Ranked lists</h2>", f"<p>{legend}</p>"]
     for kind, queries in shown.chosen.items():
@@ -250,7 +253,7 @@ def _lists(shown: _Shown, names: tuple[str, str], pictures: _Pictures) -> list[s
             for side in (0, 1):
                 precision = f"{names[side]}: average precision {shown.precision[side][query]:.1%}"
                 parts.append(f"<p>{html.escape(precision)}</p>")
-                cards = [_card(shown, pictures, 0, query, "query", "query")]
+                cards = [_card(shown, pictures, 0, query, "asked", "query")]
                 matches, dropped = shown.rule.of_query(query)
                 for image, distance in ranked[query, side]:
                     state = "junk" if image in dropped else "right" if image in matches else "wrong"
@@ -260,7 +263,7 @@ def _lists(shown: _Shown, names: tuple[str, str], pictures: _Pictures) -> list[s
     return parts
 
 
-_SIGNS = {"query": "", "right": "✓ ", "wrong": "✗ ", "junk": "~ "}
+_SIGNS = {"asked": "", "right": "✓ ", "wrong": "✗ ", "junk": "~ "}
 
 
 def _card(shown: _Shown, pictures: _Pictures, side: int, i: int, state: str, caption: str) -> str:
@@ -322,8 +325,8 @@ def _distribution(shown: _Shown, side: int, edges: NDArray[np.float64]) -> _Dist
         matches, dropped = shown.rule.of_query(query)
         others = np.ones(len(row), bool)
         others[dropped] = others[matches] = False
-        positive += np.histogram(np.clip(row[matches], 0, 2), edges)[0]
-        negative += np.histogram(np.clip(row[others], 0, 2), edges)[0]
+        positive += np.histogram(row[matches], edges)[0]
+        negative += np.histogram(row[others], edges)[0]
     shares = {"negative": negative / max(negative.sum(), 1), "positive": positive / max(positive.sum(), 1)}
     missed, false = 1 - shares["positive"].cumsum(), shares["negative"].cumsum()
     at = int(np.argmin(np.abs(missed - false)))
@@ -372,7 +375,7 @@ def _sheets(sheets: Sequence[tuple[Any, Sequence[Any]]], pictures: _Pictures) ->
             what = "reference" if m == 0 else f"generated {m}"
             img = f'<img src="images/{name}" alt="{what} of image {i}" width="{width}" height="{height}">'
             cards.append(
-                f'<figure class="{"query" if m == 0 else "plain"}">{img}<figcaption>{what}</figcaption></figure>'
+                f'<figure class="{"asked" if m == 0 else "plain"}">{img}<figcaption>{what}</figcaption></figure>'
             )
         parts.append(f'<div class="scroll" tabindex="0"><div class="list">{"".join(cards)}</div></div>')
     return parts

@@ -115,8 +115,6 @@ def _axes(left: float, right: float, low: float, high: float, across: str, up: s
 
 
 def _drawing(title: str, parts: Sequence[str], height: float = HEIGHT, width: float = WIDTH) -> str:
-    label = html.escape(title, quote=True)
-    content = "".join(parts)
-    return (
-        f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}"><title>{label}</title>{content}</svg>'
-    )
+    label, content = html.escape(title, quote=True), "".join(parts)
+    start = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}">'
+    return f'<div class="drawing" tabindex="0">{start}<title>{label}</title>{content}</svg></div>'

@@ -186,7 +186,7 @@ def feature_distances(
     metric: str = "cosine",
     max_memory: int | None = None,
 ) -> tuple[Iterator[NDArray[Any]], int, int]:
-    """Each query's distances to the whole gallery, fresh rows, one after another; then how many of each there are."""
+    """Each query's squared distances (of parts: distances) to the whole gallery, in fresh rows; then Q and G."""
     checked_choice(metric, "metric", _METRICS)
     block_bytes, least = query_memory(max_memory)
     q_rows, g_rows = (Rows(x, name, normalize=metric == "cosine", parts=True) for x, name in ((qf, "qf"), (gf, "gf")))
