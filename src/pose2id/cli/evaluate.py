@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("place", metavar="PLACE", help="data set, .csv of images, or feature file")
     add_method(parser)
     parser.add_argument("--no-rerank", action="store_true", help="leave the re-ranked rows out")
-    parser.add_argument("--table", metavar="T", help=_TABLES)
+    parser.add_argument("--table", dest="paper_table", metavar="T", help=_TABLES)
     parser.add_argument("--published", metavar="MODEL", help="set the paper's figures of this model beside ours")
 
     files = parser.add_argument_group("feature files")
@@ -87,11 +87,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     found = material(args)
     centralizer = _centralizer(args, found.name)
     options: dict[str, Any] = {name: getattr(found, name) for name in ("protocol", "paths", "generated")}
-    if args.table:
+    if args.paper_table:
         if args.published:
             options["published"] = published.figures(found.name, args.published)
         options |= {"subsets": args.subsets, "seed": args.seed}
-        comparison = study(args.table, found.features, centralizer=centralizer, **options)
+        comparison = study(args.paper_table, found.features, centralizer=centralizer, **options)
     else:
         comparison = compare(found.features, rerank=not args.no_rerank, centralizer=centralizer, **options)
     _print(args, found, comparison)

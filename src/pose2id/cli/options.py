@@ -14,7 +14,12 @@ FILES = """Feature files, told apart by their ending:
   all        or features (N, D) with is_query (N) or num_query; optional pids, camids
 """
 # What the functions call an argument whose option has another name.
-_OPTION = {"repo_or_dir": ("weights", "source"), "num_identities": ("people",), "directory": ("out",)}
+_OPTION = {
+    "repo_or_dir": ("weights", "source"),
+    "num_identities": ("people",),
+    "directory": ("out",),
+    "table": ("paper_table",),
+}
 _NAMED = re.compile(r"\A(\w+)(?: \(\w+\))?(?: and (\w+))?(?= (?:\S+ )?(?:must|is) )")
 
 
