@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
     from pose2id.retrieval.expansion import aqe, database_augmentation, query_expansion
     from pose2id.retrieval.rerank import k_reciprocal, re_ranking
+    from pose2id.retrieval.verification import Verification, verification
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "NFCDiagnostics",
     "PictureFolder",
     "Sampling",
+    "Verification",
     "WeightedLinks",
     "aqe",
     "centre_cameras",
@@ -72,6 +74,7 @@ __all__ = [
     "part_distances",
     "query_expansion",
     "re_ranking",
+    "verification",
 ]
 
 _MODULES = {
@@ -98,6 +101,7 @@ _MODULES = {
     "retrieval.evaluation": ("EvaluationResult", "evaluate", "evaluate_rank"),
     "retrieval.expansion": ("aqe", "database_augmentation", "query_expansion"),
     "retrieval.rerank": ("k_reciprocal", "re_ranking"),
+    "retrieval.verification": ("Verification", "verification"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -105,9 +109,11 @@ _SUBMODULES = (
     "centralization",
     "datasets",
     "demo",
+    "extraction",
     "extractor",
     "io",
     "ipg",
+    "models",
     "neighbors",
     "plots",
     "poses",
