@@ -23,6 +23,7 @@ from pose2id.extractor import Preprocess
 from pose2id.ipg import IdentityGenerator
 from pose2id.neighbors.search import exact_neighbors
 from pose2id.poses import standard
+from pose2id.retrieval import protocols
 
 Q, G, P, D, M = 20, 90, 4, 16, 3
 # Random features: nobody repeats.
@@ -99,6 +100,13 @@ CALLS = {
     "part_distances": lambda f, r: pose2id.part_distances(f["q_parts"], f["g_parts"], *r["visible"]),
     "query_expansion": lambda f, r: pose2id.query_expansion(f["q"], f["g"], qe_times=2),
     "re_ranking": lambda f, r: pose2id.re_ranking(f["qg"], f["qq"], f["gg"], k1=8, k2=3),
+    "verification": lambda f, r: tuple(
+        pose2id.verification(f["q"], f["g"], *r["labels"], rates=(0.1, 0.01), rate=0.05).to_dict().values()
+    ),
+    "evaluate, trials": lambda f, r: protocols.vehicleid(num_trials=2).evaluate(
+        f["g"], f["g"], r["labels"][1], r["labels"][1], way=lambda q, g, *_: (pose2id.nfc(q), pose2id.nfc(g))
+    ),
+    "evaluate, leave one out": lambda f, r: protocols.LEAVE_ONE_OUT.evaluate(f["g"], f["g"], *[r["labels"][1]] * 2),
     "Centralizer.enhance": lambda f, r: Centralizer().enhance(f["q"], f["g"]),
     "Centralizer.enhance, cameras": lambda f, r: Centralizer().enhance(
         f["q"], f["g"], query_camids=r["labels"][2], gallery_camids=r["labels"][3]
@@ -128,7 +136,7 @@ CALLS = {
     "Centralizer.fuse": lambda f, r: Centralizer(eta=0.5).fuse(f["q"], f["q_generated"]),
 }
 # What returns features or distances, rather than figures.
-ARRAYS = [name for name in CALLS if not name.startswith(("evaluate", "generation_d", "id", "nfc_d"))]
+ARRAYS = [name for name in CALLS if not name.startswith(("evaluate", "generation_d", "id", "nfc_d", "verif"))]
 
 
 def changed(inputs, change):

@@ -220,6 +220,17 @@ def test_bad_arguments(change, error, message, paths, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("f.np*"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_model_on_a_gpu(amp, paths, tmp_path):
+    model = extractor()
+    model.model.cuda()
+    expected = extractor()(paths, normalize=False, progress=False).numpy()
+    found = extract(model, paths, tmp_path / "f.npy", key="a", workers=2, amp=amp, progress=False)
+    np.testing.assert_allclose(found, expected, atol=2e-2 if amp else 1e-5)
+    assert next(model.model.parameters()).is_cuda
+
+
 def test_parts_are_refused(paths, tmp_path):
     model = Extractor(lambda batch: batch.mean(3).transpose(1, 2), transform=TRANSFORM)
     with pytest.raises(ValueError, match=r"extractor must return features \(B, D\) for a file, got \(23, 16, 3\)"):

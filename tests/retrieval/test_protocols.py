@@ -265,6 +265,18 @@ def test_a_method_sees_the_trial_alone(sysu):
     assert inside.trials[0] == protocol.measure(pair, *pids, *camids)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
+def test_sysu_mm01_on_a_gpu(labels_on, sysu):
+    (qf, gf), labels, names = sysu
+    expected = protocols.sysu_mm01().evaluate(qf, gf, *labels, g_names=names)
+    feats = [torch.from_numpy(x).cuda() for x in (qf, gf)]
+    found = protocols.sysu_mm01().evaluate(
+        *feats, *(torch.from_numpy(x).to(labels_on) for x in labels), g_names=names, way=lambda q, g, *_: (q, g)
+    )
+    assert found.to_dict() == pytest.approx(expected.to_dict())
+
+
 def test_tensors_parts_strings_and_lists(rng):
     q, g = (torch.from_numpy(rng.standard_normal((n, 3, 4)).astype(np.float32)) for n in (6, 9))
     pids = [[f"p{i % 3}" for i in range(n)] for n in (6, 9)]
@@ -335,6 +347,11 @@ def bad_sysu(**change):
         (lambda: bad_sysu(q_camids=None, g_camids=None), ValueError, "q_camids and g_camids must be given for SYSU"),
         (lambda: bad_sysu(g_camids=[1, 7]), ValueError, "must be 1 to 6 for SYSU-MM01, got 7"),
         (lambda: bad_sysu(q_camids=[1, 1]), ValueError, "q_camids must hold 3 or 6"),
+        (
+            lambda: protocols.sysu_mm01().measure((np.eye(2), np.eye(2)), [1, 2], [1, 2]),
+            ValueError,
+            "q_camids and g_camids must be given for SYSU",
+        ),
         (lambda: protocols.regdb([]), ValueError, "trials must hold at least one trial"),
         (
             lambda: protocols.regdb([([0], [5])]).trials([1], [1]),

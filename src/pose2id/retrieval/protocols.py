@@ -194,7 +194,9 @@ class _SysuMM01(RankingProtocol):
 
     def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
         super().__init__(q, g, q_pids, g_pids, q_camids, g_camids)
-        self._cam2 = np.flatnonzero(np.asarray(g_camids) == 2)
+        if self.g_camids is None:
+            raise ValueError("q_camids and g_camids must be given for SYSU-MM01: 3 and 6, and 1, 2, 4 and 5.")
+        self._cam2 = np.flatnonzero(self.g_camids == 2)
 
     def of_query(self, query: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         matches, dropped = super().of_query(query)
