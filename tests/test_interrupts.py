@@ -137,7 +137,7 @@ COMMANDS = {
     "generate": (GENERATE, "putchunk", 42),
     "train": (TRAIN, "save_file", 9),
     "enhance": ("enhance {given}/features.npz {out}/enhanced.npz", "write_array", 2),
-    "evaluate": ("evaluate {given}/features.npz --nfc", "evaluate", 2),
+    "evaluate": ("evaluate {given}/features.npz", "evaluate", 2),
     "evaluate, re-ranked": ("evaluate {given}/features.npz --rerank", "k_reciprocal", 1),
     "convert": ("convert {given}/weights {out}/converted", "save_file", 3),
     "draw-people": ("draw-people {out}/people --people 2 --cameras 1", "putchunk", 8),

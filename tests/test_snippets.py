@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +31,31 @@ def write_people(given):
     for path, image in zip(given["paths"], given["images"], strict=False):
         Path(path).parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
+
+
+MY_MODEL = """
+from pose2id import Extractor
+
+extractor = Extractor(lambda batch: batch.unflatten(2, (4, -1)).mean((3, 4)).flatten(1), transform="transreid")
+"""
+
+
+@pytest.fixture
+def my_model(tmp_path, monkeypatch):
+    """A user's model and crops, as the commands on data sets have them."""
+    (tmp_path / "my_model.py").write_text(MY_MODEL, encoding="utf-8")
+    people = SyntheticPedestrians(4, num_cameras=2, images_per_camera=2)
+    lines = ["path,identity,camera,split"]
+    for i, sample in enumerate(people[:]):
+        path = tmp_path / "crops" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(sample.image).save(path)
+        lines.append(f"crops/{i}.png,p{sample.pid},{sample.camid},{('query', 'gallery')[i % 2]}")
+    (tmp_path / "crops.csv").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("my_model", None)
 
 
 def blocks(page, language):
@@ -79,7 +105,7 @@ def given():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # numpy about tensors that diffusers' solvers hand it.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-def test_python_snippets_of(page, given, weights, hub, tmp_path, monkeypatch):
+def test_python_snippets_of(page, given, weights, hub, my_model, tmp_path, monkeypatch):
     hub.add("yuanc3/Pose2ID", weights)
     monkeypatch.chdir(tmp_path)
     write_people(given)
@@ -93,7 +119,7 @@ def test_python_snippets_of(page, given, weights, hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of(page, given, weights, hub, tmp_path, monkeypatch):
+def test_commands_of(page, given, weights, hub, my_model, tmp_path, monkeypatch):
     hub.add("yuanc3/Pose2ID", weights)
     monkeypatch.chdir(tmp_path)
     keys = ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids")
