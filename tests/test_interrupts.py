@@ -138,7 +138,7 @@ COMMANDS = {
     "train": (TRAIN, "save_file", 9),
     "enhance": ("enhance {given}/features.npz {out}/enhanced.npz", "write_array", 2),
     "evaluate": ("evaluate {given}/features.npz", "evaluate", 2),
-    "evaluate, re-ranked": ("evaluate {given}/features.npz --rerank", "k_reciprocal", 1),
+    "evaluate, re-ranked": ("evaluate {given}/features.npz", "k_reciprocal", 1),
     "convert": ("convert {given}/weights {out}/converted", "save_file", 3),
     "draw-people": ("draw-people {out}/people --people 2 --cameras 1", "putchunk", 8),
     "table": ("table {given}/people/images {out}/table.csv", "write_bytes", 1),
