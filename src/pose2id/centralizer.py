@@ -151,7 +151,13 @@ class Centralizer:
                 raise ValueError("flip must be False with pose_inputs, which would not be mirrored with the picture.")
 
     def __call__(
-        self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
+        self,
+        images: Any,
+        *,
+        progress: bool = True,
+        return_visibility: bool = False,
+        generated_inputs: Mapping[str, Any] | None = None,
+        **side_inputs: Any,
     ) -> Any:
         """Fused features of images (eq. 9): of each image and of its generated images, through the user's extractor.
 
@@ -165,8 +171,11 @@ class Centralizer:
             images: as in `Extractor.__call__`; with a transform, pictures or paths.
             progress: show one bar for original and generated images on a terminal.
             return_visibility: also return the visibility (N, P) of the originals' parts, or None.
+            generated_inputs: keywords for the model that generated images get in place of their original's, by name:
+                what has one entry per image goes to all generated images of that image, anything else, None too, to the
+                model as it is: `{"cam_label": None}` for a model that takes None for "no camera".
             **side_inputs: keywords for the model, as in `Extractor.__call__`. Entries of an image go to its generated
-                images too (the original's camera, modality), except for those in `pose_inputs`.
+                images too (the original's camera, modality), except for those in `generated_inputs` and `pose_inputs`.
 
         Returns:
             (N, D) L2-normalised features, or (N, P, D) parts, each L2-normalised, in the container, dtype and device
@@ -177,7 +186,7 @@ class Centralizer:
             return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
         checked_flags(progress=progress, return_visibility=return_visibility)
         fused = visibility = None
-        with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
+        with self._at_work(images, side_inputs, generated_inputs, progress) as (model, originals, pictures):
             for block in blocks(len(images), model.extractor.batch_size):
                 features, visible = model.next_features(originals, block.stop - block.start)
                 generated, weights = model.next_features(pictures, block.stop - block.start)
@@ -358,31 +367,50 @@ class Centralizer:
         return self._given_extractor()(images, **options)
 
     def extract_generated(
-        self, images: Any, *, progress: bool = True, return_visibility: bool = False, **side_inputs: Any
+        self,
+        images: Any,
+        *,
+        progress: bool = True,
+        return_visibility: bool = False,
+        generated_inputs: Mapping[str, Any] | None = None,
+        **side_inputs: Any,
     ) -> Any:
         """Raw features (N, M, D) or (N, M, P, D) of the generated images: to try several eta, or to keep them.
 
         Arguments and errors are those of `__call__`; the visibility is that of the generated images' parts, (N, M, P).
         """
         checked_flags(progress=progress, return_visibility=return_visibility)
-        with self._at_work(images, side_inputs, progress, both=False) as (model, _, pictures):
+        with self._at_work(images, side_inputs, generated_inputs, progress, both=False) as (model, _, pictures):
             features, visibility = model.next_features(pictures, len(images))
         return (features, visibility) if return_visibility else features
 
-    def diagnose(self, images: Any, *, progress: bool = True, **side_inputs: Any) -> GenerationDiagnostics:
+    def diagnose(
+        self,
+        images: Any,
+        *,
+        progress: bool = True,
+        generated_inputs: Mapping[str, Any] | None = None,
+        **side_inputs: Any,
+    ) -> GenerationDiagnostics:
         """How much of a person the model sees in generated images, without labels: `pose2id.generation_diagnostics`.
 
         Arguments and errors are those of `__call__`, for at least 2 images. All features are held; a few hundred images
         of different people are enough.
         """
         checked_flag(progress, "progress")
-        with self._at_work(images, side_inputs, progress) as (model, originals, pictures):
+        with self._at_work(images, side_inputs, generated_inputs, progress) as (model, originals, pictures):
             features, generated = (model.next_features(some, len(images))[0] for some in (originals, pictures))
         return generation_diagnostics(features, generated)
 
     @contextmanager
     def _at_work(
-        self, images: Any, side_inputs: Mapping[str, Any], progress: bool, *, both: bool = True
+        self,
+        images: Any,
+        side_inputs: Mapping[str, Any],
+        generated_inputs: Mapping[str, Any] | None,
+        progress: bool,
+        *,
+        both: bool = True,
     ) -> Iterator[tuple[Extraction, Images, Images]]:
         """The model at work, the images, and their generated images, after all checks that need no model."""
         extractor, originals = self._given_extractor(), Images(images, side_inputs)
@@ -392,8 +420,9 @@ class Centralizer:
         of_pose: dict[str, Any] = {}
         if isinstance(self.pictures, PosedPictures):
             of_pose = self.pictures.side_inputs(originals.side_inputs.get)
+        of_image = _of_generated(side_inputs, generated_inputs, of_pose, len(originals.items))
         with decoding_once():
-            pictures = _Generated(*in_order(self.pictures, originals.items), originals.side_inputs, of_pose)
+            pictures = _Generated(*in_order(self.pictures, originals.items), of_image, of_pose)
             with extractor.at_work(len(images) * (pictures.m + both), progress) as model:
                 yield model, originals, pictures
 
@@ -434,6 +463,20 @@ def _pictures(given: Pictures | None, parameters: dict[str, Any]) -> Pictures | 
         wanted = "callable, such as GeneratedPictures(generator) or PictureFolder(directory)"
         raise TypeError(f"pictures must be {wanted}, got {type(given).__name__}.")
     return given
+
+
+def _of_generated(
+    of_original: Mapping[str, Any], given: Mapping[str, Any] | None, of_pose: Mapping[str, Any], n: int
+) -> SideInputs:
+    """The side inputs of n images, for their generated images: their own where none are given in their place."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"generated_inputs must map keywords of the model to values, got {given!r}.")
+    for name in given:
+        if name in of_pose:
+            raise ValueError(f"generated_inputs must not hold {name!r}, which pose_inputs give. Leave one of them out.")
+    SideInputs(given, n, "generated_inputs[{!r}]")  # its errors
+    return SideInputs({**of_original, **given}, n)
 
 
 class _Generated(Images):
