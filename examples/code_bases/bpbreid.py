@@ -2,8 +2,8 @@
 
 In the folder of the code base, its own script and its arguments:
 
-python .../examples/code_bases/bpbreid.py torchreid/scripts/main.py --config-file configs/bpbreid/bpbreid_occ_reid_test.yaml
-python .../examples/code_bases/bpbreid.py main.py --config-file configs/kpr/solider/kpr_occ_reid_test.yaml
+python .../bpbreid.py torchreid/scripts/main.py --config-file configs/bpbreid/bpbreid_occ_reid_test.yaml
+python .../bpbreid.py main.py --config-file configs/kpr/solider/kpr_occ_reid_test.yaml
 """
 
 from __future__ import annotations

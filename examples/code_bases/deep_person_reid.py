@@ -2,7 +2,7 @@
 
 In the folder of the code base, its own script and its arguments:
 
-python .../examples/code_bases/deep_person_reid.py scripts/main.py --config-file configs/im_r50_softmax_256x128_amsgrad.yaml
+python .../deep_person_reid.py scripts/main.py --config-file configs/im_r50_softmax_256x128_amsgrad.yaml
 """
 
 from __future__ import annotations

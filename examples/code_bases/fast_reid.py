@@ -2,7 +2,7 @@
 
 In the folder of the code base, its own script and its arguments:
 
-python .../examples/code_bases/fast_reid.py tools/train_net.py --eval-only --config-file configs/Market1501/mgn_R50-ibn.yml
+python .../fast_reid.py tools/train_net.py --eval-only --config-file configs/Market1501/mgn_R50-ibn.yml
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In the folder of the code base, its own script and its arguments:
 
-python .../examples/code_bases/saai.py test.py --cfg configs/SYSU.yml --checkpoint model.pth
+python .../saai.py test.py --cfg configs/SYSU.yml --checkpoint model.pth
 """
 
 from __future__ import annotations

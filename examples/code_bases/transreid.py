@@ -2,8 +2,8 @@
 
 In the folder of the code base, its own test script and its arguments:
 
-python .../examples/code_bases/transreid.py test.py --config_file configs/Market/vit_transreid_stride.yml
-python .../examples/code_bases/transreid.py test_clipreid.py --config_file configs/person/vit_clipreid.yml
+python .../transreid.py test.py --config_file configs/Market/vit_transreid_stride.yml
+python .../transreid.py test_clipreid.py --config_file configs/person/vit_clipreid.yml
 """
 
 from __future__ import annotations
