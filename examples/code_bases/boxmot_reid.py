@@ -36,7 +36,9 @@ class CentralizedBackend:
     def __init__(self, backend: Any, gallery: NDArray[Any], centralizer: Centralizer | None = None) -> None:
         self.backend, self.gallery = backend, gallery
         self.centralizer = centralizer or Centralizer()
-        self.device, self.half = backend.device, backend.half
+        # What `ReID` asks a backend for a frame without boxes.
+        self.device, self.half, self.input_shape = backend.device, backend.half, backend.input_shape
+        self.inference_preprocess = backend.inference_preprocess
 
     def get_features(self, xyxys: NDArray[Any], img: NDArray[np.uint8]) -> NDArray[Any]:
         """L2-normalised features (N, D) of the boxes (N, 4) of a blue-first frame (H, W, 3)."""

@@ -8,7 +8,11 @@ from PIL import Image
 
 
 class Backend:
-    device, half = torch.device("cpu"), False
+    device, half, input_shape = torch.device("cpu"), False, (8, 4)
+
+    @staticmethod
+    def inference_preprocess(x):
+        return x
 
     @staticmethod
     def of_crops(crops):
@@ -27,6 +31,9 @@ class ReID:
         self.model = model
 
     def __call__(self, inputs, boxes=None):
+        if boxes is not None and not len(boxes):
+            empty = torch.empty((0, 3, *self.model.input_shape), dtype=torch.float16 if self.model.half else None)
+            return np.empty((len(self.model.inference_preprocess(empty.to(self.model.device))), 0), np.float32)
         if boxes is not None:
             return self.model.get_features(boxes, inputs)
         assert all(isinstance(crop, np.ndarray) and crop.dtype == np.uint8 for crop in inputs)
