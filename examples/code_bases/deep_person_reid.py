@@ -28,7 +28,7 @@ def plug_in(engine: type[Any], centralizer: Centralizer | None = None) -> type[A
         self: Any, dataset_name: str = "", query_loader: Any = None, gallery_loader: Any = None, **options: Any
     ) -> Any:
         query, gallery = (_extracted(self, loader) for loader in (query_loader, gallery_loader))
-        cameras = {"query_camids": query["camid"], "gallery_camids": gallery["camid"]}
+        cameras: dict[str, Any] = {"query_camids": query["camid"], "gallery_camids": gallery["camid"]}
         query["img"], gallery["img"] = enhance(query["img"], gallery["img"], **cameras)
         # The published evaluation, of loaders that hold features in the place of images.
         self.extract_features = lambda features: features
