@@ -531,37 +531,6 @@ class TestSideInputs:
         Centralizer(extractor, pose_inputs={"cam_ids": lambda pose: 1}, **settings)(images, cam_ids=infrared)
         assert seen == [list(infrared), [1] * 22]
 
-    @pytest.mark.parametrize("value", [None, 7, "one each", "pictures"])
-    @pytest.mark.parametrize("call", ["__call__", "extract_generated", "diagnose"])
-    def test_of_generated_images_alone(self, call, value, images):
-        """Originals keep their camera, generated images get another, or none, and share what is not replaced."""
-        each = [100 + i for i in range(11)]
-        seen = []
-
-        def extractor(batch, cams, views, extra=None):
-            seen.append((cams if cams is None or isinstance(cams, int) else list(map(int, cams)), list(views), extra))
-            return batch.mean((2, 3))
-
-        replaced = {"cams": each if value in ("one each", "pictures") else value}
-        if value == "pictures":
-            replaced["extra"] = "generated"
-        settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2, "batch_size": 100}
-        views = [i % 3 for i in range(11)]
-        found = getattr(Centralizer(extractor, **settings), call)
-        found(images, generated_inputs=replaced, cams=np.arange(11), views=views)
-        of_originals = [] if call == "extract_generated" else [(list(range(11)), views, None)]
-        cams = [cam for cam in each for _ in range(2)] if value in ("one each", "pictures") else value
-        twice = [view for view in views for _ in range(2)]
-        assert seen == [*of_originals, (cams, twice, "generated" if value == "pictures" else None)]
-
-    def test_of_generated_images_that_are_wrong(self, images):
-        centralizer = centralizer_of(Model())
-        with pytest.raises(ValueError, match="cams must have one entry for each of the 11 images, got 44"):
-            centralizer(images, generated_inputs={"cams": list(range(44))})
-        with pytest.raises(TypeError, match="generated_inputs must map keywords of the model to values, got list"):
-            centralizer(images, generated_inputs=[1])
-        assert centralizer.pictures.generator.asked == []
-
     def test_of_poses_with_other_shapes(self, images):
         settings = {"transform": to_tensor, "generator": FakeGenerator(), "num_poses": 2}
         centralizer = Centralizer(Model(), pose_inputs={"xy": lambda pose: np.ones(3)}, **settings)
@@ -582,6 +551,88 @@ class TestSideInputs:
         whole(images, xy=like)
         with pytest.raises(ValueError, match=r"pose_inputs\['xy'\] must give whole numbers"):
             half(images, xy=like)
+
+
+class TestGeneratedInputs:
+    """Side inputs of generated images in place of their originals'."""
+
+    CALLS = ("__call__", "extract_generated", "diagnose")
+
+    @staticmethod
+    def of_calls(call, images, given, batch_size, **side_inputs):
+        """[(corner of the picture, cams, views)], for originals and generated images, in order of the calls."""
+        seen = []
+
+        def extractor(batch, cams=None, views=None):
+            seen.append(([float(x[0, 0, 0]) for x in batch], cams, views))
+            return batch.mean((2, 3))
+
+        centralizer = centralizer_of(extractor, num_poses=2, batch_size=batch_size)
+        getattr(centralizer, call)(images, generated_inputs=given, **side_inputs)
+        of_original = {float(to_tensor(image)[0, 0, 0]) for image in images}
+        return [(all(x in of_original for x in corner), cams, views) for corner, cams, views in seen]
+
+    @pytest.fixture
+    def images(self):
+        # Of colours that no generated image has.
+        return [Image.new("RGB", (4, 8), (2 * i, 255, 3)) for i in range(11)]
+
+    @pytest.mark.parametrize("call", CALLS)
+    @pytest.mark.parametrize("constant", [None, 0, torch.tensor(4), "none", (1, 2)])
+    def test_a_constant_goes_to_all_generated_images(self, constant, call, images):
+        cams, views = torch.arange(11), np.arange(11) + 20
+        seen = self.of_calls(call, images, {"cams": constant}, 4, cams=cams, views=views)
+        originals = [(list(map(int, x)), list(v)) for original, x, v in seen if original]
+        generated = [(x, list(v)) for original, x, v in seen if not original]
+        wanted = [] if call == "extract_generated" else list(range(11))
+        assert [cam for x, _ in originals for cam in x] == wanted
+        assert [view for _, v in originals for view in v] == [20 + cam for cam in wanted]
+        assert all(x is constant for x, _ in generated)
+        # The others are their original's.
+        assert [view for _, v in generated for view in v] == [20 + i for i in range(11) for _ in range(2)]
+
+    @pytest.mark.parametrize("call", CALLS)
+    @pytest.mark.parametrize("values", [torch.arange(11) + 50, np.arange(11) + 50, list(range(50, 61))])
+    def test_one_for_each_image_goes_to_its_generated_images(self, values, call, images):
+        seen = self.of_calls(call, images, {"cams": values}, 5, cams=np.arange(11))
+        assert all(type(x) is type(values) for original, x, _ in seen if not original)
+        found = [int(cam) for original, x, _ in seen if not original for cam in x]
+        assert found == [50 + i for i in range(11) for _ in range(2)]
+
+    def test_for_generated_images_alone(self, images):
+        seen = self.of_calls("__call__", images, {"views": 1}, 64)
+        assert seen == [(True, None, None), (False, None, 1)]
+
+    @pytest.mark.parametrize("nothing", [None, {}])
+    def test_nothing_in_their_place(self, nothing, images):
+        seen = self.of_calls("__call__", images, nothing, 64, cams=np.arange(11))
+        assert list(seen[1][1]) == [i for i in range(11) for _ in range(2)]
+
+    def test_equals_equation_9(self, images):
+        def model(batch, cams=None):
+            parts = batch.mean((2, 3))
+            return parts if cams is None else parts + cams[:, None]
+
+        def feature(picture, i, m):
+            return corners(picture)[0] + (i if m is None else 0)
+
+        pictures = [[FakeGenerator.picture(image, pose) for pose in DRAWINGS] for image in images]
+        found = centralizer_of(model)(images, cams=torch.arange(11), generated_inputs={"cams": None})
+        np.testing.assert_allclose(found.numpy(), reference.fuse_images(feature, images, pictures, 2), atol=1e-12)
+
+    @pytest.mark.parametrize("call", CALLS)
+    def test_errors(self, call, images):
+        centralizer = centralizer_of(lambda batch, cams=None: batch.mean((2, 3)))
+        for bad in (["cams"], 3, {3: None}):
+            with pytest.raises(TypeError, match="generated_inputs must map keywords of the model to values, got"):
+                getattr(centralizer, call)(images, generated_inputs=bad)
+        with pytest.raises(
+            ValueError, match=r"generated_inputs\['cams'\] must have one entry for each of the 11 images"
+        ):
+            getattr(centralizer, call)(images, generated_inputs={"cams": np.arange(44)})
+        posed = centralizer_of(lambda batch, xy: batch.mean((2, 3)), poses="standard", pose_inputs={"xy": lambda _: 1})
+        with pytest.raises(ValueError, match="generated_inputs must not hold 'xy', which pose_inputs give"):
+            getattr(posed, call)(images, xy=np.zeros(11), generated_inputs={"xy": None})
 
 
 class TestFlip:

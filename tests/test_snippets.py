@@ -7,6 +7,8 @@ import runpy
 import shlex
 import shutil
 import sys
+import types
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import tiny
 import torch
 from conftest import ROOT
 from PIL import Image
+from stand_ins import boxmot_reid as boxmot
+from stand_ins import bpbreid, deep_person_reid, fastreid, roboflow_reid, saai, transreid
 
 from pose2id.cli import main
 from pose2id.demo import SyntheticPedestrians, colour_stripes
@@ -102,10 +106,50 @@ def given():
     }
 
 
+@pytest.fixture
+def code_bases(given, monkeypatch):
+    """What docs/your-code-base.md takes: code bases in miniature and the examples, by their modules' names."""
+
+    class Engine(deep_person_reid.Engine):
+        pass
+
+    class ImagePartBasedEngine(bpbreid.ImagePartBasedEngine):
+        pass
+
+    contents = {
+        "torchreid.engine": {"Engine": Engine},
+        "torchreid.engine.image.part_based_engine": {"ImagePartBasedEngine": ImagePartBasedEngine},
+        "fastreid.engine.defaults": {"ReidEvaluator": fastreid.ReidEvaluator},
+        "processor.processor": {"R1_mAP_eval": transreid.R1_mAP_eval},
+        "utils.eval_sysu": {"AIM": saai.AIM, "pairwise_distance": saai.pairwise_distance},
+        "boxmot.reid.core": {"ReID": lambda weights: boxmot.ReID(boxmot.Backend())},
+    }
+    modules = {}
+    for name, content in contents.items():
+        for depth in range(1, name.count(".") + 2):
+            path = ".".join(name.split(".")[:depth])
+            monkeypatch.setitem(sys.modules, path, modules.setdefault(path, types.ModuleType(path)))
+            if depth > 1:
+                setattr(modules[path.rpartition(".")[0]], path.rpartition(".")[2], modules[path])
+        vars(modules[name]).update(content)
+    for path in (ROOT / "examples" / "code_bases").glob("*.py"):
+        spec = spec_from_file_location(path.stem, path)
+        monkeypatch.setitem(sys.modules, path.stem, module_from_spec(spec))
+        spec.loader.exec_module(sys.modules[path.stem])
+    sides = {"query_feat": given["query_feats"], "gall_feat": given["gallery_feats"]}
+    return {
+        **{name: features.astype(np.float64) for name, features in sides.items()},
+        **{"query_cam": given["q_camids"], "gall_cam": given["g_camids"], "crops": given["images"]},
+        "reid_model": roboflow_reid.ReIDModel(),
+        "query_split": roboflow_reid.ReIDSplit(("people/0.png",), np.array([1]), np.array([1])),
+        "gallery_split": roboflow_reid.ReIDSplit(("people/1.png",), np.array([1]), np.array([2])),
+    }
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # numpy about tensors that diffusers' solvers hand it.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-def test_python_snippets_of(page, given, weights, hub, my_model, tmp_path, monkeypatch):
+def test_python_snippets_of(page, given, code_bases, weights, hub, my_model, tmp_path, monkeypatch):
     hub.add("yuanc3/Pose2ID", weights)
     monkeypatch.chdir(tmp_path)
     write_people(given)
@@ -113,7 +157,7 @@ def test_python_snippets_of(page, given, weights, hub, my_model, tmp_path, monke
     draw_people(SyntheticPedestrians(3, num_cameras=2, images_per_camera=1), "cameras")
     for i in range(8):
         shutil.copytree("people", f"generated/pose{i + 1}")
-    namespace = dict(given)
+    namespace = given | code_bases
     for snippet in blocks(page, "python"):
         exec(compile(snippet, page.name, "exec"), namespace)
 

@@ -171,10 +171,9 @@ class Centralizer:
             images: as in `Extractor.__call__`; with a transform, pictures or paths.
             progress: show one bar for original and generated images on a terminal.
             return_visibility: also return the visibility (N, P) of the originals' parts, or None.
-            generated_inputs: keywords of the model for generated images, in place of their original's or besides them:
-                with one entry per image (repeated for its generated images), or anything else, None too, as it is. The
-                authors of the method advise no camera for models that take one: `{"cam_label": None}` where the model
-                allows it (CLIP-ReID), else a constant, as `{"cam_label": torch.zeros(len(images), dtype=torch.long)}`.
+            generated_inputs: keywords for the model that generated images get in place of their original's, by name:
+                what has one entry per image goes to all generated images of that image, anything else, None too, to the
+                model as it is: `{"cam_label": None}` for a model that takes None for "no camera".
             **side_inputs: keywords for the model, as in `Extractor.__call__`. Entries of an image go to its generated
                 images too (the original's camera, modality), except for those in `generated_inputs` and `pose_inputs`.
 
@@ -418,13 +417,10 @@ class Centralizer:
         if self.pictures is None:
             remedy = "generator=IdentityGenerator.from_pretrained(...) or generated=DIR"
             raise ValueError(f"pictures must be given to fuse images with generated ones: pass {remedy}.")
-        if generated_inputs is not None and not isinstance(generated_inputs, Mapping):
-            given = type(generated_inputs).__name__
-            raise TypeError(f"generated_inputs must map keywords of the model to values, got {given}.")
-        of_image = SideInputs({**side_inputs, **(generated_inputs or {})}, len(images))
         of_pose: dict[str, Any] = {}
         if isinstance(self.pictures, PosedPictures):
             of_pose = self.pictures.side_inputs(originals.side_inputs.get)
+        of_image = _of_generated(side_inputs, generated_inputs, of_pose, len(originals.items))
         with decoding_once():
             pictures = _Generated(*in_order(self.pictures, originals.items), of_image, of_pose)
             with extractor.at_work(len(images) * (pictures.m + both), progress) as model:
@@ -467,6 +463,20 @@ def _pictures(given: Pictures | None, parameters: dict[str, Any]) -> Pictures | 
         wanted = "callable, such as GeneratedPictures(generator) or PictureFolder(directory)"
         raise TypeError(f"pictures must be {wanted}, got {type(given).__name__}.")
     return given
+
+
+def _of_generated(
+    of_original: Mapping[str, Any], given: Mapping[str, Any] | None, of_pose: Mapping[str, Any], n: int
+) -> SideInputs:
+    """The side inputs of n images, for their generated images: their own where none are given in their place."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"generated_inputs must map keywords of the model to values, got {given!r}.")
+    for name in given:
+        if name in of_pose:
+            raise ValueError(f"generated_inputs must not hold {name!r}, which pose_inputs give. Leave one of them out.")
+    SideInputs(given, n, "generated_inputs[{!r}]")  # its errors
+    return SideInputs({**of_original, **given}, n)
 
 
 class _Generated(Images):

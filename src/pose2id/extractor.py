@@ -226,11 +226,14 @@ class Images:
 
 
 class SideInputs:
-    """Keywords for a model: those with one entry for each of n rows follow the rows, the others stay as they are."""
+    """Keywords for a model: those with one entry for each of n rows follow the rows, the others stay as they are.
 
-    def __init__(self, values: Mapping[str, Any], n: int) -> None:
+    Errors call a keyword `called.format(keyword)`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], n: int, called: str = "{}") -> None:
         self._values = dict(values)
-        self._per_row = {name for name, value in values.items() if _is_per_image(value, name, n)}
+        self._per_row = {name for name, value in values.items() if _is_per_image(value, called.format(name), n)}
 
     def take(self, rows: Iterable[int], device: torch.device) -> dict[str, Any]:
         """The keywords of some rows, in that order, repeats too: always fresh, since models may write into them."""
