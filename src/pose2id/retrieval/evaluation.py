@@ -73,7 +73,7 @@ class EvaluationResult:
         Standard deviations are those of the trials at hand (divided by their number).
         """
         figures = self._figures()
-        for name in figures if self.trials else ():
+        for name in list(figures) if self.trials else ():
             figures[f"{name}_std"] = float(np.std([trial._figures()[name] for trial in self.trials]))
         return {**figures, "num_valid_queries": self.num_valid_queries}
 
