@@ -2,7 +2,7 @@
 
     python benchmarks/extraction.py [FOLDER] [--images 2000] [--rounds 5]
 
-FOLDER has image files (default: drawn people, as JPEG). Two ratios, each against a baseline of the same run, taken in turns:
+FOLDER has image files (default: drawn people, as JPEG). Two figures, each against a baseline of the same run, in turns:
 
 * overhead: `extract` with an identity model and tensors' means as features, against a plain loop that opens, resizes,
   stacks and averages the same images; in ms an image, the hashing of the files included;
@@ -62,7 +62,7 @@ def bare_loop(paths: list[Path]) -> np.ndarray:
 class Means(torch.nn.Module):
     """The mean of each channel: no work beside reading the images."""
 
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:  # noqa: D102
         return batch.mean((2, 3))
 
 
@@ -75,7 +75,7 @@ class Small(torch.nn.Module):
             torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, 2, 1), torch.nn.ReLU()
         )
 
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:  # noqa: D102
         return self.layers(batch).mean((2, 3))
 
 

@@ -24,6 +24,7 @@ from pose2id.ipg import IdentityGenerator
 from pose2id.neighbors.search import exact_neighbors
 from pose2id.poses import standard
 from pose2id.retrieval import protocols
+from pose2id.retrieval.verification import open_set_rank, verification_rank
 
 Q, G, P, D, M = 20, 90, 4, 16, 3
 # Random features: nobody repeats.
@@ -77,6 +78,13 @@ CALLS = {
     "evaluate, parts": lambda f, r: pose2id.evaluate(
         f["q_parts"], f["g_parts"], *r["labels"], q_visibility=r["visible"][0], g_visibility=r["visible"][1]
     ),
+    "evaluate, leave-one-out": lambda f, r: protocols.LEAVE_ONE_OUT.evaluate(f["g"], f["g"], *[r["labels"][1]] * 2),
+    "evaluate, VehicleID": lambda f, r: protocols.vehicleid(num_trials=2).evaluate(
+        f["g"], f["g"], *[r["labels"][1]] * 2, way=lambda q, g, *cameras: (q * 2, g)
+    ),
+    "evaluate, SYSU-MM01": lambda f, r: protocols.sysu_mm01(num_trials=2).evaluate(
+        f["q"], f["g"], *r["labels"][:2], 3 + 3 * (r["labels"][2] % 2), 1 + r["labels"][3] % 2
+    ),
     "evaluate_rank": lambda f, r: pose2id.evaluate_rank(f["qg"], *r["labels"]),
     "evidence": lambda f, r: pose2id.evidence(f["g"], r["labels"][3]),
     "exact_neighbors": lambda f, r: exact_neighbors(f["q"], f["g"], 5),
@@ -98,15 +106,17 @@ CALLS = {
     "nfc, parts": lambda f, r: pose2id.nfc(f["g_parts"], visibility=r["visible"][1]),
     "nfc_diagnostics": lambda f, r: pose2id.nfc_diagnostics(f["g"], camids=r["labels"][3]),
     "part_distances": lambda f, r: pose2id.part_distances(f["q_parts"], f["g_parts"], *r["visible"]),
+    "pool": lambda f, r: protocols.pool(f["g"], r["labels"][1]),
+    "pool, parts": lambda f, r: protocols.pool(f["g_parts"], r["labels"][1], pids=r["labels"][1]),
     "query_expansion": lambda f, r: pose2id.query_expansion(f["q"], f["g"], qe_times=2),
     "re_ranking": lambda f, r: pose2id.re_ranking(f["qg"], f["qq"], f["gg"], k1=8, k2=3),
-    "verification": lambda f, r: tuple(
-        pose2id.verification(f["q"], f["g"], *r["labels"], rates=(0.1, 0.01), rate=0.05).to_dict().values()
+    "verification": lambda f, r: pose2id.verification(f["q"], f["g"], *r["labels"], rates=(0.05,), replicates=5),
+    "verification, parts": lambda f, r: pose2id.verification(
+        f["q_parts"], f["g_parts"], *r["labels"], rates=(), replicates=2
     ),
-    "evaluate, trials": lambda f, r: protocols.vehicleid(num_trials=2).evaluate(
-        f["g"], f["g"], r["labels"][1], r["labels"][1], way=lambda q, g, *_: (pose2id.nfc(q), pose2id.nfc(g))
-    ),
-    "evaluate, leave one out": lambda f, r: protocols.LEAVE_ONE_OUT.evaluate(f["g"], f["g"], *[r["labels"][1]] * 2),
+    "verification_rank": lambda f, r: verification_rank(f["qg"], *r["labels"], rates=(0.05,), replicates=5),
+    "open_set": lambda f, r: pose2id.open_set(f["q"], f["g"], r["labels"][0] % 9, r["labels"][1] % 9 % 5, rates=(0.1,)),
+    "open_set_rank": lambda f, r: open_set_rank(f["qg"], r["labels"][0] % 9, r["labels"][1] % 9 % 5, rates=(0.1,)),
     "Centralizer.enhance": lambda f, r: Centralizer().enhance(f["q"], f["g"]),
     "Centralizer.enhance, cameras": lambda f, r: Centralizer().enhance(
         f["q"], f["g"], query_camids=r["labels"][2], gallery_camids=r["labels"][3]
@@ -135,8 +145,9 @@ CALLS = {
     ),
     "Centralizer.fuse": lambda f, r: Centralizer(eta=0.5).fuse(f["q"], f["q_generated"]),
 }
+FIGURES = ("evaluate", "generation_d", "id", "nfc_d", "verification", "open_set")
 # What returns features or distances, rather than figures.
-ARRAYS = [name for name in CALLS if not name.startswith(("evaluate", "generation_d", "id", "nfc_d", "verif"))]
+ARRAYS = [name for name in CALLS if not name.startswith(FIGURES)]
 
 
 def changed(inputs, change):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pose2id.retrieval.evaluation import EvaluationResult, evaluate, evaluate_rank
     from pose2id.retrieval.expansion import aqe, database_augmentation, query_expansion
     from pose2id.retrieval.rerank import k_reciprocal, re_ranking
-    from pose2id.retrieval.verification import Verification, verification
+    from pose2id.retrieval.verification import OpenSetResult, VerificationResult, open_set, verification
 
 __version__ = "0.1.0"
 
@@ -50,9 +50,10 @@ __all__ = [
     "IdentityDensity",
     "IdentityGenerator",
     "NFCDiagnostics",
+    "OpenSetResult",
     "PictureFolder",
     "Sampling",
-    "Verification",
+    "VerificationResult",
     "WeightedLinks",
     "aqe",
     "centre_cameras",
@@ -71,6 +72,7 @@ __all__ = [
     "nearest_neighbors",
     "nfc",
     "nfc_diagnostics",
+    "open_set",
     "part_distances",
     "query_expansion",
     "re_ranking",
@@ -101,7 +103,7 @@ _MODULES = {
     "retrieval.evaluation": ("EvaluationResult", "evaluate", "evaluate_rank"),
     "retrieval.expansion": ("aqe", "database_augmentation", "query_expansion"),
     "retrieval.rerank": ("k_reciprocal", "re_ranking"),
-    "retrieval.verification": ("Verification", "verification"),
+    "retrieval.verification": ("OpenSetResult", "VerificationResult", "open_set", "verification"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,5 +1,3 @@
-"""Protocols against literal restatements: what is drawn, dropped, ranked and averaged."""
-
 from __future__ import annotations
 
 import random
@@ -7,385 +5,343 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import protocols as literal
-from reference import unit
-from scipy.io import savemat
 
-from pose2id import evaluate, evaluate_rank, nfc
+from pose2id import evaluate, evaluate_rank
 from pose2id.retrieval import protocols
-from pose2id.retrieval.evaluation import mean_of
+from pose2id.retrieval.protocols import (
+    CUHK03,
+    LEAVE_ONE_OUT,
+    MARKET1501,
+    OCCLUDED_REID,
+    by_name,
+    pool,
+    regdb,
+    sysu_mm01,
+    vehicleid,
+)
 
-SEEDS = range(6)
+RULES = {
+    "market1501": lambda q, g, p, c: p[0][q] == p[1][g] and c[0][q] == c[1][g],
+    "cuhk03": lambda q, g, p, c: p[0][q] == p[1][g] and c[0][q] == c[1][g],
+    "occluded-reid": lambda q, g, p, c: False,
+}
 
 
-def same(found, expected):
-    mAP, cmc, mINP, count = expected  # noqa: N806 - the field's names
-    assert found.mAP == pytest.approx(mAP)
-    np.testing.assert_allclose(found.cmc[: len(cmc)], cmc)
-    assert found.mINP == pytest.approx(mINP)
-    assert found.num_valid_queries == count
+def same(result, expected):
+    mean_ap, cmc, minp, valid = expected
+    assert result.mAP == pytest.approx(mean_ap, abs=1e-12)
+    assert result.mINP == pytest.approx(minp, abs=1e-12)
+    assert result.num_valid_queries == valid
+    np.testing.assert_allclose(result.cmc, cmc, atol=1e-12)
 
 
-def squared(q, g):
-    return ((unit(q)[:, None].astype(float) - unit(g)[None].astype(float)) ** 2).sum(2)
+def checked(protocol, distmat, pids, camids, is_dropped, **options):
+    """Against the literal restatement, where any query has a match."""
+    q, g = distmat.shape
+
+    def call():
+        return protocol.evaluate(np.ones((q, 2)), np.ones((g, 2)), *pids, *camids, way=lambda *_: distmat, max_rank=8)
+
+    with np.errstate(all="ignore"):
+        try:
+            expected = literal.measured(distmat, *pids, is_dropped, 8, **options)
+        except RuntimeWarning:  # the mean of nothing
+            with pytest.raises(ValueError, match="has a match"):
+                call()
+            return
+    same(call(), expected)
 
 
-def scene(seed, q=14, g=40, people=8, cameras=(1, 2, 3)):
-    """Few values, so that distances tie; junk, distractors, people without a match."""
+@pytest.mark.parametrize("name", RULES)
+@given(seed=st.integers(0, 2**32 - 1), q=st.integers(1, 8), g=st.integers(1, 20), cameras=st.integers(1, 3))
+def test_one_trial_equals_the_literal_protocol(name, seed, q, g, cameras):
     rng = np.random.default_rng(seed)
-    qf, gf = (rng.integers(-2, 3, (n, 4)) + 0.25 for n in (q, g))
-    q_pids, g_pids = rng.integers(1, people, q), rng.integers(-1, people, g)
-    return (qf, gf), (q_pids, g_pids, rng.choice(cameras, q), rng.choice(cameras, g))
+    distmat = rng.integers(20, 30, (q, g)).astype(float)
+    pids = [rng.integers(-1, 4, q), rng.integers(-1, 4, g)]
+    camids = [rng.integers(0, cameras, q), rng.integers(0, cameras, g)]
+    checked(by_name(name), distmat, pids, camids, lambda i, j: RULES[name](i, j, pids, camids))
 
 
-def exact(qf, gf):
-    """Distances that both sides get as they are, to compare lists with ties."""
-    return np.rint(squared(qf, gf) * 1024) / 1024
+@pytest.mark.parametrize("drop_same_camera", [False, True])
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 12))
+def test_leave_one_out_equals_the_literal_protocol(drop_same_camera, seed, n):
+    rng = np.random.default_rng(seed)
+    distmat, pids, camids = rng.integers(20, 25, (n, n)).astype(float), rng.integers(-1, 3, n), rng.integers(0, 3, n)
+
+    def is_dropped(i, j):
+        return i == j or (drop_same_camera and pids[i] == pids[j] and camids[i] == camids[j])
+
+    protocol = by_name("leave-one-out", drop_same_camera=drop_same_camera)
+    checked(protocol, distmat, [pids, pids], [camids, camids], is_dropped)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", ["market1501", "cuhk03"])
-def test_market1501_and_cuhk03(name, seed):
-    (qf, gf), labels = scene(seed)
-    protocol = protocols.by_name(name)
-    distances = exact(qf, gf)
-    found = protocol.evaluate(qf, gf, *labels, way=lambda *_: distances)
-    same(found, literal.market(distances, *labels))
-    assert found == evaluate_rank(distances, *labels)
-    assert protocol.evaluate(qf, gf, *labels) == evaluate(qf, gf, *labels)
-    assert protocol.evaluate(qf, gf, *labels[:2]) == evaluate(qf, gf, *labels[:2])
-    assert (found.trials, protocol.num_trials) == ((), 1)
+def test_leave_one_out_drops_a_row_and_not_its_copies():
+    x = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    assert evaluate(x, x, [1, 2, 1, 2], [1, 2, 1, 2]).rank1 > 0
+    result = LEAVE_ONE_OUT.evaluate(x, x, [1, 2, 1, 2], [1, 2, 1, 2])
+    assert result.rank1 == 0  # the copy is another person, and is nearest
+    assert LEAVE_ONE_OUT.evaluate(x, x, [1, 1, 2, 2], [1, 1, 2, 2]).rank1 == 1
+    assert LEAVE_ONE_OUT.leave_one_out
+    with pytest.raises(ValueError, match="same images"):
+        LEAVE_ONE_OUT.evaluate(x, x[:3], [1, 2, 1, 2], [1, 2, 1])
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_occluded_reid_has_no_rule_of_cameras(seed):
-    (qf, gf), labels = scene(seed)
-    distances = exact(qf, gf)
-    found = protocols.OCCLUDED_REID.evaluate(qf, gf, *labels, way=lambda *_: distances)
-    same(found, literal.without_cameras(distances, *labels[:2]))
-    assert found != protocols.MARKET1501.evaluate(qf, gf, *labels, way=lambda *_: distances)
+def test_market1501_is_evaluate_to_the_last_bit(rng):
+    qf, gf = rng.standard_normal((30, 8)), rng.standard_normal((90, 8))
+    labels = rng.integers(0, 6, 30), rng.integers(-1, 6, 90), rng.integers(0, 3, 30), rng.integers(0, 3, 90)
+    for metric in ("cosine", "euclidean"):
+        assert MARKET1501.evaluate(qf, gf, *labels, metric=metric) == evaluate(qf, gf, *labels, metric=metric)
+        assert CUHK03.evaluate(qf, gf, *labels, metric=metric) == evaluate(qf, gf, *labels, metric=metric)
+        assert OCCLUDED_REID.evaluate(qf, gf, *labels, metric=metric) == evaluate(qf, gf, *labels[:2], metric=metric)
+    distmat = rng.random((30, 90)) + 5
+    assert MARKET1501.evaluate(qf, gf, *labels, way=lambda *_: distmat) == evaluate_rank(distmat, *labels)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kind", ["distances", "features"])
-def test_leave_one_out_drops_the_image_itself(kind, seed):
-    (_, x), labels = scene(seed)
-    pids = labels[1]
-    x = np.concatenate([x, x[:5]])  # exact copies of images stay
-    pids = np.concatenate([pids, pids[:5]])
-    distances = exact(x, x)
-    if kind == "distances":
-        found = protocols.LEAVE_ONE_OUT.evaluate(x, x, pids, pids, way=lambda *_: distances)
-    else:
-        x = np.random.default_rng(seed).standard_normal(x.shape)
-        x[-5:] = x[:5]
-        found = protocols.LEAVE_ONE_OUT.evaluate(x, x, pids, pids)
-        distances = squared(x, x).round(12)
-    same(found, literal.leave_one_out(distances, pids))
-    assert found.num_valid_queries < len(pids)
-    assert evaluate(x, x, pids, pids).rank1 >= found.rank1
-
-
-def test_without_the_image_itself_rank_1_is_not_for_nothing(rng):
-    x, pids = rng.standard_normal((60, 8)), np.repeat(np.arange(30), 2)
-    assert evaluate(x, x, pids, pids).rank1 == 1
-    assert protocols.LEAVE_ONE_OUT.evaluate(x, x, pids, pids).rank1 < 0.3
-
-
-@pytest.fixture
-def sysu(rng):
-    """Images of 7 people by 6 cameras, of whom some cameras have none; names, features, labels."""
-    names, pids, camids = [], [], []
-    for person in (6, 10, 17, 21, 33, 40, 41):
+def sysu(rng, persons=(1, 4, 6, 11), most=13):
+    """Names, identities and cameras of a data set in miniature, in no order; some persons miss some cameras."""
+    names = []
+    for person in persons:
         for camera in range(1, 7):
-            for number in range(1, rng.integers(1, 15) if rng.random() < 0.85 else 1):
-                names.append(f"SYSU/cam{camera}/{person:04d}/{number:04d}.jpg")
-                pids.append(person)
-                camids.append(camera)
-    order = rng.permutation(len(names))
-    names, pids, camids = (np.array(x)[order] for x in (names, pids, camids))
-    visible = np.isin(camids, (1, 2, 4, 5))
-    centres = rng.standard_normal((50, 6))
-    feats = centres[pids] + 0.8 * rng.standard_normal((len(pids), 6))
-    sides = [feats[~visible], feats[visible]]
-    labels = [x[side] for x in (pids, camids) for side in (~visible, visible)]
-    return sides, labels, list(names[visible])
+            count = int(rng.integers(0, most)) if camera not in (1, 3) else 3
+            names += [f"cam{camera}/{person:04d}/{number:04d}.jpg" for number in range(1, count + 1)]
+    names = [names[i] for i in rng.permutation(len(names))]
+    queries = [name for name in names if name[3] in "36"]
+    gallery = [name for name in names if name[3] not in "36"]
+    labels = [[int(name[5:9]) for name in side] for side in (queries, gallery)]
+    return names, queries, gallery, [*labels, *[[int(name[3]) for name in side] for side in (queries, gallery)]]
 
 
-@pytest.fixture
-def permutation(tmp_path):
-    """rand_perm_cam.mat: a cell for each camera, in it one for each person, in it (10 trials, n) image numbers."""
-    rng = np.random.default_rng(7)
-    listed, outer = {}, np.empty((6, 1), dtype=object)
+def permutation_of(rng, names, persons=12, trials=10):
+    """As scipy reads rand_perm_cam.mat: cells of cameras hold cells of persons, those a row for each trial."""
+    cells = np.empty((6, 1), dtype=object)
     for camera in range(1, 7):
-        inner = np.empty((1, 45), dtype=object)
-        for person in range(1, 46):
-            numbers = np.array([rng.permutation(14) + 1 for _ in range(10)])
-            listed.setdefault(camera, {})[person] = numbers.tolist()
-            inner[0, person - 1] = numbers.astype(np.uint8)
-        outer[camera - 1, 0] = inner
-    savemat(tmp_path / "rand_perm_cam.mat", {"rand_perm_cam": outer})
-    return tmp_path / "rand_perm_cam.mat", listed
+        cells[camera - 1, 0] = np.empty((persons, 1), dtype=object)
+        for person in range(1, persons + 1):
+            count = sum(name.startswith(f"cam{camera}/{person:04d}/") for name in names)
+            drawn = [rng.permutation(count) + 1 for _ in range(trials)] if count else np.empty((0, 0))
+            cells[camera - 1, 0][person - 1, 0] = np.array(drawn, dtype=np.uint8)
+    return cells
 
 
-@pytest.mark.parametrize(("mode", "cameras"), [("all", (1, 2, 4, 5)), ("indoor", (1, 2))])
+@pytest.mark.parametrize("mode", ["all", "indoor"])
 @pytest.mark.parametrize("shots", [1, 10])
-def test_sysu_mm01_with_the_seeded_sampler(shots, mode, cameras, sysu):
-    (qf, gf), labels, names = sysu
-    protocol = protocols.sysu_mm01(mode, shots)
-    state = random.getstate()
-    trials = protocol.trials(*labels, g_names=names)
-    assert random.getstate() == state
+@pytest.mark.parametrize("sampler", ["seeded", "official"])
+def test_sysu_mm01_equals_the_literal_protocol(mode, shots, sampler, rng, tmp_path):
+    names, queries, gallery, labels = sysu(rng)
+    options = {}
+    if sampler == "official":
+        permutation = permutation_of(rng, names)
+        from scipy.io import savemat  # noqa: PLC0415
+
+        savemat(tmp_path / "rand_perm_cam.mat", {"rand_perm_cam": permutation})
+        options = {"permutation": tmp_path / "rand_perm_cam.mat"}
+    protocol = sysu_mm01(mode, shots, sampler, **options)
+    distmat = rng.integers(20, 60, (len(queries), len(gallery))).astype(float)
+    place = {name: index for index, name in enumerate(gallery)}
+    paths = [f"/data/SYSU-MM01/{name}" for name in gallery]
+    trials = protocol.trials(*labels, g_names=paths)
     assert len(trials) == 10
-    results = []
+    expected = []
+    state = random.getstate()
     for number, trial in enumerate(trials):
-        drawn = literal.seeded_gallery(names, cameras, number, shots)
-        assert sorted(names[i] for i in trial.gallery) == sorted(drawn)
-        np.testing.assert_array_equal(trial.query, np.arange(len(qf)))
-        q, g = trial.query, trial.gallery
-        distances = squared(qf[q], gf[g])
-        found = protocol.measure((qf[q], gf[g]), labels[0][q], labels[1][g], labels[2][q], labels[3][g])
-        same(found, literal.sysu(distances, labels[0][q], labels[1][g], labels[2][q], labels[3][g]))
-        results.append(found)
-    whole = protocol.evaluate(qf, gf, *labels, g_names=names)
-    assert whole.trials == tuple(results)
-    assert whole.mAP == pytest.approx(np.mean([result.mAP for result in results]))
-    np.testing.assert_allclose(whole.cmc, np.mean([result.cmc for result in results], axis=0))
-    assert shots > 1 or len({result.mAP for result in results}) > 1
-
-
-@pytest.mark.parametrize(("mode", "cameras"), [("all", (1, 2, 4, 5)), ("indoor", (1, 2))])
-@pytest.mark.parametrize("shots", [1, 10])
-@pytest.mark.parametrize("form", ["file", "array"])
-def test_sysu_mm01_with_the_official_sampler(form, shots, mode, cameras, sysu, permutation):
-    (qf, gf), labels, names = sysu
-    path, listed = permutation
-    # Every listed image is there.
-    known = {tuple(name.split("/")[-3:]) for name in names}
-    for camera, people in listed.items():
-        for person in people:
-            numbers = [n for n in range(1, 15) if (f"cam{camera}", f"{person:04d}", f"{n:04d}.jpg") in known]
-            people[person] = [[n for n in trial if n in numbers] for trial in people[person]]
-    outer = np.empty((6, 1), dtype=object)
-    for camera, people in listed.items():
-        inner = np.empty((1, 45), dtype=object)
-        for person, trials in people.items():
-            inner[0, person - 1] = np.array(trials, dtype=np.uint8).reshape(10, -1)
-        outer[camera - 1, 0] = inner
-    given = outer
-    if form == "file":
-        savemat(path, {"rand_perm_cam": outer})
-        given = path
-    protocol = protocols.sysu_mm01(mode, shots, sampler="official", permutation=given)
-    for number, trial in enumerate(protocol.trials(*labels, g_names=names)):
-        drawn = literal.official_gallery(names, cameras, listed, number, shots)
-        assert [names[i] for i in trial.gallery] == drawn
-    found = protocol.evaluate(qf, gf, *labels, g_names=names)
-    assert len(found.trials) == 10
-    assert shots > 1 or found != protocols.sysu_mm01(mode, shots).evaluate(qf, gf, *labels, g_names=names)
-
-
-def test_camera_3_skips_camera_2_whoever_it_shows():
-    """One query by camera 3: the nearest images, of camera 2, are not in its list; for camera 6 they are."""
-    qf = np.eye(3)[[0, 0]]
-    gf = np.array([[1, 0, 0], [0.9, 0.1, 0], [0.8, 0.6, 0], [0.5, 0.5, 0]])
-    labels = ([7, 7], [7, 8, 8, 7], [3, 6], [2, 2, 1, 4])
-    protocol = protocols.sysu_mm01(num_trials=1)
-    found = protocol.measure((qf, gf), *map(np.array, labels))
-    np.testing.assert_allclose(found.average_precision, [1 / 2, (1 + 2 / 4) / 2])
-    assert found.rank1 == 0.5
-    np.testing.assert_allclose(found.cmc[:2], [0.5, 1.0])
-
-
-def test_cmc_goes_by_people_and_precision_by_images():
-    qf, gf = np.array([[1.0, 0]]), np.array([[1, 0.01], [1, 0.02], [1, 0.03], [1, 0.5]])
-    labels = [np.array(x) for x in ([1], [2, 2, 2, 1], [3], [1, 4, 5, 1])]
-    found = protocols.sysu_mm01(num_trials=1).measure((qf, gf), *labels)
-    np.testing.assert_allclose(found.cmc[:3], [0, 1, 1])  # one person before, with three images
-    assert found.mAP == pytest.approx(1 / 4)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_regdb_measures_the_trials_it_is_given(seed):
-    (qf, gf), labels = scene(seed)
-    labels = (labels[0], np.abs(labels[1]), *labels[2:])
-    rng = np.random.default_rng(seed)
-    trials = [(rng.permutation(14)[:10], rng.permutation(40)[:30]) for _ in range(3)]
-    distances = exact(qf, gf)
-    protocol = protocols.regdb(trials)
-    seen = iter(trials)
+        if sampler == "official":
+            drawn = literal.official_gallery(permutation, (1, 4, 6, 11), mode, shots, number)
+        else:
+            drawn = literal.seeded_gallery(gallery, mode, shots, number)
+        rows = sorted(place[name] for name in drawn)
+        assert trial.gallery.tolist() == rows
+        assert trial.query.tolist() == list(range(len(queries)))
+        camids = labels[2], [labels[3][row] for row in rows]
+        pids = labels[0], [labels[1][row] for row in rows]
+        expected.append(
+            literal.measured(
+                distmat[:, rows],
+                *pids,
+                lambda q, g, camids=camids: literal.same_place(camids[0][q], camids[1][g]),
+                8,
+                collapsed=True,
+            )
+        )
+    random.setstate(state)
+    # The features are the rows' own numbers, so that the way knows which images it was given.
+    qf, gf = np.arange(1.0, len(queries) + 1)[:, None], np.arange(1.0, len(gallery) + 1)[:, None]
 
     def way(q, g, q_camids, g_camids):
-        at = next(seen)
-        np.testing.assert_array_equal(q, qf[at[0]])
-        np.testing.assert_array_equal(g, gf[at[1]])
-        np.testing.assert_array_equal(q_camids, labels[2][at[0]])
-        return distances[np.ix_(*at)]
+        found = distmat[q[:, 0].astype(int) - 1][:, g[:, 0].astype(int) - 1]
+        assert [labels[3][row] for row in g[:, 0].astype(int) - 1] == list(g_camids)
+        q[:] = g[:] = 0  # of no consequence
+        return found
 
-    found = protocol.evaluate(qf, gf, *labels, way=way)
-    for result, (q, g) in zip(found.trials, trials, strict=True):
-        same(result, literal.without_cameras(distances[np.ix_(q, g)], labels[0][q], labels[1][g]))
+    result = protocol.evaluate(qf, gf, *labels, g_names=paths, way=way, max_rank=8)
+    for trial, wanted in zip(result.trials, expected, strict=True):
+        same(trial, wanted)
+    assert result.mAP == pytest.approx(np.mean([wanted[0] for wanted in expected]))
+    np.testing.assert_allclose(result.cmc, np.mean([wanted[1] for wanted in expected], 0))
+    assert result.mINP == pytest.approx(np.mean([wanted[2] for wanted in expected]))
+    assert (qf > 0).all()
+    assert (gf > 0).all()
+
+
+def test_the_seeded_sampler_leaves_pythons_generator_alone(rng):
+    *_, labels = sysu(rng)
+    state = random.getstate()
+    sysu_mm01().trials(*labels)
+    assert random.getstate() == state
+
+
+def test_camera_2_is_skipped_for_camera_3_alone_however_cameras_are_written():
+    pids, distmat = ([1, 1], [2, 1, 1]), np.array([[5.0, 4, 3], [5, 4, 3]])
+    for camids in (([3, 6], [2, 1, 2]), (["3", "6"], ["2", "1", "2"]), (torch.tensor([3, 6]), torch.tensor([2, 1, 2]))):
+        protocol = sysu_mm01(num_trials=1)
+        # Of person 1 and camera 2 as of camera 1 there is one image: everything is drawn.
+        result = protocol.evaluate(np.ones((2, 1)), np.ones((3, 1)), *pids, *camids, way=lambda *_: 9 - distmat)
+        assert result.average_precision.tolist() == [1, pytest.approx((1 / 2 + 2 / 3) / 2)]
+        assert result.rank1 == 0.5
+
+
+def test_collapsed_identities():
+    # Two images of person 2 lie before the first of person 1: the second place among persons, the third among images.
+    pids, camids = ([1], [2, 2, 1, 3]), ([6], [1, 4, 1, 1])
+    way = {"way": lambda *_: np.array([[4.0, 5, 6, 7]]), "max_rank": 3}
+    result = sysu_mm01(num_trials=1).evaluate(np.ones((1, 1)), np.ones((4, 1)), *pids, *camids, **way)
+    assert result.cmc.tolist() == [0, 1, 1]
+    assert result.mAP == 1 / 3
+
+
+def test_regdb_takes_the_listed_rows_in_both_directions(rng):
+    qf, gf = rng.standard_normal((12, 5)), rng.standard_normal((15, 5))
+    pids, camids = (rng.integers(0, 3, 12), rng.integers(0, 3, 15)), (np.zeros(12, int), np.zeros(15, int))
+    lists = [(rng.permutation(12)[:8], rng.permutation(15)[:9]) for _ in range(10)]
+    there = regdb(lists).evaluate(qf, gf, *pids, *camids)
+    back = regdb([pair[::-1] for pair in lists]).evaluate(gf, qf, *pids[::-1], *camids[::-1])
+    for result, ways in ((there, [0, 1]), (back, [1, 0])):
+        feats, labels = [(qf, gf)[i] for i in ways], [pids[i] for i in ways]
+        for trial, pair in zip(result.trials, lists, strict=True):
+            rows = [pair[i] for i in ways]
+            assert trial == evaluate(feats[0][rows[0]], feats[1][rows[1]], labels[0][rows[0]], labels[1][rows[1]])
+    assert there != back
+    with pytest.raises(TypeError, match="row numbers"):
+        regdb([(np.ones(12, bool), np.ones(15, bool))])
+    with pytest.raises(ValueError, match="rows of the gallery"):
+        regdb([([0], [15])]).evaluate(qf, gf, *pids)
 
 
 def test_vehicleid_draws_one_image_of_each_identity(rng):
-    pids = np.concatenate([np.repeat([3, 5, 9, 11], [4, 2, 6, 1]), [3, 9]])
-    x = rng.standard_normal((len(pids), 5)) + pids[:, None]
-    protocol = protocols.vehicleid(seed=4)
+    x, pids = rng.standard_normal((40, 6)), rng.integers(0, 9, 40)
+    pids[0] = 77  # alone: in the gallery, never a query
+    protocol = vehicleid(seed=3)
     trials = protocol.trials(pids, pids)
-    assert len(trials) == protocol.num_trials == 10
-    for trial in trials:
-        assert sorted(pids[trial.gallery]) == [3, 5, 9, 11]
-        assert sorted([*trial.query, *trial.gallery]) == list(range(len(pids)))
-    assert len({tuple(trial.gallery) for trial in trials}) > 3
-    again = protocols.vehicleid(seed=4).trials(pids, pids)
-    for trial, other in zip(trials, again, strict=True):
-        np.testing.assert_array_equal(trial.gallery, other.gallery)
-    others = protocols.vehicleid(seed=5).trials(pids, pids)
-    assert any(list(a.gallery) != list(b.gallery) for a, b in zip(trials, others, strict=True))
-    found = protocol.evaluate(x, x, pids, pids)
-    for result, trial in zip(found.trials, trials, strict=True):
-        q, g = trial.query, trial.gallery
-        same(result, literal.without_cameras(squared(x[q], x[g]), pids[q], pids[g]))
-        assert result.num_valid_queries == len(q)
+    assert len({tuple(trial.gallery) for trial in trials}) == len(trials) == 10
+    result = protocol.evaluate(x, x, pids, pids)
+    for number, (trial, measured) in enumerate(zip(trials, result.trials, strict=True)):
+        drawn, generator = [], np.random.default_rng([3, number])
+        for pid in sorted(set(pids.tolist())):
+            drawn.append(int(generator.choice([row for row in range(40) if pids[row] == pid])))
+        assert trial.gallery.tolist() == sorted(drawn)
+        assert trial.query.tolist() == [row for row in range(40) if row not in drawn]
+        assert 0 not in trial.query
+        assert measured == evaluate(x[trial.query], x[trial.gallery], pids[trial.query], pids[trial.gallery])
+    assert vehicleid(seed=4).evaluate(x, x, pids, pids) != result
+    assert vehicleid(seed=3).evaluate(x, x, pids, pids) == result
 
 
-def test_a_method_sees_the_trial_alone(sysu):
-    """NFC inside the trials is not NFC before them; nothing of the caller's is changed."""
-    (qf, gf), labels, names = sysu
-    before = [x.copy() for x in (qf, gf, *labels)]
-    protocol = protocols.sysu_mm01()
-    inside = protocol.evaluate(qf, gf, *labels, g_names=names, way=lambda q, g, *_: (nfc(q), nfc(g)))
-    outside = protocol.evaluate(nfc(qf), nfc(gf), *labels, g_names=names)
-    assert inside != outside
-    for now, then in zip((qf, gf, *labels), before, strict=True):
-        np.testing.assert_array_equal(now, then)
-    first = protocol.trials(*labels, g_names=names)[0]
-    pair = [nfc(x) for x in first.of((qf, gf))]
-    pids, camids = first.of(labels[:2]), first.of(labels[2:])
-    assert inside.trials[0] == protocol.measure(pair, *pids, *camids)
+def test_what_a_way_writes_is_its_own(rng):
+    qf, gf = torch.randn(4, 3), rng.standard_normal((6, 3))
+    labels = [np.array([1, 2, 1, 2]), np.array([1, 2, 1, 2, 3, 3]), np.zeros(4, int), np.ones(6, int)]
+    before = [np.asarray(x).copy() for x in (qf, gf, *labels)]
+
+    def way(q, g, q_camids, g_camids):
+        q[:], g[:], q_camids[:], g_camids[:] = 0, 0, 7, 7
+        return np.ones((4, 6)) + np.arange(6)
+
+    MARKET1501.evaluate(qf, gf, *labels, way=way)
+    for mine, kept in zip((qf, gf, *labels), before, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), kept)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
-def test_sysu_mm01_on_a_gpu(labels_on, sysu):
-    (qf, gf), labels, names = sysu
-    expected = protocols.sysu_mm01().evaluate(qf, gf, *labels, g_names=names)
-    feats = [torch.from_numpy(x).cuda() for x in (qf, gf)]
-    found = protocols.sysu_mm01().evaluate(
-        *feats, *(torch.from_numpy(x).to(labels_on) for x in labels), g_names=names, way=lambda q, g, *_: (q, g)
+def test_results_of_trials(rng):
+    x, pids = rng.standard_normal((40, 6)), rng.integers(0, 9, 40)
+    result = vehicleid(num_trials=4).evaluate(x, x, pids, pids)
+    figures = result.to_dict()
+    for name, of_trial in (("mAP", lambda r: r.mAP), ("rank1", lambda r: r.rank1), ("mINP", lambda r: r.mINP)):
+        values = [of_trial(trial) for trial in result.trials]
+        assert figures[name] == pytest.approx(np.mean(values))
+        assert figures[f"{name}_std"] == pytest.approx(np.std(values))
+    assert "4 trials" in str(result)
+    assert hash(result) == hash(vehicleid(num_trials=4).evaluate(x, x, pids, pids))
+    np.testing.assert_array_equal(
+        result.average_precision, np.concatenate([trial.average_precision for trial in result.trials])
     )
-    assert found.to_dict() == pytest.approx(expected.to_dict())
+    assert result._repr_html_().count("<td>") == 6
+    assert vehicleid(num_trials=1).evaluate(x, x, pids, pids).trials == ()
 
 
-def test_tensors_parts_strings_and_lists(rng):
-    q, g = (torch.from_numpy(rng.standard_normal((n, 3, 4)).astype(np.float32)) for n in (6, 9))
-    pids = [[f"p{i % 3}" for i in range(n)] for n in (6, 9)]
-    found = protocols.OCCLUDED_REID.evaluate(q, g, *pids)
-    assert found == evaluate(q, g, *pids)
-    x = rng.standard_normal((12, 4))
-    words = [f"p{i % 4}" for i in range(12)]
-    number = [i % 4 for i in range(12)]
-    for draws in (protocols.vehicleid(num_trials=2), protocols.LEAVE_ONE_OUT):
-        assert draws.evaluate(x, x, words, words) == draws.evaluate(x, x, np.array(number), np.array(number))
-
-
-def test_the_mean_over_trials(sysu):
-    (qf, gf), labels, names = sysu
-    found = protocols.sysu_mm01(num_trials=3).evaluate(qf, gf, *labels, g_names=names)
-    figures = found.to_dict()
-    assert figures["mAP_std"] == pytest.approx(np.std([trial.mAP for trial in found.trials]))
-    assert figures["rank1"] == found.rank1 == found.cmc[0]
-    assert len(found.average_precision) == 3 * len(qf)
-    assert "mean of 3 trials" in str(found)
-    frame = found.to_frame()
-    assert frame.loc[0, "mAP"] == found.mAP
-    assert set(frame.columns) == set(figures)
-    one = found.trials[0]
-    assert set(one.to_dict()) == {"mAP", "rank1", "rank5", "rank10", "mINP", "num_valid_queries"}
-    assert mean_of([one]) is one
-    assert "<td>" in found._repr_html_()
-    assert found == mean_of(found.trials)
-    assert hash(found) == hash(mean_of(found.trials))
-    assert found != mean_of(found.trials[:2])
-    assert found != 3
-
-
-@pytest.mark.parametrize("tensors", [False, True])
-def test_pooled_tracklets(tensors, rng):
-    x = rng.standard_normal((10, 3)).astype(np.float32)
-    groups = [4, 4, 2, 9, 2, 4, 9, 9, 9, 1]
-    means, first = protocols.pool(torch.from_numpy(x) if tensors else x, groups)
-    np.testing.assert_array_equal(first, [0, 2, 3, 9])
-    for row, rows in zip(means, ([0, 1, 5], [2, 4], [3, 6, 7, 8], [9]), strict=True):
-        np.testing.assert_allclose(row, x[rows].mean(0), rtol=1e-6)
-
-
-def bad_sysu(**change):
-    labels = {"q_pids": [1, 2], "g_pids": [1, 2], "q_camids": [3, 6], "g_camids": [1, 4]} | change
-    return protocols.sysu_mm01().trials(*labels.values())
+@pytest.mark.parametrize("kind", ["numpy", "torch", "parts"])
+def test_tracklets_are_means_in_the_order_of_their_first_images(kind, rng):
+    features, groups = rng.standard_normal((9, 6)).astype(np.float32), list("baabcbbca")
+    expected = [np.mean([features[i] for i in range(9) if groups[i] == name], axis=0) for name in "bac"]
+    given = {"numpy": features, "torch": torch.from_numpy(features), "parts": features.reshape(9, 3, 2)}[kind]
+    pooled, first = pool(given, groups, pids=[4, 5, 5, 4, 4, 4, 4, 4, 5])
+    assert type(pooled) is type(given)
+    assert pooled.dtype == given.dtype
+    assert first.tolist() == [0, 1, 4]
+    np.testing.assert_allclose(np.asarray(pooled).reshape(3, 6), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"camids must be one for each group; they differ in that of row 4"):
+        pool(given, groups, camids=[0, 0, 0, 0, 0, 0, 0, 1, 0])
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "message"),
     [
-        (lambda: protocols.by_name("duke"), ValueError, "protocol must be one of 'market1501'"),
-        (lambda: protocols.by_name("cuhk03", seed=1), ValueError, "seed must be left out: protocol 'cuhk03'"),
-        (lambda: protocols.sysu_mm01("outdoor"), ValueError, "mode must be one of 'all', 'indoor'"),
-        (lambda: protocols.sysu_mm01(shots=0), ValueError, "shots must be at least 1"),
-        (lambda: protocols.sysu_mm01(sampler="official"), ValueError, "permutation must be given for sampler='off"),
-        (lambda: protocols.sysu_mm01(permutation="a.mat"), ValueError, "permutation must be given for sampler='off"),
-        (
-            lambda: protocols.sysu_mm01(sampler="official", permutation="none.mat"),
-            FileNotFoundError,
-            r"rand_perm_cam\.mat; there is no none\.mat",
-        ),
-        (
-            lambda: protocols.sysu_mm01(sampler="official", permutation=np.ones(6)),
-            ValueError,
-            "permutation must hold rand_perm_cam, a cell for each of 6 cameras",
-        ),
-        (lambda: bad_sysu(q_camids=None, g_camids=None), ValueError, "q_camids and g_camids must be given for SYSU"),
-        (lambda: bad_sysu(g_camids=[1, 7]), ValueError, "must be 1 to 6 for SYSU-MM01, got 7"),
-        (lambda: bad_sysu(q_camids=[1, 1]), ValueError, "q_camids must hold 3 or 6"),
-        (
-            lambda: protocols.sysu_mm01().measure((np.eye(2), np.eye(2)), [1, 2], [1, 2]),
-            ValueError,
-            "q_camids and g_camids must be given for SYSU",
-        ),
-        (lambda: protocols.regdb([]), ValueError, "trials must hold at least one trial"),
-        (
-            lambda: protocols.regdb([([0], [5])]).trials([1], [1]),
-            ValueError,
-            "trials must hold rows of the gallery, 0 to 0",
-        ),
-        (lambda: protocols.vehicleid().trials([1, 2], [2, 1]), ValueError, "must be of the same images for VehicleID"),
-        (lambda: protocols.vehicleid(seed=-1), ValueError, "seed must be at least 0"),
-        (lambda: protocols.LEAVE_ONE_OUT.trials([1, 2], [1]), ValueError, "must be of the same images .* got 2 and 1"),
-        (lambda: protocols.pool(np.ones((3, 2)), [1, 2]), ValueError, r"groups must have shape \(3,\)"),
+        (lambda: by_name("duke"), "protocol must be one of"),
+        (lambda: by_name("market1501", shots=1), "no options"),
+        (lambda: sysu_mm01("outdoor"), "mode must be one of"),
+        (lambda: sysu_mm01(sampler="official"), "permutation must be given"),
+        (lambda: sysu_mm01(permutation=np.empty((6, 1), object)), "permutation must be given"),
+        (lambda: sysu_mm01().trials([1], [1]), "must be given for SYSU-MM01"),
+        (lambda: sysu_mm01().trials([1], [1], [3], [7]), "must be 1 to 6"),
+        (lambda: vehicleid().trials([1, 1], [1, 2]), "same images"),
+        (lambda: regdb([]), "at least one trial"),
     ],
 )
-def test_bad_arguments(call, error, message):
-    with pytest.raises(error, match=message):
+def test_errors_say_what_to_do(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_the_official_sampler_needs_the_files_names(sysu, permutation):
-    _, labels, names = sysu
-    protocol = protocols.sysu_mm01(sampler="official", permutation=permutation[0])
-    with pytest.raises(ValueError, match=r"g_names must be the gallery's \d+ paths"):
-        protocol.trials(*labels)
-    with pytest.raises(ValueError, match=r"g_names must end like cam1/0006/0001\.jpg, got a\.jpg"):
-        protocol.trials(*labels, g_names=["a.jpg", *names[1:]])
-    with pytest.raises(ValueError, match=r"g_names must have images .* of person \d+ in camera \d"):
-        protocol.trials(*labels, g_names=[name.replace("/00", "/01") for name in names])
-    one = [np.array(x) for x in ([1], [1], [3], [1])]
-    cells = np.empty((6, 1), dtype=object)
-    for camera in range(6):
-        cells[camera, 0] = np.empty((1, 1), dtype=object)
-        cells[camera, 0][0, 0] = np.ones((10, 1), np.uint8)
-    protocol = protocols.sysu_mm01(sampler="official", permutation=cells, num_trials=11)
-    with pytest.raises(ValueError, match="num_trials must be at most 10, those of the permutation, got 11"):
-        protocol.trials(*one, g_names=["cam1/0001/0001.jpg"])
-    protocol = protocols.sysu_mm01(sampler="official", permutation=cells)
-    with pytest.raises(ValueError, match="permutation must list every person, got 1 in camera 1, not 2"):
-        protocol.trials([2], [2], [3], [1], g_names=["cam1/0002/0001.jpg"])
+def test_every_name_has_its_protocol():
+    options = {"regdb": {"trials": [([0], [0])]}}
+    assert [by_name(name, **options.get(name, {})).name for name in protocols.NAMES] == list(protocols.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: protocols.by_name("leave-one-out", shots=1),
+            "shots must be left out: protocol 'leave-one-out' has no",
+        ),
+        (lambda: protocols.vehicleid().trials([1, 2], [1, 2]), "g_pids must have an identity with two images"),
+        (
+            lambda: protocols.sysu_mm01().trials([1], [1, 1], [3], [1, 1], g_names=["cam1/0001/0001.jpg"]),
+            "g_names must be the gallery's 2 paths, got 1",
+        ),
+        (
+            lambda: protocols.vehicleid().evaluate(np.eye(4), np.eye(4), [1, 1], [1, 1]),
+            "qf must have one row for each of the 2 labels, got 4",
+        ),
+    ],
+)
+def test_more_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_junk_takes_no_draw_of_sysu_mm01():
+    labels = [np.array(x) for x in ([1, 2], [1, 1, 1, 2, 2], [3, 6], [1, 1, 1, 1, 1])]
+    junk = [labels[0], np.array([-1, -1, *labels[1]]), labels[2], np.array([1, 1, *labels[3]])]
+    for trial, other in zip(protocols.sysu_mm01().trials(*labels), protocols.sysu_mm01().trials(*junk), strict=True):
+        np.testing.assert_array_equal(trial.gallery + 2, other.gallery)

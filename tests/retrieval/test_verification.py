@@ -1,148 +1,180 @@
-"""Verification and open set against literal counts over all pairs."""
-
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import protocols as literal
 from reference import unit
 
-from pose2id import evaluate
-from pose2id.retrieval import protocols
-from pose2id.retrieval.verification import verification
+from pose2id.retrieval.protocols import LEAVE_ONE_OUT, MARKET1501, OCCLUDED_REID, sysu_mm01, vehicleid
+from pose2id.retrieval.verification import open_set, open_set_rank, verification, verification_rank
 
 
-def scene(seed, q=30, g=80, people=12):
+def case(seed, q, g, levels):
+    """Distances with ties, and labels with junk, distractors and few cameras."""
     rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((people + 5, 8))
-    q_pids, g_pids = rng.integers(1, people + 5, q), rng.integers(-1, people, g)
-    feats = [centres[pids % (people + 5)] + 0.7 * rng.standard_normal((len(pids), 8)) for pids in (q_pids, g_pids)]
-    return feats, (q_pids, g_pids, rng.integers(1, 4, q), rng.integers(1, 4, g))
+    distmat = rng.integers(0, levels, (q, g)).astype(float)
+    pids = [rng.integers(-1, 5, q).tolist(), rng.integers(-1, 5, g).tolist()]
+    camids = [rng.integers(0, 3, q).tolist(), rng.integers(0, 3, g).tolist()]
+
+    def is_dropped(i, j):
+        return pids[0][i] == pids[1][j] and camids[0][i] == camids[1][j]
+
+    return distmat, pids, camids, is_dropped
 
 
-def pairs(distances, q_pids, g_pids, q_camids, g_camids):
-    positive, negative, known, unknown = [], [], [], []
-    for i in range(len(q_pids)):
-        kept = [
-            j
-            for j in range(len(g_pids))
-            if g_pids[j] != -1 and not (g_pids[j] == q_pids[i] and g_camids[j] == q_camids[i])
-        ]
-        positive += [distances[i, j] for j in kept if g_pids[j] == q_pids[i]]
-        negative += [distances[i, j] for j in kept if g_pids[j] != q_pids[i]]
-        nearest = min(kept, key=lambda j: (distances[i, j], j))
-        has_match = any(g_pids[j] == q_pids[i] for j in kept)
-        (known if has_match else unknown).append((distances[i, nearest], g_pids[nearest] == q_pids[i]))
-    return np.array(positive), np.array(negative), known, unknown
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1), q=st.integers(1, 8), g=st.integers(2, 20), levels=st.sampled_from([2, 12, 10**6])
+)
+def test_equals_the_literal_rates_with_ties_and_junk(seed, q, g, levels):
+    distmat, pids, camids, is_dropped = case(seed, q, g, levels)
+    genuine, impostor = literal.pairs(distmat, *pids, is_dropped)
+    if not genuine or not impostor:
+        with pytest.raises(ValueError, match="pair of either kind"):
+            verification_rank(distmat, *pids, *camids)
+        return
+    found = verification_rank(distmat, *pids, *camids, rates=(0.1, 0.05, 0.01), replicates=2)
+    assert (found.num_genuine, found.num_impostor) == (len(genuine), len(impostor))
+    assert found.eer == pytest.approx(literal.equal_error_rate(genuine, impostor), abs=1e-12)
+    for point in found.points:
+        if len(impostor) * point.wanted < 1 - 1e-9:
+            assert np.isnan([point.threshold, point.fpr, point.tpr, *point.threshold_interval]).all()
+            continue
+        expected = literal.operating_point(genuine, impostor, point.wanted)
+        assert (point.threshold, point.fpr, point.tpr) == pytest.approx(expected, abs=1e-12)
+        assert found.tpr(point.wanted) == point.tpr
 
 
-def largest_threshold(others, rate):
-    """Tried one by one: the largest of all distances at which at most that share is accepted."""
-    fitting = [t for t in np.unique(others) if np.mean(others <= t) <= rate]
-    return max(fitting) if fitting else min(others) - 1e-6
+def test_of_many_impostors_the_nearest_are_kept(rng):
+    distmat = rng.random((60, 300))
+    pids = rng.integers(0, 12, 60), rng.integers(0, 12, 300)
+    genuine, impostor = literal.pairs(distmat, *pids, lambda q, g: False)
+    found = verification_rank(distmat, *pids, rates=(0.01, 0.001), replicates=2)
+    for point in found.points:
+        expected = literal.operating_point(genuine, impostor, point.wanted)
+        assert (point.threshold, point.fpr, point.tpr) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("form", ["features", "tensors", "distances"])
-def test_against_literal_counts(form, seed):
-    (q, g), labels = scene(seed)
-    distances = np.sqrt(((unit(q)[:, None] - unit(g)[None]) ** 2).sum(2))
-    options = {"rates": (0.1, 0.01, 1e-4), "rate": 0.05, "open_rates": (0.5, 0.2, 0.01), "num_samples": 20}
-    if form == "distances":
-        distances = distances.round(1).astype(np.float32)  # many are equal
-        found = verification(None, None, *labels, distmat=distances, **options)
+def test_intervals_are_those_of_identities_drawn_again(rng):
+    distmat = rng.random((20, 60))
+    pids = rng.integers(0, 9, 20), rng.integers(0, 9, 60)
+    (point,) = verification_rank(distmat, *pids, rates=(0.05,), replicates=25, seed=7).points
+    names = np.unique(np.concatenate(pids))
+    _, impostor = literal.pairs(distmat, *pids, lambda q, g: False)
+    weights = np.random.default_rng(7).multinomial(len(names), np.full(len(names), 1 / len(names)), size=25)
+    drawn = [
+        literal.weighted_point(impostor, dict(zip(names, weight, strict=True)), 0.05, point.threshold)
+        for weight in weights
+    ]
+    for index, interval in enumerate((point.threshold_interval, point.fpr_interval)):
+        values = sorted(pair[index] for pair in drawn)
+        assert interval == pytest.approx((values[0], values[-1]), abs=1e-12)
+
+
+def test_the_interval_covers_the_population_where_a_binomial_one_does_not():
+    """Some persons look alike to everybody, so pairs are dependent."""
+    covered = binomial = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        pids = np.repeat(np.arange(60), 3)
+        alike = rng.normal(0, 0.5, 60)[pids]
+        distmat = 5 + alike[:, None] + alike + rng.normal(0, 0.5, (180, 180))
+        (point,) = verification_rank(
+            distmat, pids, pids, rates=(0.02,), protocol=LEAVE_ONE_OUT, replicates=60, seed=seed
+        ).points
+        truth = 5 + np.sqrt(3 * 0.25) * -2.0537489  # the quantile at 2 % of the sum of three normal distributions
+        low, high = point.threshold_interval
+        covered += low <= truth <= high
+        # Of independent pairs the rate at the threshold would be known to 10 %, and so the threshold to 0.04.
+        binomial += abs(point.threshold - truth) < 1.96 * 0.02 * np.sqrt(0.98 / 0.02 / (180 * 177)) / 0.0559
+    assert covered >= 33
+    assert binomial <= 25
+
+
+def test_from_features_equals_from_distances(rng):
+    qf, gf = rng.standard_normal((30, 7)), rng.standard_normal((80, 7))
+    labels = rng.integers(0, 6, 30), rng.integers(-1, 6, 80), rng.integers(0, 3, 30), rng.integers(0, 3, 80)
+    distmat = 1 - unit(qf) @ unit(gf).T
+    for protocol in (MARKET1501, OCCLUDED_REID):
+        found = verification(qf, gf, *labels, protocol=protocol, rates=(0.1, 0.01))
+        expected = verification_rank(distmat, *labels, protocol=protocol, rates=(0.1, 0.01))
+        assert found.eer == pytest.approx(expected.eer, abs=1e-9)
+        for mine, wanted in zip(found.points, expected.points, strict=True):
+            assert mine.threshold == pytest.approx(wanted.threshold, abs=1e-9)
+            assert (mine.fpr, mine.tpr) == pytest.approx((wanted.fpr, wanted.tpr))
+    single = verification(torch.from_numpy(qf).float(), torch.from_numpy(gf).float(), *labels, rates=(0.1,))
+    assert single.points[0].threshold == pytest.approx(
+        verification_rank(distmat, *labels, rates=(0.1,)).points[0].threshold, abs=1e-6
+    )
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1), q=st.integers(2, 30), g=st.integers(1, 12), levels=st.sampled_from([2, 12, 10**6])
+)
+def test_open_set_equals_the_literal_search(seed, q, g, levels):
+    distmat, pids, camids, is_dropped = case(seed, q, g, levels)
+    pids[0] = [pid if i % 2 else 100 + i for i, pid in enumerate(pids[0])]  # strangers
+    alarms, right, mated = literal.searches(distmat, *pids, is_dropped)
+    if not mated or not alarms:
+        with pytest.raises(ValueError, match="got none"):
+            open_set_rank(distmat, *pids, *camids)
+        return
+    found = open_set_rank(distmat, *pids, *camids, rates=(0.1,))
+    assert (found.num_mated, found.num_strangers) == (mated, len(alarms))
+    (point,) = found.points
+    if len(alarms) < 10:
+        assert np.isnan([point.threshold, point.fpir, point.fnir]).all()
     else:
-        sides = map(torch.from_numpy, (q, g)) if form == "tensors" else (q, g)
-        found = verification(*sides, *labels, **options)
-    positive, negative, known, unknown = pairs(distances, *labels)
-    counts = found.num_positive, found.num_negative, found.num_known, found.num_unknown
-    assert counts == (len(positive), len(negative), len(known), len(unknown))
-    for rate in (0.1, 0.01):
-        expected = largest_threshold(negative, rate)
-        assert found.tpr[rate] == pytest.approx(np.mean(positive <= expected + 1e-9))
-    assert math.isnan(found.tpr[1e-4])
-    assert found.threshold == pytest.approx(largest_threshold(negative, 0.05), abs=1e-5)
-    both = np.unique([*positive, *negative])
-    errors = [(abs(np.mean(positive > t) - np.mean(negative <= t)), t) for t in both]
-    best = min(errors)[1]
-    assert found.eer == pytest.approx((np.mean(positive > best) + np.mean(negative <= best)) / 2, abs=2e-3)
-    for rate in (0.5, 0.2):
-        limit = largest_threshold(np.array([distance for distance, _ in unknown]), rate)
-        share = np.mean([right and distance <= limit + 1e-9 for distance, right in known])
-        assert found.dir[rate] == pytest.approx(share)
-    assert math.isnan(found.dir[0.01])
+        assert (point.threshold, point.fpir, point.fnir) == pytest.approx(literal.open_set(alarms, right, mated, 0.1))
 
 
-def test_the_interval_holds_the_threshold_and_narrows_with_people():
-    widths = []
-    for people in (10, 100):
-        rng = np.random.default_rng(1)
-        centres = rng.standard_normal((people, 16))
-        pids = np.repeat(np.arange(people), 3)
-        feats = [centres[pids] + 0.5 * rng.standard_normal((len(pids), 16)) for _ in range(2)]
-        found = verification(*feats, pids, pids, rate=0.01)
-        low, high = found.interval
-        assert low <= found.threshold <= high
-        widths.append(high - low)
-        assert verification(*feats, pids, pids, rate=0.01) == found
-        assert verification(*feats, pids, pids, rate=0.01, seed=1).interval != found.interval
-    assert widths[1] < widths[0] / 2
+@pytest.mark.parametrize("levels", [3, 40, 10**6])
+def test_open_set_with_enough_strangers(levels):
+    distmat, pids, camids, is_dropped = case(levels, 60, 30, levels)
+    pids[0] = [pid if i % 2 else 100 + i for i, pid in enumerate(pids[0])]
+    found = open_set_rank(distmat, *pids, *camids, rates=(0.1, 0.05, 0.01))
+    for point in found.points[:2]:
+        searched = literal.searches(distmat, *pids, is_dropped)
+        expected = literal.open_set(*searched, point.wanted)
+        assert (point.threshold, point.fpir, point.fnir) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(found.points[2].fnir)
+    assert "too few" in str(found)
 
 
-def test_few_of_many_pairs_are_held(monkeypatch):
-    """The nearest pairs alone are held, in blocks that are cut down again and again; figures stay."""
-    (q, g), labels = scene(3, q=60, g=300)
-    expected = verification(q, g, *labels, rates=(0.01, 0.002), rate=0.005)
-    monkeypatch.setattr("pose2id.retrieval.verification._LEAST", 1)
-    found = verification(q, g, *labels, rates=(0.01, 0.002), rate=0.005)
-    assert found.to_dict() == expected.to_dict()
+def test_open_set_from_features(rng):
+    qf, gf = rng.standard_normal((60, 4)), rng.standard_normal((20, 4))
+    pids = np.r_[rng.integers(0, 4, 30), np.arange(100, 130)], rng.integers(0, 4, 20)
+    found = open_set(qf, gf, *pids)
+    expected = open_set_rank(1 - unit(qf) @ unit(gf).T, *pids)
+    assert found.points[0].fnir == expected.points[0].fnir
+    assert found.points[0].threshold == pytest.approx(expected.points[0].threshold)
 
 
-def test_thresholds_keep_their_promise_on_other_people():
-    """Found on 300 people at a rate of 1 %, the threshold lets about 1 % of other people's pairs through."""
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((600, 24))
-
-    def draw(first):
-        pids = np.repeat(np.arange(first, first + 300), 2)
-        return [centres[pids] + 0.6 * rng.standard_normal((600, 24)) for _ in range(2)], pids
-
-    (feats, pids), (other_feats, other_pids) = draw(0), draw(300)
-    found = verification(*feats, pids, pids, rate=0.01)
-    x, y = map(unit, other_feats)
-    distances = np.sqrt(((x[:, None] - y[None]) ** 2).sum(2))
-    negative = distances[other_pids[:, None] != other_pids[None]]
-    assert 0.008 < np.mean(negative <= found.threshold) < 0.0125
-
-
-def test_leave_one_out_and_words(rng):
-    x, pids = rng.standard_normal((40, 5)), np.repeat(np.arange(20), 2)
-    found = verification(x, x, pids, pids, protocol=protocols.LEAVE_ONE_OUT)
-    assert found.num_positive == 40
-    assert found.num_negative == 40 * 38
-    assert evaluate(x, x, pids, pids).rank1 == 1
-    assert found.tpr[0.01] < 0.5
-    assert str(found).splitlines()[0].startswith("EER ")
-    assert "too few pairs for FPR 0.0001" in str(found)
-    figures = found.to_dict()
-    assert figures["tpr_at_fpr_0.01"] == found.tpr[0.01]
-    assert figures["threshold_low"] <= figures["threshold"] + 1e-9 <= figures["threshold_high"] + 2e-9
+def test_leave_one_out_pairs_no_image_with_itself():
+    distmat = np.array([[0.0, 1, 5, 5], [1, 0, 5, 5], [5, 5, 0, 9], [5, 5, 9, 0]])
+    found = verification_rank(distmat, *[[1, 1, 2, 2]] * 2, protocol=LEAVE_ONE_OUT, rates=(0.1,), replicates=2)
+    assert (found.num_genuine, found.num_impostor) == (4, 8)
+    assert found.eer == 0.5
+    assert "unknown" not in str(verification_rank(distmat + 1, [1, 1, 2, 2], [1, 1, 2, 2], rates=()))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("call", "message"),
     [
-        ({"protocol": protocols.vehicleid()}, "protocol must have one trial, got 'vehicleid' with 10"),
-        ({"rate": 2}, r"rate must be in \[0, 1\], got 2"),
-        ({"num_samples": 3}, "num_samples must be at least 20"),
-        ({"distmat": np.ones((4, 4))}, "qf and gf must be None with distmat"),
-        ({"q_pids": [9, 9, 9, 9]}, "must give pairs of one person and of two, got 0 and 16"),
+        (lambda d, p: verification_rank(d, p, p, rates=(0.5,)), r"rates must be in \[.*0.1\]"),
+        (lambda d, p: verification_rank(d, p, [7, 8, 9]), "got no genuine one"),
+        (lambda d, p: verification_rank(d, [1, 1, 1], [1, 1, 1]), "got no impostor one"),
+        (lambda d, p: verification_rank(d * np.nan, p, p), "NaN; row 0"),
+        (lambda d, p: verification_rank(d, p, p, protocol=vehicleid()), "one of its trials"),
+        (lambda d, p: open_set_rank(d, p, p, protocol=sysu_mm01()), "one of its trials"),
+        (lambda d, p: open_set_rank(d, p, p), "none of a stranger"),
+        (lambda d, p: open_set_rank(d, p, [7, 8, 9]), "none with a match"),
     ],
 )
-def test_bad_arguments(change, message, rng):
-    given = {"qf": rng.standard_normal((4, 3)), "gf": rng.standard_normal((4, 3))}
-    given |= {"q_pids": [1, 2, 1, 2], "g_pids": [1, 2, 1, 2]} | change
+def test_errors_say_what_to_do(call, message):
     with pytest.raises(ValueError, match=message):
-        verification(**given)
+        call(np.arange(9.0).reshape(3, 3), [1, 2, 3])

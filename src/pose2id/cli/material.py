@@ -121,7 +121,9 @@ def _pooled(feats: Sequence[Any], splits: Sequence[Split]) -> tuple[list[Any], l
     """Features, labels and paths of tracklets: the mean, and those of each one's first image."""
     from pose2id.retrieval.protocols import pool  # noqa: PLC0415
 
-    pooled = [pool(x, split.tracklets) for x, split in zip(feats, splits, strict=True)]
+    pooled = [
+        pool(x, split.tracklets, pids=split.pids, camids=split.camids) for x, split in zip(feats, splits, strict=True)
+    ]
     firsts = [first for _, first in pooled]
     labels = [
         None if getattr(split, name) is None else getattr(split, name)[first]

@@ -72,11 +72,10 @@ class EvaluationResult:
 
         Standard deviations are those of the trials at hand (divided by their number).
         """
-        figures, of_trials = self._figures(), [trial._figures() for trial in self.trials]
-        spread: dict[str, float] = {}
-        if of_trials:
-            spread = {f"{name}_std": float(np.std([figures[name] for figures in of_trials])) for name in figures}
-        return {**figures, **spread, "num_valid_queries": self.num_valid_queries}
+        figures = self._figures()
+        for name in list(figures) if self.trials else ():
+            figures[f"{name}_std"] = float(np.std([trial._figures()[name] for trial in self.trials]))
+        return {**figures, "num_valid_queries": self.num_valid_queries}
 
     def to_frame(self) -> Any:
         """`to_dict` as a pandas DataFrame of one row.

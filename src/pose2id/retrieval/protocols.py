@@ -15,20 +15,24 @@ A method must be applied inside a trial, to the images of that trial: `evaluate(
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import re
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from pose2id.io.checks import checked_choice, checked_count, checked_labels, first_few, labels_together
-from pose2id.io.rows import Rows
+from pose2id.io.checks import checked_choice, checked_count, checked_flag, checked_labels, first_few, labels_together
+from pose2id.io.rows import FeatureArray, Rows
 from pose2id.retrieval.evaluation import (
+    JUNK_PID,
     EvaluationResult,
     RankingProtocol,
     checked_matrix,
@@ -69,6 +73,10 @@ def _taken(values: Any, rows: NDArray[np.int64], whole: bool) -> Any:
     if values is None or whole:
         return values
     return values[rows] if hasattr(values, "shape") else [values[i] for i in rows]
+
+
+def _copied(values: Any) -> Any:
+    return values.detach().clone() if isinstance(values, torch.Tensor) else copy(values)
 
 
 @dataclass(frozen=True)
@@ -154,16 +162,20 @@ class EvaluationProtocol:
             q_camids: (Q,) cameras.
             g_camids: (G,) cameras.
             g_names: as in `trials`.
-            way: what is done to each trial's features: a function of (qf, gf, q_camids, g_camids) of that trial, which
-                returns a pair of features or a matrix of distances. None: nothing.
+            way: what is done to each trial's features: a function of (qf, gf, q_camids, g_camids) of that trial, copies
+                that it may write into, which returns a pair of features or a matrix of distances. None: nothing.
             metric: "cosine" or "euclidean", of features.
             max_rank: length of the CMC curve.
         """
         labels, results = ((q_pids, g_pids), (q_camids, g_camids)), []
+        for name, rows, pids in (("qf", qf, q_pids), ("gf", gf, g_pids)):
+            if len(rows) != len(pids):
+                raise ValueError(f"{name} must have one row for each of the {len(pids)} labels, got {len(rows)}.")
         for trial in self.trials(*labels[0], *labels[1], g_names=g_names):
             pids, camids, found = trial.of(labels[0]), trial.of(labels[1]), trial.of((qf, gf))
             if way is not None:
-                found = way(*found, *camids)
+                # Published code writes into what it is given; the caller's arrays and the next trial's stay.
+                found = way(*(_copied(x) if trial.whole else x for x in (*found, *camids)))
             results.append(self.measure(found, *pids, *camids, metric=metric, max_rank=max_rank))
         return mean_of(results)
 
@@ -179,12 +191,9 @@ def _without_cameras(q: int, g: int, q_pids: Any, g_pids: Any, *_: Any) -> Ranki
 class _WithoutItself(RankingProtocol):
     """The image itself is dropped, by its row: copies of it stay."""
 
-    def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, *_: Any) -> None:
-        super().__init__(q, g, q_pids, g_pids, None, None)
-
     def of_query(self, query: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         matches, dropped = super().of_query(query)
-        return matches[matches != query], np.append(dropped, query)
+        return matches[matches != query], np.union1d(dropped, query)
 
 
 class _SysuMM01(RankingProtocol):
@@ -194,9 +203,7 @@ class _SysuMM01(RankingProtocol):
 
     def __init__(self, q: int, g: int, q_pids: Any, g_pids: Any, q_camids: Any, g_camids: Any) -> None:
         super().__init__(q, g, q_pids, g_pids, q_camids, g_camids)
-        if self.g_camids is None:
-            raise ValueError("q_camids and g_camids must be given for SYSU-MM01: 3 and 6, and 1, 2, 4 and 5.")
-        self._cam2 = np.flatnonzero(self.g_camids == 2)
+        self._cam2 = np.empty(0, np.int64) if self.g_camids is None else np.flatnonzero(self.g_camids == 2)
 
     def of_query(self, query: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         matches, dropped = super().of_query(query)
@@ -208,7 +215,24 @@ class _SysuMM01(RankingProtocol):
 MARKET1501 = EvaluationProtocol("market1501")
 CUHK03 = EvaluationProtocol("cuhk03")
 OCCLUDED_REID = EvaluationProtocol("occluded-reid", _without_cameras)
-LEAVE_ONE_OUT = EvaluationProtocol("leave-one-out", _WithoutItself, leave_one_out=True)
+
+
+def leave_one_out(drop_same_camera: bool = False) -> EvaluationProtocol:
+    """Query and gallery are the same images, row by row, and an image is dropped for itself; its copies stay.
+
+    Args:
+        drop_same_camera: whether images of the query's identity and camera are dropped, too. Otherwise cameras play no
+            part, since without a split by camera most images would have no match.
+    """
+    rule = _WithoutItself if checked_flag(drop_same_camera, "drop_same_camera") else _without_itself
+    return EvaluationProtocol("leave-one-out", rule, leave_one_out=True)
+
+
+def _without_itself(q: int, g: int, q_pids: Any, g_pids: Any, *_: Any) -> RankingProtocol:
+    return _WithoutItself(q, g, q_pids, g_pids, None, None)
+
+
+LEAVE_ONE_OUT = leave_one_out()
 
 
 def sysu_mm01(
@@ -267,8 +291,10 @@ _Groups = dict[tuple[int, int], list[int]]
 
 def _groups(pids: NDArray[np.int64], camids: NDArray[np.int64], cameras: Sequence[int], names: Any) -> _Groups:
     """Rows of each person and camera, in the order of their files; person by person, camera by camera."""
+    if names is not None and len(names) != len(pids):
+        raise ValueError(f"g_names must be the gallery's {len(pids)} paths, got {len(names)}.")
     order = range(len(pids)) if names is None else sorted(range(len(pids)), key=lambda i: os.fspath(names[i]))
-    groups: _Groups = {(pid, camera): [] for pid in np.unique(pids).tolist() for camera in cameras}
+    groups: _Groups = {(pid, camera): [] for pid in np.unique(pids[pids != JUNK_PID]).tolist() for camera in cameras}
     for i in order:
         groups.get((int(pids[i]), int(camids[i])), []).append(i)
     return {key: rows for key, rows in groups.items() if rows}
@@ -328,7 +354,10 @@ def regdb(trials: Sequence[tuple[Any, Any]]) -> EvaluationProtocol:
     Args:
         trials: rows of queries and gallery of each trial, as in `pose2id.datasets.Dataset.trials`.
     """
-    rows = [tuple(np.asarray(side, dtype=np.int64) for side in trial) for trial in trials]
+    given = [tuple(np.asarray(side) for side in trial) for trial in trials]
+    if any(side.dtype.kind not in "iu" for trial in given for side in trial if side.size):
+        raise TypeError("trials must hold row numbers, integers. Take numpy.flatnonzero of a mask.")
+    rows = [tuple(side.astype(np.int64) for side in trial) for trial in given]
     if not rows:
         raise ValueError("trials must hold at least one trial, got none.")
 
@@ -358,6 +387,8 @@ def vehicleid(seed: int = 0, num_trials: int = 10) -> EvaluationProtocol:
     def draws(q_pids: Any, g_pids: Any, *_: Any) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         if not np.array_equal(q_pids, g_pids):
             raise ValueError("q_pids and g_pids must be of the same images for VehicleID, which draws the gallery.")
+        if len(np.unique(g_pids)) == len(g_pids):
+            raise ValueError("g_pids must have an identity with two images for VehicleID, got one image of each.")
         found = []
         for trial in range(num_trials):
             generator = np.random.default_rng([seed, trial])
@@ -373,39 +404,60 @@ def by_name(name: str, **options: Any) -> EvaluationProtocol:
 
     Args:
         name: of `NAMES`.
-        **options: as of `sysu_mm01`, `regdb` or `vehicleid`.
+        **options: as of `sysu_mm01`, `regdb`, `vehicleid` or `leave_one_out`.
     """
     checked_choice(name, "protocol", NAMES)
     made: dict[str, Callable[..., EvaluationProtocol]] = {
         "sysu-mm01": sysu_mm01,
         "regdb": regdb,
         "vehicleid": vehicleid,
+        "leave-one-out": leave_one_out,
     }
+    known_options = inspect.signature(made[name]).parameters if name in made else {}
+    for option in options.keys() - known_options:
+        raise ValueError(f"{option} must be left out: protocol {name!r} has no such option.")
     if name in made:
         return made[name](**options)
-    if options:
-        raise ValueError(f"{', '.join(options)} must be left out: protocol {name!r} has no options.")
-    known = (MARKET1501, CUHK03, OCCLUDED_REID, LEAVE_ONE_OUT)
+    known = (MARKET1501, CUHK03, OCCLUDED_REID)
     return next(protocol for protocol in known if protocol.name == name)
 
 
-def pool(features: Any, groups: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Features of tracklets: the mean of their images' features, as the field does on MARS (Zheng et al., 2016).
+def pool(
+    features: FeatureArray, groups: Any, *, pids: Any = None, camids: Any = None
+) -> tuple[FeatureArray, NDArray[np.int64]]:
+    """Features of tracklets: the mean of their images' raw features, as the field does on MARS (Zheng et al., 2016).
+
+    The means are not normalised; `evaluate` does that. MARS is then measured by `MARKET1501`.
 
     Args:
-        features: (N, D) raw features of images.
+        features: (N, D) or (N, P, D) raw features of images, numpy array or torch tensor.
         groups: (N,) which tracklet each image is of, labels as in `pose2id.evaluate`.
+        pids: (N,) identities, where their agreement within each tracklet is to be checked.
+        camids: (N,) cameras, where theirs is.
 
     Returns:
-        (T, D) means, and (T,) int64 the row of each tracklet's first image, whose labels are the tracklet's; in the
-        order of those rows.
+        (T, D) or (T, P, D) means, in the features' container, dtype and device; and (T,) int64 the row of each
+        tracklet's first image, whose labels are the tracklet's; in the order of those rows.
+
+    Raises:
+        ValueError: a tracklet with images of two identities, or cameras.
     """
-    rows = Rows(features, "features")
+    rows = Rows(features, "features", parts=True)
     labels = checked_labels(groups, "groups", rows.n)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     place = np.argsort(np.argsort(first))[inverse]
-    sums = np.zeros((len(first), rows.dim))
+    first = np.sort(first)
+    for name, given in (("pids", pids), ("camids", camids)):
+        if given is not None:
+            of_image = checked_labels(given, name, rows.n)
+            mixed = np.unique(place[of_image != of_image[first][place]])
+            if len(mixed):
+                raise ValueError(f"{name} must be one for each group; they differ in that of row {first[mixed[0]]}.")
+    sums = torch.zeros((len(first), rows.dim), dtype=torch.float64, device=rows.device)
+    index = torch.from_numpy(place).to(rows.device)
     for block in rows.blocks():
-        np.add.at(sums, place[block], rows.read(block).double().cpu().numpy())
-    means = sums / np.bincount(place)[:, None]
-    return means.astype(np.asarray(features).dtype), np.sort(first)
+        sums.index_add_(0, index[block], rows.read(block, torch.float64))
+    means = rows.empty(len(first))
+    sizes = torch.from_numpy(np.bincount(place)).to(rows.device)
+    rows.write(means, slice(0, len(first)), sums / sizes[:, None])
+    return cast("FeatureArray", means), first

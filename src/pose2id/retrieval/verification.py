@@ -1,12 +1,15 @@
-"""One or the other: are two images of the same person (verification), and is this person known (open set)?
+"""One to one: are two images of one person? And open sets: is the person in the gallery at all?
 
-Retrieval figures rank; a live system needs a threshold, and what it lets through.
+Genuine pairs are a query and its matches by a protocol's rules, impostor pairs a query and all other gallery images
+that the protocol does not drop for it. A pair is accepted where its distance is *below* the threshold.
+
+Everything is exact for the distances at hand, and no distance matrix is kept: what stays in memory are the genuine
+distances, and of the impostors' the nearest ones, about three times as many as the largest wanted rate admits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,67 +20,100 @@ from pose2id.io.checks import checked_count, checked_number
 from pose2id.retrieval.evaluation import JUNK_PID, RankingProtocol, checked_matrix, feature_distances
 from pose2id.retrieval.protocols import MARKET1501, EvaluationProtocol
 
-_RATES = (1e-2, 1e-3, 1e-4)
-_OPEN_RATES = (0.1, 0.01)
-_BINS = 1 << 16
-_LEAST = 1000  # nearest pairs that are kept
+RATES = (1e-2, 1e-3, 1e-4)
+_MAX_RATE = 0.1  # nearer impostors than a rate admits are kept in memory
+_REPLICATES = 200
+_SPARE = 3.0  # resampled identities may have more impostors near than the sample has
+_CONFIDENCE = 0.95
+
+_Distances = Callable[[], Iterator[NDArray[Any]]]
 
 
 @dataclass(frozen=True)
-class Verification:
-    """How well a threshold on the distance tells the same person from others; fractions, nan where nothing tells.
+class OperatingPoint:
+    """The largest threshold at which at most the wanted share of impostor pairs is accepted.
+
+    All but `wanted` are nan where there are fewer than 1 / wanted impostor pairs: such a rate cannot be measured.
 
     Attributes:
-        tpr: by false-positive rate: the share of pairs of one person that a threshold accepts which accepts at most
-            that share of the other pairs. nan where there are fewer than 1 / rate other pairs.
-        eer: equal error rate: the share of both kinds that is decided wrongly where the two are alike.
-        threshold: largest distance at which at most `rate` of the other pairs are accepted.
-        interval: 95 % of the thresholds so found on people drawn anew; see `verification`.
-        rate: the wanted false-match rate of the threshold.
-        dir: open set, by false-positive identification rate (FPIR): the share of queries of known people whose nearest
-            kept image is theirs and within the threshold at which so many of the unknown are taken for somebody. nan
-            where there are fewer than 1 / FPIR unknown queries.
-        num_positive, num_negative: pairs of one person, and of two.
-        num_known, num_unknown: queries with and without a match in the gallery.
+        wanted: false-match rate asked for.
+        threshold: distance below which a pair is accepted.
+        fpr: share of the impostor pairs that it accepts, at most `wanted`.
+        tpr: share of the genuine pairs that it accepts.
+        threshold_interval: 95 % confidence interval of the threshold; its upper end may be infinite.
+        fpr_interval: 95 % confidence interval of the false-match rate at this threshold.
     """
 
-    tpr: dict[float, float]
-    eer: float
+    wanted: float
     threshold: float
-    interval: tuple[float, float]
-    rate: float
-    dir: dict[float, float]
-    num_positive: int
-    num_negative: int
-    num_known: int
-    num_unknown: int
+    fpr: float
+    tpr: float
+    threshold_interval: tuple[float, float]
+    fpr_interval: tuple[float, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All figures by name; rates are part of the names."""
-        return {
-            **{f"tpr_at_fpr_{rate:g}": value for rate, value in self.tpr.items()},
-            "eer": self.eer,
-            "threshold": self.threshold,
-            "threshold_low": self.interval[0],
-            "threshold_high": self.interval[1],
-            "rate": self.rate,
-            **{f"dir_at_fpir_{rate:g}": value for rate, value in self.dir.items()},
-            **{name: getattr(self, name) for name in ("num_positive", "num_negative", "num_known", "num_unknown")},
-        }
+
+@dataclass(frozen=True)
+class VerificationResult:
+    """How well a threshold tells genuine from impostor pairs; rates are fractions, and print in percent.
+
+    Attributes:
+        eer: equal error rate: the least over all thresholds of the larger of false-match and false-non-match rate.
+        points: one for each wanted rate.
+        num_genuine: pairs of one person.
+        num_impostor: pairs of two.
+    """
+
+    eer: float
+    points: tuple[OperatingPoint, ...]
+    num_genuine: int
+    num_impostor: int
+
+    def tpr(self, wanted: float) -> float:
+        """TPR at one of the wanted rates; nan where there are too few impostor pairs."""
+        return next(point.tpr for point in self.points if point.wanted == wanted)
 
     def __str__(self) -> str:
-        """Three lines, in percent; what too few pairs cannot tell is left out, and said."""
-        known = [f"TPR {value:.2%} at FPR {rate:g}" for rate, value in self.tpr.items() if not math.isnan(value)]
-        few = [f"{rate:g}" for rate, value in self.tpr.items() if math.isnan(value)]
-        lines = [f"EER {self.eer:.2%}  {'  '.join(known)}"]
-        lines[0] += f"  (too few pairs for FPR {', '.join(few)})" if few else ""
-        low, high = self.interval
-        told = "no threshold: too few pairs of two people" if math.isnan(self.threshold) else f"{self.threshold:.4f}"
-        lines.append(f"threshold for a false-match rate of {self.rate:g}: {told} ({low:.4f} to {high:.4f})")
-        if self.num_unknown:
-            found = [f"{value:.2%} at FPIR {rate:g}" for rate, value in self.dir.items() if not math.isnan(value)]
-            lines.append(f"open set: {'  '.join(found) or 'too few unknown queries'}  ({self.num_unknown} unknown)")
-        return "\n".join(lines)
+        """One line in percent."""
+        rates = "".join(f"  TPR at FPR {point.wanted:g} {_percent(point.tpr)}" for point in self.points)
+        return f"EER {self.eer:.2%}{rates}  ({self.num_genuine} genuine, {self.num_impostor} impostor pairs)"
+
+
+@dataclass(frozen=True)
+class OpenSetPoint:
+    """Identification at a wanted false-positive identification rate; nan where fewer than 1 / wanted strangers search.
+
+    Attributes:
+        wanted: FPIR asked for.
+        threshold: distance below which the nearest gallery image is an answer.
+        fpir: share of strangers' queries that are answered, at most `wanted`.
+        fnir: share of the other queries that are not answered, or answered with somebody else; 1 - fnir is the
+            detection and identification rate at rank 1.
+    """
+
+    wanted: float
+    threshold: float
+    fpir: float
+    fnir: float
+
+
+@dataclass(frozen=True)
+class OpenSetResult:
+    """Search of a gallery that does not hold everybody.
+
+    Attributes:
+        points: one for each wanted rate.
+        num_mated: queries with a match.
+        num_strangers: queries without any gallery image of their identity that the protocol leaves them.
+    """
+
+    points: tuple[OpenSetPoint, ...]
+    num_mated: int
+    num_strangers: int
+
+    def __str__(self) -> str:
+        """One line in percent."""
+        rates = "  ".join(f"FNIR at FPIR {point.wanted:g} {_percent(point.fnir)}" for point in self.points)
+        return f"{rates}  ({self.num_mated} mated queries, {self.num_strangers} strangers)"
 
 
 def verification(
@@ -88,197 +124,331 @@ def verification(
     q_camids: Any = None,
     g_camids: Any = None,
     *,
+    rates: Sequence[float] = RATES,
     protocol: EvaluationProtocol = MARKET1501,
-    distmat: Any = None,
-    rates: Sequence[float] = _RATES,
-    rate: float = 1e-3,
-    open_rates: Sequence[float] = _OPEN_RATES,
-    num_samples: int = 200,
+    replicates: int = _REPLICATES,
     seed: int = 0,
-) -> Verification:
-    """Verification and open-set figures over all pairs of a query and a gallery image that the protocol keeps.
+) -> VerificationResult:
+    """TPR at given FPR, EER, and thresholds with their confidence intervals, by cosine distance.
 
-    Pairs are not independent: one image is in many, and one person in more. So the interval of the threshold is not
-    binomial: people are drawn anew with replacement, `num_samples` times, queries and gallery alike; each time the
-    threshold is found on the pairs of the people drawn, and the interval holds 95 % of these thresholds. It says how
-    far a threshold tuned on such people is to be trusted on other people like them, and nothing of another place.
+    The distance is 1 - cosine similarity, from products in float32 (float64 for float64 features), so thresholds are
+    right to about 1e-6; of features in parts it is that of `part_distances`. Distances are computed twice.
 
-    Thresholds and rates are exact; the equal error rate is exact to a bin of 1/65,536 of the distances' range. Memory:
-    about 12 bytes for each of the nearest pairs of two people, four times as many as the largest rate lets through.
+    Intervals are percentiles of a bootstrap over identities: a pair of persons a, b counts w_a w_b times where they
+    were drawn w_a and w_b times. Pairs that share a person are dependent, so an exact binomial interval, which takes
+    them for independent draws, would be far too narrow. With few identities a bootstrap is too narrow as well. All
+    images of one label are one identity, distractors (pid 0) too.
 
     Args:
-        qf: (Q, D) query features, or (Q, P, D) of parts, as in `pose2id.evaluate`; None with `distmat`.
-        gf: (G, D) or (G, P, D) gallery features; None with `distmat`.
-        q_pids: (Q,) identities, as in `pose2id.evaluate`, and so are the other labels.
+        qf: (Q, D) or (Q, P, D) query features, as in `pose2id.evaluate`.
+        gf: (G, D) or (G, P, D) gallery features.
+        q_pids: (Q,) identities, as in `pose2id.evaluate`, and so are the other labels; queries of pid -1 are left out.
         g_pids: (G,) identities.
         q_camids: (Q,) cameras.
         g_camids: (G,) cameras.
-        protocol: one with a single trial: which pairs are dropped.
-        distmat: (Q, G) distances in the place of features.
-        rates: false-positive rates, in (0, 1).
-        rate: the false-match rate that the threshold is for.
-        open_rates: false-positive identification rates.
-        num_samples: draws of people for the interval, at least 20.
-        seed: of the draws.
-
-    Returns:
-        Thresholds and distances are Euclidean distances of the L2-normalised features, in [0, 2], or those of
-        `distmat`.
+        rates: wanted false-match rates, in (0, 0.1].
+        protocol: whose rule says which pairs are dropped; one without draws of its own, such as `MARKET1501`.
+        replicates: how many resampled sets the intervals come from.
+        seed: of the resampling.
 
     Raises:
-        ValueError: a protocol of several trials, or no pair of one of both kinds.
+        ValueError: no genuine or no impostor pair is left.
     """
-    rates, open_rates = (
-        tuple(checked_number(x, name, 0, 1) for x in values)
-        for values, name in ((rates, "rates"), (open_rates, "open_rates"))
-    )
-    rate = checked_number(rate, "rate", 0, 1)
-    checked_count(num_samples, "num_samples", least=20)
-    if protocol.num_trials > 1:
-        raise ValueError(f"protocol must have one trial, got {protocol.name!r} with {protocol.num_trials}.")
-    labels = q_pids, g_pids, q_camids, g_camids
-    pairs = _Pairs(*_distances(qf, gf, distmat), protocol, labels, max(rate, *rates))
-    return Verification(
-        tpr={r: pairs.accepted(r) for r in rates},
-        eer=pairs.equal_error(),
-        threshold=_threshold(pairs.nearest, pairs.num_negative, rate),
-        interval=pairs.interval(rate, num_samples, seed),
-        rate=rate,
-        dir={r: pairs.identified(r) for r in open_rates},
-        num_positive=len(pairs.positive),
-        num_negative=pairs.num_negative,
-        num_known=len(pairs.known),
-        num_unknown=len(pairs.unknown),
-    )
+    distances, q, g = _from_features(qf, gf)
+    labels = _rule(protocol)(q, g, q_pids, g_pids, q_camids, g_camids)
+    return _verified(distances, labels, rates, replicates, seed)
 
 
-def _distances(qf: Any, gf: Any, distmat: Any) -> tuple[Iterator[NDArray[Any]], int, int, float, float]:
-    """Rows of distances, Q and G, and the range that the distances are in."""
-    if distmat is not None:
-        if qf is not None or gf is not None:
-            raise ValueError("qf and gf must be None with distmat.")
-        matrix = checked_matrix(distmat)
-        rows = (np.array(row, dtype=np.float64) for row in matrix)
-        return rows, *matrix.shape, float(matrix.min()), float(matrix.max())
-    found, q, g = feature_distances(qf, gf)
-    in_parts = getattr(qf, "ndim", 2) == 3
-    return (row if in_parts else np.sqrt(np.clip(row, 0, None)) for row in found), q, g, 0.0, 2.001
+def verification_rank(
+    distmat: Any,
+    q_pids: Any,
+    g_pids: Any,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    *,
+    rates: Sequence[float] = RATES,
+    protocol: EvaluationProtocol = MARKET1501,
+    replicates: int = _REPLICATES,
+    seed: int = 0,
+) -> VerificationResult:
+    """`verification` from given distances (Q, G), as `pose2id.evaluate_rank` takes them."""
+    matrix = checked_matrix(distmat)
+    labels = _rule(protocol)(*matrix.shape, q_pids, g_pids, q_camids, g_camids)
+    return _verified(lambda: _rows(matrix), labels, rates, replicates, seed)
+
+
+def open_set(
+    qf: Any,
+    gf: Any,
+    q_pids: Any,
+    g_pids: Any,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    *,
+    rates: Sequence[float] = (0.1, 0.01),
+    protocol: EvaluationProtocol = MARKET1501,
+) -> OpenSetResult:
+    """FNIR at given FPIR: searches of strangers that find somebody, and of others that miss their own, at rank 1.
+
+    Strangers' queries have an identity that the gallery has not (for a stranger whose name nobody knows any label of
+    its own will do; pid -1 is left out). Equal distances: the lower gallery index is nearest.
+
+    Args:
+        qf: as in `verification`, and so are the other arrays; the distance is the same.
+        gf: gallery features.
+        q_pids: (Q,) identities, those of strangers among them.
+        g_pids: (G,) identities.
+        q_camids: (Q,) cameras.
+        g_camids: (G,) cameras.
+        rates: wanted false-positive identification rates, in (0, 0.1].
+        protocol: as in `verification`.
+
+    Raises:
+        ValueError: no query has a match, or none is a stranger's.
+    """
+    distances, q, g = _from_features(qf, gf)
+    return _searched(distances, _rule(protocol)(q, g, q_pids, g_pids, q_camids, g_camids), rates)
+
+
+def open_set_rank(
+    distmat: Any,
+    q_pids: Any,
+    g_pids: Any,
+    q_camids: Any = None,
+    g_camids: Any = None,
+    *,
+    rates: Sequence[float] = (0.1, 0.01),
+    protocol: EvaluationProtocol = MARKET1501,
+) -> OpenSetResult:
+    """`open_set` from given distances (Q, G), as `pose2id.evaluate_rank` takes them."""
+    matrix = checked_matrix(distmat)
+    return _searched(lambda: _rows(matrix), _rule(protocol)(*matrix.shape, q_pids, g_pids, q_camids, g_camids), rates)
+
+
+def _percent(rate: float) -> str:
+    return "unknown (too few pairs)" if np.isnan(rate) else f"{rate:.2%}"
+
+
+def _rule(protocol: EvaluationProtocol) -> Callable[..., RankingProtocol]:
+    if protocol.draws is not None:
+        raise ValueError(f"protocol must be without draws, got {protocol.name!r}. Pass the sets of one of its trials.")
+    return protocol.rule
+
+
+def _from_features(qf: Any, gf: Any) -> tuple[_Distances, int, int]:
+    _, q, g = feature_distances(qf, gf)
+    half = 2.0 if np.ndim(qf) == 2 else 1.0  # |x - y|² = 2 - 2 x·y
+
+    def distances() -> Iterator[NDArray[Any]]:
+        return (row / half for row in feature_distances(qf, gf)[0])
+
+    return distances, q, g
+
+
+def _rows(matrix: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for query, row in enumerate(matrix):
+        if np.isnan(row).any():
+            raise ValueError(f"distmat must not hold NaN; row {query} does. Find the feature that caused it.")
+        yield row.astype(np.float64)
+
+
+def _wanted(rates: Sequence[float]) -> list[float]:
+    return [checked_number(rate, "rates", np.finfo(float).tiny, _MAX_RATE) for rate in rates]
+
+
+def _allowed(rate: float, count: float) -> int:
+    """How many of `count` a rate admits; 0.29 * 100 is 29, although it is a little less in floats."""
+    return int(rate * count * (1 + 1e-12))
 
 
 class _Pairs:
-    """Distances of the kept pairs: all of one person; of two people the nearest, and how many there are how far."""
+    """Numbers of pairs, and which gallery images are impostors to a query."""
 
-    def __init__(
-        self,
-        rows: Iterator[NDArray[Any]],
-        q: int,
-        g: int,
-        low: float,
-        high: float,
-        protocol: EvaluationProtocol,
-        labels: tuple[Any, ...],
-        rate: float,
-    ) -> None:
-        self.rule: RankingProtocol = protocol.rule(q, g, *labels)
-        self._edges = np.linspace(low, max(high, np.nextafter(low, np.inf)), _BINS + 1)
-        self._counts = np.zeros(_BINS)
-        most, limit = max(_LEAST, math.ceil(4 * rate * q * g)), math.inf
-        positive: list[NDArray[Any]] = []
-        kept: list[tuple[NDArray[Any], ...]] = []
-        self.known: list[tuple[float, bool]] = []
-        self.unknown: list[tuple[float, bool]] = []
-        held = self.num_negative = 0
-        for query, row in enumerate(rows):
-            matches, dropped = self.rule.of_query(query)
-            others = np.ones(g, dtype=bool)
-            others[dropped] = others[matches] = False
-            others_at = np.flatnonzero(others)
-            positive.append(row[matches])
-            self._counts += np.histogram(row[others_at], self._edges)[0]
-            self.num_negative += len(others_at)
-            self._note_nearest(row, np.union1d(matches, others_at), matches)
-            near = others_at[row[others_at] <= limit]
-            kept.append((row[near], np.full(len(near), query, np.int32), near.astype(np.int32)))
-            held += len(near)
-            if held > 2 * most:
-                kept = [_smallest(kept, most)]
-                held, limit = most, float(kept[0][0].max())
-        self.positive = np.sort(np.concatenate(positive))
-        if not len(self.positive) or not self.num_negative:
-            given = f"{len(self.positive)} and {self.num_negative}"
-            raise ValueError(f"q_pids and g_pids must give pairs of one person and of two, got {given}.")
-        nearest, of_query, of_gallery = _smallest(kept, most)
-        order = np.argsort(nearest, kind="stable")
-        self.nearest, self._of_query, self._of_gallery = nearest[order], of_query[order], of_gallery[order]
+    def __init__(self, labels: RankingProtocol) -> None:
+        self.labels = labels
+        self.names, numbers = np.unique(np.concatenate([labels.q_pids, labels.g_pids]), return_inverse=True)
+        self.q_ids, self.g_ids = np.split(numbers, [len(labels.q_pids)])
+        self.g = len(labels.g_pids)
 
-    def _note_nearest(self, row: NDArray[Any], kept: NDArray[np.int64], matches: NDArray[np.int64]) -> None:
-        if len(kept):
-            nearest = kept[np.argmin(row[kept])]  # of equals the lowest index
-            (self.known if len(matches) else self.unknown).append((float(row[nearest]), bool(nearest in matches)))
+    def of_query(self, query: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Gallery indices of its matches, and a mask (G,) of its impostors; none for junk."""
+        matches, dropped = self.labels.of_query(query)
+        impostors = np.full(self.g, self.labels.q_pids[query] != JUNK_PID)
+        impostors[matches] = impostors[dropped] = False
+        return matches, impostors
 
-    def accepted(self, rate: float) -> float:
-        """The share of pairs of one person within the threshold of a rate."""
-        threshold = _threshold(self.nearest, self.num_negative, rate)
-        if math.isnan(threshold):
-            return math.nan
-        return float(np.searchsorted(self.positive, threshold, side="right") / len(self.positive))
+    def counts(self) -> tuple[int, int]:
+        """Genuine and impostor pairs."""
+        genuine = impostor = 0
+        for query in range(len(self.q_ids)):
+            matches, mask = self.of_query(query)
+            genuine, impostor = genuine + len(matches), impostor + int(np.count_nonzero(mask))
+        for kind, number in (("genuine", genuine), ("impostor", impostor)):
+            if not number:
+                raise ValueError(f"q_pids and g_pids must make a pair of either kind, got no {kind} one.")
+        return genuine, impostor
 
-    def equal_error(self) -> float:
-        """Where the shares missed and accepted are nearest to each other: their mean."""
-        missed = 1 - np.searchsorted(self.positive, self._edges[1:], side="right") / len(self.positive)
-        accepted = self._counts.cumsum() / self.num_negative
-        best = int(np.argmin(np.abs(missed - accepted)))
-        return float((missed[best] + accepted[best]) / 2)
-
-    def interval(self, rate: float, num_samples: int, seed: int) -> tuple[float, float]:
-        """95 % of the thresholds on people drawn anew."""
-        if self.num_negative * rate < 1:
-            return math.nan, math.nan
-        q_pids, g_pids = self.rule.q_pids, self.rule.g_pids
-        people = np.unique(np.concatenate([q_pids, g_pids]))
-        of_query, of_gallery = np.searchsorted(people, q_pids), np.searchsorted(people, g_pids)
-        real = g_pids != JUNK_PID
-        rng, found = np.random.default_rng(seed), []
-        for _ in range(num_samples):
-            times = np.bincount(rng.integers(0, len(people), len(people)), minlength=len(people))
-            # All pairs of two people, counted: an image of the gallery is of another person or of the query's.
-            in_gallery = np.bincount(of_gallery[real], weights=times[of_gallery[real]], minlength=len(people))
-            total = float((times[of_query] * (in_gallery.sum() - in_gallery[of_query])).sum())
-            weight = times[of_query[self._of_query]] * times[of_gallery[self._of_gallery]]
-            within = int(np.searchsorted(weight.cumsum(), rate * total, side="right"))
-            found.append(float(self.nearest[max(within - 1, 0)]))
-        low, high = np.quantile(found, (0.025, 0.975), method="nearest")
-        return float(low), float(high)
-
-    def identified(self, rate: float) -> float:
-        """Detection and identification rate at a false-positive identification rate."""
-        if not self.known:
-            return math.nan
-        threshold = _threshold(np.sort([distance for distance, _ in self.unknown]), len(self.unknown), rate)
-        if math.isnan(threshold):
-            return math.nan
-        return float(np.mean([right and distance <= threshold for distance, right in self.known]))
+    def weighted(self, weights: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(B,) impostor pairs where identities count as often as weights (B, identities) say."""
+        total = np.zeros(len(weights))
+        whole = weights @ np.bincount(self.g_ids, minlength=len(self.names))
+        for query, own in enumerate(self.q_ids):
+            if self.labels.q_pids[query] == JUNK_PID:
+                continue
+            _, impostors = self.of_query(query)
+            others = np.bincount(self.g_ids[~impostors], minlength=len(self.names))
+            left_out = np.flatnonzero(others)
+            total += weights[:, own] * (whole - weights[:, left_out] @ others[left_out])
+        return total
 
 
-def _smallest(kept: Sequence[tuple[NDArray[Any], ...]], most: int) -> tuple[NDArray[Any], ...]:
-    """The pairs with the smallest distances, at most so many, in no order."""
-    columns = tuple(np.concatenate(column) for column in zip(*kept, strict=True))
-    if len(columns[0]) <= most:
-        return columns
-    at = np.argpartition(columns[0], most - 1)[:most]
-    return tuple(column[at] for column in columns)
+def _verified(
+    distances: _Distances, labels: RankingProtocol, rates: Sequence[float], replicates: int, seed: int
+) -> VerificationResult:
+    wanted = _wanted(rates)
+    checked_count(replicates, "replicates", least=2)
+    pairs = _Pairs(labels)
+    num_genuine, num_impostor = pairs.counts()
+    most = min(num_impostor, 1 + int(_SPARE * max(wanted, default=0.0) * num_impostor))
+    genuine, near, persons = _collected(distances(), pairs, most)
+    found = [_threshold(rate, near, num_impostor) for rate in wanted]
+    generator = np.random.default_rng(checked_count(seed, "seed", least=0))
+    resampled = _resampled(pairs, near, persons, list(zip(wanted, found, strict=True)), replicates, generator)
+    points = tuple(
+        _point(rate, threshold, genuine, near, num_impostor, replicate)
+        for rate, threshold, replicate in zip(wanted, found, resampled, strict=True)
+    )
+    eer = _equal_error_rate(distances(), pairs, genuine, num_impostor)
+    return VerificationResult(eer, points, num_genuine, num_impostor)
 
 
-def _threshold(nearest: NDArray[Any], count: int, rate: float) -> float:
-    """The largest distance at which at most `rate` of `count` others are accepted, whose nearest ones are sorted.
+def _collected(
+    rows: Iterator[NDArray[Any]], pairs: _Pairs, most: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
+    """Genuine distances, ascending; the `most` smallest of impostors, ascending; the two identities of those."""
+    genuine: list[NDArray[Any]] = []
+    near, persons = np.empty(0), np.empty((2, 0), dtype=np.int64)
+    kept, of_kept, size, bound = [near], [persons], 0, np.inf
+    for query, row in enumerate(rows):
+        matches, impostors = pairs.of_query(query)
+        genuine.append(row[matches].astype(np.float64))
+        new = np.flatnonzero(impostors & (row <= bound))
+        kept.append(row[new].astype(np.float64))
+        of_kept.append(np.stack([np.full(len(new), pairs.q_ids[query]), pairs.g_ids[new]]))
+        size += len(new)
+        if size > 2 * most:
+            near, persons = _smallest(kept, of_kept, most)
+            kept, of_kept, size, bound = [near], [persons], most, near[-1]
+    near, persons = _smallest(kept, of_kept, most)
+    return np.sort(np.concatenate(genuine)), near, persons
 
-    nan where the rate allows for less than one of them.
-    """
-    allowed = math.floor(rate * count + 1e-9)
+
+def _smallest(
+    kept: list[NDArray[Any]], persons: list[NDArray[np.int64]], most: int
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    values = np.concatenate(kept)
+    order = np.argsort(values, kind="stable")[:most]
+    return values[order], np.concatenate(persons, axis=1)[:, order]
+
+
+def _threshold(rate: float, near: NDArray[Any], num_impostor: int) -> float:
+    allowed = _allowed(rate, num_impostor)
+    return float(near[allowed]) if allowed else np.nan
+
+
+def _resampled(
+    pairs: _Pairs,
+    near: NDArray[Any],
+    persons: NDArray[np.int64],
+    points: Sequence[tuple[float, float]],
+    replicates: int,
+    generator: np.random.Generator,
+) -> NDArray[np.float64]:
+    """(points, replicates, 2): where identities are drawn again, the threshold, and the rate at the threshold given."""
+    number = len(pairs.names)
+    weights = generator.multinomial(number, np.full(number, 1 / number), size=replicates)
+    result = np.full((len(points), replicates, 2), np.nan)
+    accepted = [int(np.searchsorted(near, threshold)) for _, threshold in points]
+    for replicate, total in enumerate(pairs.weighted(weights)):
+        if total == 0:  # of few identities one may be drawn alone
+            continue
+        counts = weights[replicate, persons].prod(0).cumsum()
+        for index, (rate, _) in enumerate(points):
+            at = int(np.searchsorted(counts, _allowed(rate, total), side="right"))
+            result[index, replicate, 0] = near[at] if at < len(near) else np.inf
+            result[index, replicate, 1] = counts[accepted[index] - 1] / total if accepted[index] else 0.0
+    return result
+
+
+def _point(
+    rate: float,
+    threshold: float,
+    genuine: NDArray[Any],
+    near: NDArray[Any],
+    num_impostor: int,
+    resampled: NDArray[np.float64],
+) -> OperatingPoint:
+    if np.isnan(threshold):
+        return OperatingPoint(rate, np.nan, np.nan, np.nan, (np.nan, np.nan), (np.nan, np.nan))
+    return OperatingPoint(
+        wanted=rate,
+        threshold=threshold,
+        fpr=float(np.searchsorted(near, threshold) / num_impostor),
+        tpr=float(np.searchsorted(genuine, threshold) / len(genuine)),
+        threshold_interval=_interval(resampled[:, 0]),
+        fpr_interval=_interval(resampled[:, 1]),
+    )
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Percentiles, each a value that occurs: nothing lies between a number and infinity."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return np.nan, np.nan
+    outside = (1 - _CONFIDENCE) / 2
+    low = np.quantile(values, outside, method="lower")
+    return float(low), float(np.quantile(values, 1 - outside, method="higher"))
+
+
+def _equal_error_rate(rows: Iterator[NDArray[Any]], pairs: _Pairs, genuine: NDArray[Any], num_impostor: int) -> float:
+    """Where a threshold just accepts a genuine distance, no smaller one has as few false non-matches."""
+    steps = np.zeros(len(genuine) + 1, dtype=np.int64)
+    for query, row in enumerate(rows):
+        _, impostors = pairs.of_query(query)
+        np.add.at(steps, np.searchsorted(genuine, row[impostors].astype(np.float64)), 1)
+    false_matches = steps.cumsum()[:-1] / num_impostor
+    # Of equal genuine distances all are accepted.
+    missed = 1 - np.searchsorted(genuine, genuine, side="right") / len(genuine)
+    return float(min(1.0, np.maximum(false_matches, missed).min()))
+
+
+def _searched(distances: _Distances, labels: RankingProtocol, rates: Sequence[float]) -> OpenSetResult:
+    wanted, right, wrong, strangers = _wanted(rates), [], 0, []
+    for query, row in enumerate(distances()):
+        matches, dropped = labels.of_query(query)
+        if labels.q_pids[query] == JUNK_PID:
+            continue
+        kept = np.delete(np.arange(len(row)), dropped)
+        nearest = kept[np.argmin(row[kept])] if len(kept) else -1
+        if not len(matches):
+            strangers.append(float(row[nearest]) if len(kept) else np.inf)
+        elif labels.g_pids[nearest] == labels.q_pids[query]:
+            right.append(float(row[nearest]))
+        else:
+            wrong += 1
+    mated = len(right) + wrong
+    for kind, number in (("with a match", mated), ("of a stranger", len(strangers))):
+        if not number:
+            raise ValueError(f"q_pids must hold queries with a match and of strangers, got none {kind}.")
+    found, alarms = np.sort(right), np.sort(strangers)
+    return OpenSetResult(tuple(_open_point(rate, found, alarms, mated) for rate in wanted), mated, len(alarms))
+
+
+def _open_point(rate: float, found: NDArray[Any], alarms: NDArray[Any], mated: int) -> OpenSetPoint:
+    allowed = _allowed(rate, len(alarms))
     if allowed < 1:
-        return math.nan
-    if allowed >= len(nearest):
-        return float(nearest[-1])
-    # Equal distances are accepted together: those beyond what is allowed keep the equal ones out.
-    at = allowed if nearest[allowed] > nearest[allowed - 1] else int(np.searchsorted(nearest, nearest[allowed]))
-    return float(nearest[at - 1]) if at else float(np.nextafter(nearest[0], -np.inf))
+        return OpenSetPoint(rate, np.nan, np.nan, np.nan)
+    threshold = alarms[allowed]
+    accepted = int(np.searchsorted(alarms, threshold))
+    missed = 1 - np.searchsorted(found, threshold) / mated
+    return OpenSetPoint(rate, float(threshold), accepted / len(alarms), float(missed))
