@@ -297,7 +297,7 @@ def test_tracklets_are_means_in_the_order_of_their_first_images(kind, rng):
     ("call", "message"),
     [
         (lambda: by_name("duke"), "protocol must be one of"),
-        (lambda: by_name("market1501", shots=1), "no options"),
+        (lambda: by_name("market1501", shots=1), "has no such option"),
         (lambda: sysu_mm01("outdoor"), "mode must be one of"),
         (lambda: sysu_mm01(sampler="official"), "permutation must be given"),
         (lambda: sysu_mm01(permutation=np.empty((6, 1), object)), "permutation must be given"),
