@@ -1,4 +1,4 @@
-"""Plots of what centralization does. Needs the extra: pip install "pose2id[plots]"."""
+"""Drawings on axes of your own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pose2id.io.checks import checked_count, checked_labels, require_modules
-from pose2id.io.rows import Rows
+from pose2id.io.checks import require_modules
+from pose2id.plots.content import map_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,20 +142,8 @@ def feature_maps(
         ImportError: the extra is not installed.
     """
     require_plots()
-    from sklearn.manifold import TSNE  # noqa: PLC0415
-
-    checked_count(num_identities, "num_identities")
     for ax, (title, values) in zip(axes, features.items(), strict=True):
-        rows = Rows(values, f"features[{title!r}]", normalize=True)
-        labels = checked_labels(pids, "pids", rows.n)
-        identities, counts = np.unique(labels[labels > 0], return_counts=True)
-        chosen = identities[np.argsort(-counts, kind="stable")[:num_identities]]
-        shown = np.isin(labels, chosen)
-        if shown.sum() < 3:
-            raise ValueError(f"pids must have at least 3 images of identities above 0, got {shown.sum()}.")
-        unit = rows.read(slice(None)).cpu().numpy()[shown]
-        perplexity = min(15.0, (len(unit) - 1) / 3)
-        at = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
-        ax.scatter(at[:, 0], at[:, 1], c=np.searchsorted(np.sort(chosen), labels[shown]), cmap="tab10", s=14)
+        at, identity = map_of(values, pids, name=f"features[{title!r}]", num_identities=num_identities, seed=seed)
+        ax.scatter(at[:, 0], at[:, 1], c=identity, cmap="tab10", s=14)
         ax.set_title(title, fontsize=9)
         ax.set(xticks=[], yticks=[])
