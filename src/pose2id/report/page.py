@@ -110,15 +110,15 @@ def write_page(
         raise ValueError("rows must hold at least the baseline, got none.")
     if (query_paths is None) != (gallery_paths is None):
         raise ValueError("query_paths and gallery_paths must be given together, or neither; one of them is missing.")
-    pictures = Thumbnails()
+    pictures, table = Thumbnails(), _table(rows)
     trial = _first_trial(before, after, labels, (query_paths, gallery_paths), protocol)
     content = {
         "title": title or "What feature centralization does here",
         "facts": list(facts),
         "names": names,
         "num_trials": max(1, len(rows[0].result.trials)),
-        "table": _table(rows),
-        "losing": _losing(rows),
+        "table": table,
+        "losing": _losing(table),
         "gains": _gains(rows),
         **_lists(trial, pictures, seed),
         **_distances(trial, names, seed),
@@ -211,14 +211,17 @@ def _change(first: Row, row: Row) -> Change | None:
     return change(before, after) if before.shape == after.shape else None
 
 
-def _losing(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Rows with a lower mAP or Rank-1 than the baseline, and by how much."""
+def _losing(table: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows with a figure below the baseline's, or with more queries harmed than helped, and by how much."""
     found = []
-    for row in rows[1:]:
-        gains = (("mAP", row.result.mAP - rows[0].result.mAP), ("Rank-1", row.result.rank1 - rows[0].result.rank1))
-        lost = [f"{name} {_points(gain)['text']}" for name, gain in gains if round(100 * gain, 2) < 0]
+    for row in table["rows"][1:]:
+        figures = zip(table["head"], row["figures"], strict=True)
+        lost = [f"{name} {figure['gain']['text']}" for name, figure in figures if figure["gain"]["kind"] == "loss"]
+        queries = row["change"]
+        if queries is not None and queries.harmed > queries.helped:
+            lost.append(f"{queries.harmed} queries harmed, {queries.helped} helped")
         if lost:
-            found.append({"name": row.name, "lost": ", ".join(lost)})
+            found.append({"name": row["name"], "lost": ", ".join(lost)})
     return found
 
 
