@@ -10,14 +10,26 @@ from pose2id.plots.axes import (
     ranked_list,
     require_plots,
 )
+from pose2id.plots.figures import (
+    distance_distributions,
+    generated_sheet,
+    identity_maps,
+    parameter_curves,
+    ranked_lists,
+)
 
 __all__ = [
     "RIGHT",
     "WRONG",
+    "distance_distributions",
     "feature_maps",
+    "generated_sheet",
+    "identity_maps",
     "new_figure",
     "number_curves",
+    "parameter_curves",
     "pose_sheet",
     "ranked_list",
+    "ranked_lists",
     "require_plots",
 ]
