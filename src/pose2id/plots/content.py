@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +80,17 @@ def ranked_of(features: Pair, rule: RankingProtocol, queries: Sequence[int], len
     """
     if not len(queries):
         return []
-    rows, _, _ = feature_distances(features[0][np.asarray(queries)], features[1])
+    rows = _distances(features, np.asarray(queries))
     return [ranked(row, *rule.of_query(query), length) for query, row in zip(queries, rows, strict=True)]
+
+
+def _distances(features: Pair, queries: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
+    """Each query's Euclidean distances to the whole gallery; of parts, the mean over them."""
+    rows, _, _ = feature_distances(features[0][queries], features[1])
+    squared = features[1].ndim == 2  # those of whole features
+    for row in rows:
+        exact = row.astype(np.float64)  # float32 would make ties of distances that are none
+        yield np.sqrt(np.maximum(exact, 0)) if squared else exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +137,7 @@ def pair_distances(
     if max_queries is not None and len(queries) > checked_count(max_queries, "max_queries"):
         queries = np.sort(np.random.default_rng(seed).choice(queries, max_queries, replace=False))
     positive, negative = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
-    rows, _, _ = feature_distances(features[0][queries], features[1])
-    for query, row in zip(queries.tolist(), rows, strict=True):
+    for query, row in zip(queries.tolist(), _distances(features, queries), strict=True):
         matches, dropped = rule.of_query(query)
         bins = np.minimum(row * (_BINS / 2), _BINS - 1).astype(np.int64)
         own = np.bincount(bins[matches], minlength=_BINS)
