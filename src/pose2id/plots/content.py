@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -158,20 +159,23 @@ def _equal_error(
     return float(edges[at + 1]), float((missed[at] + accepted[at]) / 2)
 
 
-def most_seen(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """The identities with the most images, ascending; never -1 and 0."""
+def mapped_images(labels: NDArray[np.int64], num_identities: int = 10, most_images: int = 1000) -> NDArray[np.int64]:
+    """Rows, ascending, of the images of the identities with the most images; never -1 and 0.
+
+    Args:
+        labels: (N,) identities.
+        num_identities: at least 1.
+        most_images: in all; of more, the first ones of each identity.
+    """
+    checked_count(num_identities, "num_identities")
     identities, counts = np.unique(labels[labels > 0], return_counts=True)
-    return np.sort(identities[np.argsort(-counts, kind="stable")[:count]])
+    chosen = identities[np.argsort(-counts, kind="stable")[:num_identities]]
+    each = most_images // max(1, len(chosen))
+    return np.sort(np.concatenate([np.empty(0, np.int64), *(np.flatnonzero(labels == pid)[:each] for pid in chosen)]))
 
 
 def map_of(
-    features: Any,
-    pids: Any,
-    *,
-    name: str = "features",
-    num_identities: int = 10,
-    most_images: int = 1000,
-    seed: int = 0,
+    features: Any, pids: Any, *, name: str = "features", num_identities: int = 10, seed: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """t-SNE of the images of the identities with the most images.
 
@@ -180,7 +184,6 @@ def map_of(
         pids: (N,) identities, as in `pose2id.evaluate`.
         name: of the features, for errors.
         num_identities: at least 1.
-        most_images: in all; of more, each identity's first ones are drawn.
         seed: of the t-SNE.
 
     Returns:
@@ -190,14 +193,13 @@ def map_of(
 
     rows = Rows(features, name, normalize=True)
     labels = checked_labels(pids, "pids", rows.n)
-    chosen = most_seen(labels, checked_count(num_identities, "num_identities"))
-    each = most_images // max(1, len(chosen))
-    shown = np.sort(np.concatenate([np.empty(0, np.int64), *(np.flatnonzero(labels == pid)[:each] for pid in chosen)]))
+    shown = mapped_images(labels, num_identities)
     if len(shown) < _LEAST_MAPPED:
         raise ValueError(f"pids must have at least 3 images of identities above 0, got {len(shown)}.")
-    unit = rows.read(slice(None)).cpu().numpy()[shown]
+    unit = rows.read(torch.from_numpy(shown).to(rows.device)).cpu().numpy()
     tsne = TSNE(perplexity=min(15.0, (len(unit) - 1) / 3), init="pca", random_state=seed)
-    return tsne.fit_transform(unit).astype(np.float64), np.searchsorted(chosen, labels[shown])
+    places = tsne.fit_transform(unit).astype(np.float64)
+    return places, np.unique(labels[shown], return_inverse=True)[1]
 
 
 def letterboxed(

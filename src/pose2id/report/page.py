@@ -20,7 +20,7 @@ from pose2id import __version__
 from pose2id.io.checks import checked_flag, require_modules
 from pose2id.io.whole_files import check_folder as check_no_file
 from pose2id.io.whole_files import new_directory, whole_directory, whole_file
-from pose2id.plots.content import Pair, map_of, pair_distances
+from pose2id.plots.content import Pair, map_of, mapped_images, pair_distances
 from pose2id.report import drawing
 from pose2id.report.comparison import Row
 from pose2id.report.lists import Card, Change, change, chosen_queries, labels_of_image, query_lists
@@ -286,12 +286,14 @@ def _distances(trial: _Trial, names: tuple[str, str], seed: int) -> dict[str, An
 def _maps(trial: _Trial, names: tuple[str, str], seed: int) -> list[dict[str, str]]:
     """t-SNE before and after; none where there are too few images of identities."""
     pids = np.concatenate([trial.rule().q_pids, trial.rule().g_pids])
-    if (pids > 0).sum() < 3:
+    shown = mapped_images(pids, most_images=_MOST_MAPPED)
+    if len(shown) < 3:
         return []
+    sides = shown[shown < len(trial.labels[0])], shown[shown >= len(trial.labels[0])] - len(trial.labels[0])
     maps = []
     for name, pair in zip(names, trial.sides, strict=True):
-        features = np.concatenate([_flat(side) for side in pair])
-        places, identities = map_of(features, pids, most_images=_MOST_MAPPED, seed=seed)
+        features = np.concatenate([_flat(x[rows]) for x, rows in zip(pair, sides, strict=True)])
+        places, identities = map_of(features, pids[shown], seed=seed)
         maps.append({"name": name, "svg": drawing.identity_map(places, identities, name)})
     return maps
 
