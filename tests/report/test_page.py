@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -327,6 +328,12 @@ def test_an_existing_folder_is_refused_before_any_work(material, tmp_path):
     check_folder(tmp_path / "new")
     check_folder(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_without_the_extra_it_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r'pip install "pose2id\[report\]"'):
+        check_folder(tmp_path / "r")
 
 
 @pytest.mark.parametrize("at", ["a picture", "the template", "writing"])
