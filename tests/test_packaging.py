@@ -27,7 +27,7 @@ def test_a_wheel_works_in_a_clean_environment(tmp_path):
     assert wheel.name == f"pose2id-{pose2id.__version__}-py3-none-any.whl"
     files = zipfile.ZipFile(wheel).infolist()
     names = [file.filename for file in files]
-    assert "pose2id/py.typed" in names
+    assert {"pose2id/py.typed", "pose2id/report/page.html"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith("pose2id") for name in names)
     assert sum(file.file_size for file in files if not file.filename.startswith("pose2id/demo/tiny/")) < 1e6

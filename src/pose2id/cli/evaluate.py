@@ -72,7 +72,7 @@ def add_command(commands: Any) -> None:
     forms = ("text", "json", "csv", "markdown", "latex")
     out.add_argument("--format", choices=forms, default="text", help="of the table (%(default)s); json has all else")
     out.add_argument("--json", action="store_const", dest="format", const="json", help="--format json")
-    out.add_argument("--report", metavar="DIR", help="also write a page to look at, DIR/index.html")
+    out.add_argument("--report", metavar="DIR", help='also write a page to look at, DIR/index.html (extra "report")')
     out.add_argument("--overwrite", action="store_true", help="replace DIR, and features made from something else")
     out.add_argument("--seed", type=int, default=0, help="of what is drawn at random (%(default)s)")
 
@@ -155,29 +155,29 @@ def _evidence(found: Material) -> dict[str, Any]:
 
 def _write_page(args: argparse.Namespace, found: Material, comparison: Comparison, centralizer: Centralizer) -> Path:
     """The page of the safe default, with cameras where they are known, beside the features as they are."""
-    from pose2id.report import pair_of, safely, unpublished  # noqa: PLC0415
+    from pose2id.report import labels_of, pair_of, safely, unpublished  # noqa: PLC0415
     from pose2id.report.page import write_page  # noqa: PLC0415
 
-    features, alone = found.features, found.protocol.leave_one_out
-    before = pair_of(features)
-    camids = features.q_camids, features.g_camids
+    features, paths = found.features, found.paths or (None, None)
+    labels = labels_of(features)
+    trial = found.protocol.trials(*labels, g_names=paths[1])[0]
+    before, camids = trial.of(pair_of(features)), trial.of(labels[2:])
     known = camids[0] is not None and camids[1] is not None
-    after = safely(before, camids if known else (None, None), centralizer, alone=alone)
-    paths = found.paths or (None, None)
-    pictures = (
-        () if found.paths is None or found.pictures is None else zip(found.paths[0], found.pictures[0], strict=True)
-    )
+    after = safely(before, camids if known else (None, None), centralizer, alone=found.protocol.leave_one_out)
+    sheets: list[Any] = []
+    if found.paths is not None and found.pictures is not None:
+        sheets = list(itertools.islice(zip(found.paths[0], found.pictures[0], strict=True), _SHEETS))
     return write_page(
         args.report,
         comparison,
         before=before,
         after=after,
-        labels=(features.q_pids, features.g_pids, *camids),
+        labels=labels,
         names=("as they are", unpublished(centralizer).method + (", cameras" if known else "")),
         query_paths=paths[0],
         gallery_paths=paths[1],
         protocol=found.protocol,
-        sheets=list(itertools.islice(pictures, _SHEETS)),
+        sheets=sheets,
         curves=_curves(comparison),
         title=f"pose2id on {found.name or Path(args.place).name}",
         facts=found.facts,

@@ -1,6 +1,6 @@
 """What the method does for your features: rows of figures, measured alike, as text, records and tables."""
 
-from pose2id.report.comparison import Comparison, Row, by_number, compare, measure, pair_of
+from pose2id.report.comparison import Comparison, Row, by_number, compare, labels_of, measure, pair_of
 from pose2id.report.studies import study
 from pose2id.report.tables import number_table, records, table
 from pose2id.report.ways import Pair, Sets, safely, unpublished, with_nfc
@@ -12,6 +12,7 @@ __all__ = [
     "Sets",
     "by_number",
     "compare",
+    "labels_of",
     "measure",
     "number_table",
     "pair_of",

@@ -1,4 +1,4 @@
-"""Plots of what centralization does. Needs the extra: pip install "pose2id[plots]"."""
+"""Drawings on axes of your own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pose2id.io.checks import checked_count, checked_labels, require_modules
-from pose2id.io.rows import Rows
+from pose2id.io.checks import require_modules
+from pose2id.plots.content import map_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,17 +39,19 @@ def ranked_list(
     axes: Axes,
     query: NDArray[np.uint8],
     gallery: Sequence[NDArray[np.uint8]],
-    right: Sequence[bool] | NDArray[np.bool_],
+    right: Sequence[bool | None] | NDArray[np.bool_],
     *,
+    captions: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Draw a query and its ranked list in one row, right matches framed green and wrong ones red.
+    """Draw a query and its ranked list in one row: right matches framed green, wrong ones in dashes of red.
 
     Args:
         axes: where to draw.
         query: (H, W, 3) uint8 RGB.
         gallery: ranked pictures of the same size, nearest first.
-        right: for each, whether it shows the query's identity.
+        right: for each, whether it shows the query's identity; None: it does not count (junk), and is greyed.
+        captions: for each, text below.
         title: text above.
     """
     height, width = query.shape[:2]
@@ -59,16 +61,32 @@ def ranked_list(
     canvas[border:-border, border : border + width] = query
     for place, (picture, is_right) in enumerate(zip(gallery, right, strict=True), 1):
         left = gap + place * cell
-        colour = tuple(int((RIGHT if is_right else WRONG)[i : i + 2], 16) for i in (1, 3, 5))
-        canvas[:, left : left + width + 2 * border] = colour
-        canvas[border:-border, left + border : left + border + width] = picture
+        canvas[:, left : left + width + 2 * border] = _framed(picture, is_right, border)
+        if captions is not None:
+            at = left + border + width / 2
+            below: dict[str, Any] = {"xytext": (0, -9), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(captions[place - 1], (at, len(canvas)), fontsize=6, annotation_clip=False, **below)
     _show(axes, canvas, title)
+
+
+def _framed(picture: NDArray[np.uint8], right: bool | None, border: int) -> NDArray[np.uint8]:
+    framed = np.full((picture.shape[0] + 2 * border, picture.shape[1] + 2 * border, 3), 255, dtype=np.uint8)
+    if right is None:
+        grey = picture.mean(axis=2, keepdims=True)
+        framed[border:-border, border:-border] = 128 + grey / 2
+        return framed
+    framed[:] = [int((RIGHT if right else WRONG)[i : i + 2], 16) for i in (1, 3, 5)]
+    if not right:  # dashed: colour is not all that tells them apart
+        rows, columns = np.indices(framed.shape[:2])
+        framed[(rows + columns) // (4 * border) % 2 == 1] = 255
+    framed[border:-border, border:-border] = picture
+    return framed
 
 
 def pose_sheet(
     axes: Axes,
     references: Sequence[Image.Image],
-    drawings: Sequence[Image.Image],
+    drawings: Sequence[Image.Image] | None,
     pictures: Sequence[Sequence[Image.Image]],
     *,
     title: str = "",
@@ -78,17 +96,17 @@ def pose_sheet(
     Args:
         axes: where to draw.
         references: RGB pictures; all others are shown in the size of the first.
-        drawings: M drawn poses, RGB.
+        drawings: M drawn poses, RGB; None: there is no row of them.
         pictures: for each reference its M RGB pictures.
         title: text above.
     """
     width, height = references[0].size
     gap = max(2, width // 16)
     # A wider gap sets what was given apart from what was generated.
-    lefts = [0, *(width + 3 * gap + column * (width + gap) for column in range(len(drawings)))]
-    canvas = Image.new("RGB", (lefts[-1] + width, (height + gap) * (len(references) + 1) - gap), "white")
-    rows: list[list[Image.Image | None]] = [[None, *drawings]]
+    lefts = [0, *(width + 3 * gap + column * (width + gap) for column in range(len(pictures[0])))]
+    rows: list[list[Image.Image | None]] = [] if drawings is None else [[None, *drawings]]
     rows += [[reference, *others] for reference, others in zip(references, pictures, strict=True)]
+    canvas = Image.new("RGB", (lefts[-1] + width, (height + gap) * len(rows) - gap), "white")
     for row, contents in enumerate(rows):
         for left, content in zip(lefts, contents, strict=True):
             if content is not None:
@@ -142,20 +160,8 @@ def feature_maps(
         ImportError: the extra is not installed.
     """
     require_plots()
-    from sklearn.manifold import TSNE  # noqa: PLC0415
-
-    checked_count(num_identities, "num_identities")
     for ax, (title, values) in zip(axes, features.items(), strict=True):
-        rows = Rows(values, f"features[{title!r}]", normalize=True)
-        labels = checked_labels(pids, "pids", rows.n)
-        identities, counts = np.unique(labels[labels > 0], return_counts=True)
-        chosen = identities[np.argsort(-counts, kind="stable")[:num_identities]]
-        shown = np.isin(labels, chosen)
-        if shown.sum() < 3:
-            raise ValueError(f"pids must have at least 3 images of identities above 0, got {shown.sum()}.")
-        unit = rows.read(slice(None)).cpu().numpy()[shown]
-        perplexity = min(15.0, (len(unit) - 1) / 3)
-        at = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)
-        ax.scatter(at[:, 0], at[:, 1], c=np.searchsorted(np.sort(chosen), labels[shown]), cmap="tab10", s=14)
+        at, identity = map_of(values, pids, name=f"features[{title!r}]", num_identities=num_identities, seed=seed)
+        ax.scatter(at[:, 0], at[:, 1], c=identity, cmap="tab10", s=14)
         ax.set_title(title, fontsize=9)
         ax.set(xticks=[], yticks=[])
