@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pose2id import Extractor
+from pose2id import Extractor, extraction
 from pose2id.extraction import extract
 from pose2id.extractor import Preprocess
 from pose2id.models import digest_of
@@ -154,7 +155,7 @@ def test_a_failed_run_goes_on_where_it_was(paths, tmp_path, monkeypatch):
 def test_what_is_left_of_another_run_is_not_used(damage, paths, tmp_path):
     out, partial, journal = (tmp_path / name for name in ("f.npy", "f.npy.partial", "f.npy.partial.json"))
     made = np.array(extract(extractor(), paths, out, key="a", progress=False))
-    note = {**json.loads((tmp_path / "f.npy.json").read_text()), "done": 10}
+    note = {**json.loads((tmp_path / "f.npy.json").read_text()), "done": 10, "dim": made.shape[1]}
     np.save(tmp_path / "wrong.npy", np.full_like(made, 7))
     (tmp_path / "wrong.npy").rename(partial)
     out.unlink()
@@ -229,6 +230,41 @@ def test_a_model_on_a_gpu(amp, paths, tmp_path):
     found = extract(model, paths, tmp_path / "f.npy", key="a", workers=2, amp=amp, progress=False)
     np.testing.assert_allclose(found, expected, atol=2e-2 if amp else 1e-5)
     assert next(model.model.parameters()).is_cuda
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on(paths, tmp_path, monkeypatch):
+    model, out = extractor(), tmp_path / "f.npy"
+    run = extraction._Run
+    add = run.add
+
+    def full(self, features):
+        if self.done >= 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, features)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "add", full)
+        with pytest.raises(OSError, match=r"f\.npy cannot be written: No space left on device. Run again to go on"):
+            extract(model, paths, out, key="a", progress=False)
+    assert not out.exists()
+    other = extractor()
+    found = extract(other, paths, out, key="a", progress=False)
+    assert other.model.seen == N - 10
+    np.testing.assert_array_equal(found, extractor()(paths, normalize=False, progress=False).numpy())
+
+
+def test_killed_between_the_file_and_its_note(paths, tmp_path, monkeypatch):
+    """The file has its name, the note is not written: it is found in the journal."""
+    out = tmp_path / "f.npy"
+    extract(extractor(), paths, out, key="old", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "_settle", lambda *_: None)
+        extract(extractor(), paths, out, key="a", progress=False, overwrite=True)
+    assert not (tmp_path / "f.npy.json").exists()
+    model = extractor()
+    extract(model, paths, out, key="a", progress=False)
+    assert model.model.seen == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".png") == ["f.npy", "f.npy.json"]
 
 
 def test_parts_are_refused(paths, tmp_path):

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pose2id.io.whole_files import new_file, whole_file
 
 logger = logging.getLogger(__name__)
 _SAVED_ROWS = 4096  # how often what is done is written down
+_PROGRESS = ("done", "dim")
 
 
 def extract(
@@ -70,23 +71,29 @@ def extract(
     checked_count(workers, "workers", least=0)
     target = _target(out)
     made_from = _made_from(paths, key, amp=amp, side_inputs=side_inputs)
+    _settle(target, made_from, len(paths))
     if target.exists():
-        if key is not None and _note(target) == made_from:
+        if key is not None and _journal(target) == made_from:
             logger.info("extract: %s is of these images and this model, and is used again", out)
             return _opened(target)
         if not overwrite:
-            differing = _differing(_note(target), made_from)
+            differing = _differing(_journal(target), made_from)
             raise FileExistsError(f"{out} exists, of other {differing}. Choose another name, or overwrite it.")
     run = _Run(target, made_from, len(paths), again=key is not None)
     if run.done:
         logger.info("extract: goes on after %d of %d images", run.done, len(paths))
     images = _Files(paths, extractor, workers, run.done, side_inputs or {})
-    with images.extractor.at_work(len(paths) - run.done, progress) as model, _precision(model, amp):
-        for block in blocks(len(paths) - run.done, extractor.batch_size):
-            features, visibility = model.next_features(images, block.stop - block.start)
-            if features.ndim != 2 or visibility is not None:
-                raise ValueError(f"extractor must return features (B, D) for a file, got {tuple(features.shape)}.")
-            run.add(as_numpy(features) if isinstance(features, Tensor) else features)
+    try:
+        with images.extractor.at_work(len(paths) - run.done, progress) as model, _precision(model, amp):
+            for block in blocks(len(paths) - run.done, extractor.batch_size):
+                features, visibility = model.next_features(images, block.stop - block.start)
+                if features.ndim != 2 or visibility is not None:
+                    given = tuple(features.shape)
+                    raise ValueError(f"extractor must return features (B, D) for a file, got {given}.")
+                with _named(out):
+                    run.add(as_numpy(features) if isinstance(features, Tensor) else features)
+    finally:
+        run.close()
     run.finish()
     return _opened(target)
 
@@ -138,7 +145,7 @@ class _Transformed(Dataset[Any]):
 
 
 def _read(images: _Transformed, rows: range, workers: int, batch_size: int) -> Iterator[Tensor]:
-    loader = DataLoader(images, batch_size, sampler=rows, num_workers=workers, collate_fn=list)
+    loader = DataLoader(images, batch_size, sampler=rows, num_workers=workers, collate_fn=_together)
     for batch in loader:
         for item in batch:
             if isinstance(item, str):
@@ -146,51 +153,87 @@ def _read(images: _Transformed, rows: range, workers: int, batch_size: int) -> I
             yield item
 
 
+def _together(items: list[Tensor | str]) -> Any:
+    """One tensor where that is possible: each costs a file on its way to another process."""
+    shapes = {None if isinstance(item, str) else item.shape for item in items}
+    return torch.stack(items) if len(shapes) == 1 and None not in shapes else items  # type: ignore[arg-type]
+
+
+@contextmanager
+def _named(out: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the system, such as a full disk, tell which file, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror or error}. Run again to go on.") from error
+
+
 class _Run:
     """The unfinished file, and how far it is.
 
-    A block of rows is written before the journal counts it, so that what the journal counts is there.
+    Rows are written before the journal counts them, so that what the journal counts is there.
     """
 
     def __init__(self, target: Path, made_from: dict[str, Any], n: int, *, again: bool) -> None:
         self.target, self.made_from, self.n = target, made_from, n
         self.partial = target.with_name(f"{target.name}.partial")
-        self.rows: NDArray[np.float32] | None = None
         self.done = self.saved = 0
-        if again and _note(self.partial, "done") == made_from:
+        self.dim: int | None = None
+        journal = _journal(self.partial) if again else {}
+        if {name: value for name, value in journal.items() if name not in _PROGRESS} == made_from:
             with suppress(OSError, ValueError):  # of a torn file: from the start, then
-                np.load(self.partial, mmap_mode="r")  # writing would fill it up with zeros
-                rows = np.lib.format.open_memmap(self.partial, mode="r+")
-                if rows.shape[0] == n:
-                    self.rows, self.done = rows, json.loads(_beside(self.partial).read_text(encoding="utf-8"))["done"]
+                rows = np.load(self.partial, mmap_mode="r", allow_pickle=False)
+                if rows.shape == (n, journal["dim"]):
+                    self.done = self.saved = journal["done"]
+                    self.dim = journal["dim"]
+        # Not a memory map: a full disk would end the process.
+        self._file = self.partial.open("r+b" if self.done else "w+b")
 
     def add(self, features: NDArray[Any]) -> None:
         """Write the next rows."""
-        if self.rows is None:
-            self.rows = np.lib.format.open_memmap(
-                self.partial, mode="w+", dtype=np.float32, shape=(self.n, features.shape[1])
-            )
-        if features.shape[1] != self.rows.shape[1]:
-            wanted = f"features of width {self.rows.shape[1]}, as of the first images"
+        if self.dim is None:
+            self.dim = features.shape[1]
+            header = {"descr": "<f4", "fortran_order": False, "shape": (self.n, self.dim)}
+            np.lib.format.write_array_header_1_0(self._file, header)
+            self._file.truncate(self._file.tell() + 4 * self.n * self.dim)
+        if features.shape[1] != self.dim:
+            wanted = f"features of width {self.dim}, as of the first images"
             raise ValueError(f"extractor must return {wanted}, got {features.shape[1]}.")
-        self.rows[self.done : self.done + len(features)] = features
+        self._file.seek(-4 * (self.n - self.done) * self.dim, os.SEEK_END)
+        self._file.write(np.ascontiguousarray(features, "<f4").data)
         self.done += len(features)
         if self.done - self.saved >= _SAVED_ROWS or self.done == self.n:
             self.save()
 
     def save(self) -> None:
         """Note what is done, after it is on disk."""
-        assert self.rows is not None
-        self.rows.flush()  # type: ignore[attr-defined]
-        _write_note(self.partial, {**self.made_from, "done": self.done})
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        _write_note(self.partial, {**self.made_from, "done": self.done, "dim": self.dim})
         self.saved = self.done
 
+    def close(self) -> None:
+        """Note what is done of a run that failed, as far as that is possible."""
+        with suppress(OSError), self._file:
+            if self.dim is not None and self.done > self.saved:
+                self.save()
+
     def finish(self) -> None:
-        """Give the file its name; what tells of it comes first, so that it never stands without."""
-        self.rows = None
-        _write_note(self.target, self.made_from)
+        """Give the file its name. Its former note goes first: no file ever stands beside another one's note."""
+        self._file.close()
+        _beside(self.target).unlink(missing_ok=True)
         self.partial.replace(self.target)
-        _beside(self.partial).unlink(missing_ok=True)
+        _settle(self.target, self.made_from, self.n)
+
+
+def _settle(target: Path, made_from: dict[str, Any], n: int) -> None:
+    """Note what a whole file was made from, as its journal has it; also that of a run killed just before."""
+    partial = target.with_name(f"{target.name}.partial")
+    journal = _journal(partial)
+    same = {name: value for name, value in journal.items() if name not in _PROGRESS} == made_from
+    if target.exists() and not partial.exists() and same and journal.get("done") == n:
+        _write_note(target, made_from)
+        _beside(partial).unlink()
 
 
 def _target(out: str | os.PathLike[str]) -> Path:
@@ -237,15 +280,13 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _note(path: Path, *without: str) -> dict[str, Any] | None:
-    """What a file's note says it was made from; None without a whole one."""
+def _journal(path: Path) -> dict[str, Any]:
+    """What stands beside a file; {} without a whole note."""
     try:
         note = json.loads(_beside(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    if not isinstance(note, dict) or any(name not in note for name in without):
-        return None
-    return {name: value for name, value in note.items() if name not in (*without, "about")}
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _write_note(path: Path, note: Mapping[str, Any]) -> None:
@@ -253,7 +294,7 @@ def _write_note(path: Path, note: Mapping[str, Any]) -> None:
         unfinished.write_text(json.dumps(note), encoding="utf-8")
 
 
-def _differing(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:
-    if found is None or found.get("model") is None or wanted["model"] is None:
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    if found.get("model") is None or wanted["model"] is None:
         return "or unknown origin"
     return ", ".join(name for name in wanted if found.get(name) != wanted[name])
