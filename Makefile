@@ -17,7 +17,7 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp .oldest/stamp .models/stamp lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
-	OMP_NUM_THREADS=1 PYTHONPATH=.models $(BIN)/python -m pytest tests/test_models.py -k "openvino or transformers"
+	OMP_NUM_THREADS=1 PYTHONPATH=.models $(BIN)/python -m pytest tests/test_models.py -k "openvino or transformers or weights_that"
 	OMP_NUM_THREADS=1 PYTHONPATH=.oldest $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(OLDEST_TESTS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

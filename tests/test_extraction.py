@@ -267,6 +267,11 @@ def test_killed_between_the_file_and_its_note(paths, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".png") == ["f.npy", "f.npy.json"]
 
 
+def test_a_model_without_a_transform_reads_no_files(paths, tmp_path):
+    with pytest.raises(ValueError, match="extractor must have a transform, or inputs='images'"):
+        extract(Extractor(Means()), paths, tmp_path / "f.npy", progress=False)
+
+
 def test_parts_are_refused(paths, tmp_path):
     model = Extractor(lambda batch: batch.mean(3).transpose(1, 2), transform=TRANSFORM)
     with pytest.raises(ValueError, match=r"extractor must return features \(B, D\) for a file, got \(23, 16, 3\)"):

@@ -196,6 +196,15 @@ def test_transformers_with_its_processor(kind, tmp_path, images):
     assert models.load(f"hf:{tmp_path}", transform="transreid").digest != found.digest
 
 
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers: `make test` has it in .models")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model must have all its weights, and .* lacks pooler\.dense"):
+        models.load(f"hf:{tmp_path}", transform="transreid")
+
+
 class Linear(nn.Module):
     def __init__(self):
         super().__init__()

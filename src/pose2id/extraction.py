@@ -6,8 +6,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pose2id.extractor import Extraction, Extractor, Images, SideInputs
 from pose2id.io.checks import as_numpy, checked_count, checked_flags, first_few
@@ -52,8 +54,8 @@ def extract(
         out: the .npy file.
         key: what decides the extractor's features, as `pose2id.models.LoadedModel.digest`. None: unknown, and nothing
             is ever used again.
-        workers: processes that read and transform images beside the model; 0: none. A model that reads images itself
-            (inputs="images") needs none.
+        workers: threads that read and transform images beside the model, so the transform must bear threads; 0: none. A
+            model that reads images itself (inputs="images") needs none.
         amp: compute in float16 on CUDA, in bfloat16 on the CPU (torch.autocast).
         progress: show a bar on a terminal.
         overwrite: replace features that were made from something else.
@@ -99,7 +101,7 @@ def extract(
 
 
 class _Files(Images):
-    """Image files from one on, read and transformed by worker processes where there are any."""
+    """Image files from one on, read and transformed by workers where there are any."""
 
     def __init__(
         self,
@@ -116,6 +118,8 @@ class _Files(Images):
         if extractor.inputs == "images":
             self.stream = (paths[i] for i in rest)
             return
+        if extractor.transform is None:
+            raise ValueError("extractor must have a transform, or inputs='images', to read image files.")
         # What comes is transformed already.
         self.extractor = Extractor(
             extractor.model,
@@ -124,39 +128,39 @@ class _Files(Images):
             flip=extractor.flip,
             pad_last_batch=extractor.pad_last_batch,
         )
-        self.stream = _read(_Transformed(paths, extractor.transform), rest, workers, extractor.batch_size)
+        transform: Any = extractor.transform
+        self.stream = _read(paths, transform, rest, workers, extractor.batch_size)
 
     def name(self, row: int) -> str:
         return f"images[{row}] ({os.fspath(self.paths[row])})"
 
 
-class _Transformed(Dataset[Any]):
-    """Transformed images; errors come as text, since another process cannot raise them here."""
+def _read(
+    paths: Sequence[Any], transform: Callable[[Any], Tensor], rows: range, workers: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Transformed images in order; with workers a few batches ahead.
 
-    def __init__(self, paths: Sequence[Any], transform: Any) -> None:
-        self.paths, self.transform = paths, transform
+    Threads, not processes: Pillow and torch let others run while they work, and a batch of pixels need not be copied
+    from one process to another.
+    """
 
-    def __getitem__(self, i: int) -> Tensor | str:
+    def read(block: slice) -> list[Tensor]:
+        return [transform(load_image(paths[i], f"images[{i}]")) for i in rows[block]]
+
+    some = iter(blocks(len(rows), batch_size))
+    if not workers:
+        for block in some:
+            yield from read(block)
+        return
+    with ThreadPoolExecutor(workers, "pose2id-read") as pool:
+        ahead = deque(pool.submit(read, block) for block in islice(some, 2 * workers))
         try:
-            tensor: Tensor = self.transform(load_image(self.paths[i], f"images[{i}]"))
-        except ValueError as error:
-            return str(error)
-        return tensor
-
-
-def _read(images: _Transformed, rows: range, workers: int, batch_size: int) -> Iterator[Tensor]:
-    loader = DataLoader(images, batch_size, sampler=rows, num_workers=workers, collate_fn=_together)
-    for batch in loader:
-        for item in batch:
-            if isinstance(item, str):
-                raise ValueError(item)
-            yield item
-
-
-def _together(items: list[Tensor | str]) -> Any:
-    """One tensor where that is possible: each costs a file on its way to another process."""
-    shapes = {None if isinstance(item, str) else item.shape for item in items}
-    return torch.stack(items) if len(shapes) == 1 and None not in shapes else items  # type: ignore[arg-type]
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead += [pool.submit(read, block) for block in islice(some, 1)]
+                yield from batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

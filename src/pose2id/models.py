@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pose2id.extractor import PRESETS, Extractor, Preprocess
-from pose2id.io.checks import checked_choice, require_modules
+from pose2id.io.checks import checked_choice, first_few, require_modules
 
 Transform = Callable[[Image.Image], Tensor]
 _FORMS = "module:callable, timm:NAME, hf:NAME, onnx:FILE, openvino:FILE or torchreid:NAME[:WEIGHTS]"
@@ -272,7 +272,13 @@ def _transformers(name: str, transform: Transform | None, options: dict[str, Any
     require_modules("Models of the Hub need transformers", "transformers", "transformers")
     import transformers  # noqa: PLC0415 - optional
 
-    model = transformers.AutoModel.from_pretrained(name).to(_device(device))
+    model, loaded = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+    if loaded["missing_keys"]:  # they would be random
+        shown = first_few(sorted(loaded["missing_keys"]))
+        raise ValueError(
+            f"model must have all its weights, and {name} lacks {shown}. Load it yourself: module:callable."
+        )
+    model.to(_device(device))
     if transform is None:
         transform = processor_transform(transformers.AutoImageProcessor.from_pretrained(name))
     # Models of images and text have a way for images alone.

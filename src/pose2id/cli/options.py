@@ -67,7 +67,7 @@ def add_model(parser: Any) -> None:
     parser.add_argument("--model", help=forms)
     parser.add_argument("--transform", metavar="PRESET", help="size, mean and std: transreid, torchreid, saai, ...")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read images (%(default)s)")
     parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--flip", action="store_true", help="add the features of mirrored images")
