@@ -71,6 +71,8 @@ def extract(
     """
     checked_flags(amp=amp, progress=progress, overwrite=overwrite)
     checked_count(workers, "workers", least=0)
+    if extractor.inputs == "batch" and extractor.transform is None:
+        raise ValueError("extractor must have a transform, or inputs='images', to read image files.")
     target = _target(out)
     made_from = _made_from(paths, key, amp=amp, side_inputs=side_inputs)
     _settle(target, made_from, len(paths))
@@ -118,8 +120,6 @@ class _Files(Images):
         if extractor.inputs == "images":
             self.stream = (paths[i] for i in rest)
             return
-        if extractor.transform is None:
-            raise ValueError("extractor must have a transform, or inputs='images', to read image files.")
         # What comes is transformed already.
         self.extractor = Extractor(
             extractor.model,
