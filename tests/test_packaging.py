@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import ROOT
+from miniature import STRESS
 
 import pose2id
 
@@ -71,6 +72,7 @@ def test_memory_is_linear():
     assert theirs > 256
 
 
+@STRESS
 def test_benchmarks_of_post_processing_run_on_files_of_features(tmp_path):
     rng = np.random.default_rng(0)
     pids, cams = np.repeat(np.arange(20), 6), np.tile([0, 0, 0, 1, 1, 1], 20)
@@ -81,6 +83,8 @@ def test_benchmarks_of_post_processing_run_on_files_of_features(tmp_path):
     file, out = tmp_path / "mine.npz", tmp_path / "out"
     command = [sys.executable, "benchmarks/postprocessing.py", file, "--runs", "1", "--no-memory", "--json"]
     assert len([json.loads(row)["times_nfc"] for row in run(*command, cwd=ROOT).splitlines()]) == 5
+    extraction = run(sys.executable, "benchmarks/extraction.py", "--images", "40", "--rounds", "1", cwd=ROOT)
+    assert "extract adds" in extraction
     run(sys.executable, "benchmarks/does_it_help.py", "-", file, "--out", out, cwd=ROOT)
     measured = json.loads((out / "results.json").read_text())
     assert "mine" in str(measured)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import COMPILES, ROOT
+from miniature import STRESS
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -64,8 +65,8 @@ def test_weights_are_the_same_in_every_dtype():
     [
         ("--throughput --baseline --offload --dtype fp32 bf16 --batch 2 --poses 2 --steps 2 --runs 1", 4),
         ("--step --runs 1", 2),
-        ("--count-memory --batch 8 16 --dtype bf16 fp32", 4),
-        ("--count-operators --dtype bf16", 2),
+        pytest.param("--count-memory --batch 8 16 --dtype bf16 fp32", 4, marks=STRESS),
+        pytest.param("--count-operators --dtype bf16", 2, marks=STRESS),
     ],
 )
 @pytest.mark.filterwarnings(*COMPILES)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from miniature import STRESS
 from torch.utils.flop_counter import FlopCounterMode
 
 from pose2id.ipg import IdentityGenerator, weights
@@ -47,7 +48,7 @@ def computed(generator, references, *, poses=POSES, steps=STEPS):
     return {"per pose set": per_pose_set, "per batch": per_batch}
 
 
-@pytest.mark.parametrize("references", [1, 2])
+@pytest.mark.parametrize("references", [1, pytest.param(2, marks=STRESS)])
 def test_flops_of_a_generated_image(references):
     generator = published_generator()
     flops, second = (computed(generator, references, steps=steps) for steps in (1, 2))
