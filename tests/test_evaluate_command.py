@@ -270,6 +270,8 @@ def test_tracklets_are_pooled(folder, rng, capsys):
     feats, labels, _ = direct(root)
     splits = data.query, data.gallery
     pooled, firsts = zip(*(protocols.pool(x, s.tracklets) for x, s in zip(feats, splits, strict=True)), strict=True)
+    assert main(["evaluate", str(root), "--model", MARKET, "--generated", "g"]) == 2
+    assert "--generated and --weights must be left out" in capsys.readouterr().err
     means = [
         np.stack([x[split.tracklets == t].mean(0) for t in dict.fromkeys(split.tracklets.tolist())])
         for x, split in zip(feats, splits, strict=True)
@@ -295,6 +297,8 @@ def test_tracklets_are_pooled(folder, rng, capsys):
         (["people", "--model", MARKET, "--table", "11"], "--table must be one of"),
         (["people", "--model", MARKET, "--table", "4"], "--generated must be given for table"),
         (["people", "--model", MARKET, "--table", "2", "--published", "osnet"], "--published must be a model"),
+        (["people", "--model", MARKET, "--protocol", "regdb"], "--protocol must be leave-one-out or vehicleid"),
+        (["people", "--model", MARKET, "--protocol", "market1501"], "got 'market1501': each image would be its own"),
         (["none"], "none"),
     ],
 )
@@ -306,6 +310,7 @@ def test_errors_name_the_option(words, message, folder, rng, capsys):
     np.savez("f.npz", query_feats=np.ones((2, 3)), gallery_feats=np.ones((2, 3)))
     assert main(["evaluate", *words]) == 2
     assert message in capsys.readouterr().err
+    assert not (folder / "home").exists()  # no image went through the model
 
 
 def test_the_tiny_weights_draw_what_is_missing(folder, rng, capsys):

@@ -324,6 +324,7 @@ def test_every_name_has_its_protocol():
             lambda: protocols.by_name("leave-one-out", shots=1),
             "shots must be left out: protocol 'leave-one-out' has no",
         ),
+        (lambda: protocols.by_name("regdb"), "trials must be given: protocol 'regdb' needs it"),
         (lambda: protocols.vehicleid().trials([1, 2], [1, 2]), "g_pids must have an identity with two images"),
         (
             lambda: protocols.sysu_mm01().trials([1], [1, 1], [3], [1, 1], g_names=["cam1/0001/0001.jpg"]),

@@ -79,11 +79,14 @@ def add_command(commands: Any) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from pose2id.cli.material import material  # noqa: PLC0415
-    from pose2id.report import compare, published, study  # noqa: PLC0415 - torch takes seconds to import
+    from pose2id.report import check_study, compare, published, study  # noqa: PLC0415 - torch takes seconds to import
     from pose2id.report.page import check_folder  # noqa: PLC0415
 
     if args.report:
         check_folder(args.report, overwrite=args.overwrite)
+    _centralizer(args, "")  # its errors now, not after hours of extraction
+    if args.paper_table:
+        check_study(args.paper_table, generated=bool(args.generated or args.weights))
     found = material(args)
     centralizer = _centralizer(args, found.name)
     options: dict[str, Any] = {name: getattr(found, name) for name in ("protocol", "paths", "generated")}

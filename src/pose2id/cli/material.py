@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SETS = ("name", "boxes", "size", "direction")  # options of the readers
 _TRIALS = ("mode", "shots", "sampler")
+_OF_ONE_SET = ("leave-one-out", "vehicleid")
 _OF_IMAGES = ("model", "features", "generated", "weights", *SETS)
 _OF_FILES = ("array", "gallery", "labels")
 
@@ -70,22 +71,32 @@ def _of_file(args: argparse.Namespace, place: Path) -> Material:
 def _of_images(args: argparse.Namespace, place: Path) -> Material:
     from pose2id.datasets import open_dataset  # noqa: PLC0415
     from pose2id.io.feature_files import FeatureFile  # noqa: PLC0415
+    from pose2id.report import published  # noqa: PLC0415
 
     if (args.model is None) == (args.features is None):
         raise ValueError(f"--model or --features must be given for the images of {place}, and not both.")
     found = open_dataset(place, **_given(args, SETS))
     splits = [found.query] if found.gallery is found.query else [found.query, found.gallery]
+    # Whatever is wrong is said before hours of extraction.
+    protocol, name = _protocol(args, found), _published_name(args, found)
+    if args.published is not None:
+        published.figures(name, args.published)
+    in_tracklets = any(split.tracklets is not None for split in splits)
+    if in_tracklets and (args.generated is not None or args.weights is not None):
+        raise ValueError(
+            f"--generated and --weights must be left out: features of {found.name} are pooled by tracklet."
+        )
     extraction = _Extraction(args, found, splits)
     feats = extraction.features()
     pictures, generated = extraction.generated()
     labels = [getattr(split, name) for name in ("pids", "camids") for split in _twice(splits)]
     paths = [split.paths for split in splits]
-    if any(split.tracklets is not None for split in splits):
+    if in_tracklets:
         feats, labels, paths = _pooled(feats, splits)
     return Material(
         FeatureFile(*_twice(feats), *labels),
-        _protocol(args, found),
-        _published_name(args, found),
+        protocol,
+        name,
         [str(found)],
         paths=_twice(paths),
         pictures=None if pictures is None else _twice(pictures),
@@ -97,6 +108,9 @@ def _protocol(args: argparse.Namespace, found: Dataset) -> EvaluationProtocol:
     from pose2id.retrieval import protocols  # noqa: PLC0415
 
     wanted, options = args.protocol or found.protocol, _given(args, _TRIALS)
+    if found.gallery is found.query and wanted in protocols.NAMES and wanted not in _OF_ONE_SET:
+        rule = f"must be {' or '.join(_OF_ONE_SET)} for images without a split of query and gallery"
+        raise ValueError(f"--protocol {rule}, got {wanted!r}: each image would be its own match.")
     if wanted == found.protocol and found.trials is not None:
         options["trials"] = found.trials
     if wanted == "sysu-mm01" and found.permutation is not None and options.get("sampler") != "seeded":

@@ -67,14 +67,19 @@ def study(
     Returns:
         The rows. Names of rows that the paper has, too, are those of `report.published`.
     """
-    checked_choice(name, "table", tuple(_STUDIES))
+    check_study(name, generated=generated is not None)
     checked_count(subsets, "subsets")
     number = checked_generated(generated)
-    if generated is None and name in ("4", "5", "6", "eta", "same-pose"):
-        raise ValueError(f"generated must be given for table {name!r}, whose rows are of generated images.")
     ways = _STUDIES[name](number, np.random.default_rng(seed), subsets)
     options: dict[str, Any] = {"protocol": protocol, "paths": paths, "centralizer": centralizer}
     return measure(ways, features, **options, generated=generated, published=published)
+
+
+def check_study(name: str, *, generated: bool) -> None:
+    """Raise unless there is such a table, and generated images where its rows are of them."""
+    checked_choice(name, "table", tuple(_STUDIES))
+    if not generated and name in ("4", "5", "6", "eta", "same-pose"):
+        raise ValueError(f"generated must be given for table {name!r}, whose rows are of generated images.")
 
 
 _Ways = dict[str, "Way | Sequence[Way]"]

@@ -416,6 +416,9 @@ def by_name(name: str, **options: Any) -> EvaluationProtocol:
     known_options = inspect.signature(made[name]).parameters if name in made else {}
     for option in options.keys() - known_options:
         raise ValueError(f"{option} must be left out: protocol {name!r} has no such option.")
+    for option, parameter in known_options.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"{option} must be given: protocol {name!r} needs it.")
     if name in made:
         return made[name](**options)
     known = (MARKET1501, CUHK03, OCCLUDED_REID)
