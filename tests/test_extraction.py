@@ -272,6 +272,15 @@ def test_a_model_without_a_transform_reads_no_files(paths, tmp_path):
         extract(Extractor(Means()), paths, tmp_path / "f.npy", progress=False)
 
 
+def test_two_runs_do_not_write_one_file(paths, tmp_path):
+    pytest.importorskip("fcntl", reason="needs locks of Unix")
+    other = extraction._locked(tmp_path / "f.npy.partial")
+    with pytest.raises(FileExistsError, match=r"f\.npy\.partial is being written by another process"):
+        extract(extractor(), paths, tmp_path / "f.npy", key="a", progress=False)
+    other.close()
+    extract(extractor(), paths, tmp_path / "f.npy", key="a", progress=False)
+
+
 def test_parts_are_refused(paths, tmp_path):
     model = Extractor(lambda batch: batch.mean(3).transpose(1, 2), transform=TRANSFORM)
     with pytest.raises(ValueError, match=r"extractor must return features \(B, D\) for a file, got \(23, 16, 3\)"):
@@ -317,6 +326,12 @@ def test_digests_tell_models_apart():
     ]
     digests = [digest_of(other) for other in others]
     assert len({digest, *digests}) == 6
+    slopes = [nn.Sequential(nn.LeakyReLU(slope)) for slope in (0.1, 0.3)]
+    assert len({digest_of(Extractor(other, transform=TRANSFORM)) for other in slopes}) == 2
+    strides = [nn.Conv2d(3, 2, 1, stride) for stride in (1, 2)]
+    strides[1].load_state_dict(strides[0].state_dict())
+    assert len({digest_of(Extractor(other, transform=TRANSFORM)) for other in strides}) == 2
+    assert digest_of(Extractor(model.forward, transform=TRANSFORM)) != digest
     assert digest_of(Extractor(lambda batch: batch, transform=TRANSFORM)) is None
     assert digest_of(Extractor(model, transform=lambda image: image)) is None
     with torch.no_grad():

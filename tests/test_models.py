@@ -268,8 +268,12 @@ def test_torchreid_reads_files_itself(place, monkeypatch, images, tmp_path):
     for i in range(len(names)):
         monkeypatch.setitem(sys.modules, ".".join(names[: i + 1]), types.ModuleType(names[i]))
     sys.modules[place].FeatureExtractor = FeatureExtractor
-    found = models.load("torchreid:osnet_x1_0:weights/model.pth", device="cpu")
-    assert asked == {"model_name": "osnet_x1_0", "model_path": "weights/model.pth", "device": "cpu"}
+    with pytest.raises(FileNotFoundError, match=r"there is no .*wieghts\.pth"):
+        models.load(f"torchreid:osnet_x1_0:{tmp_path / 'wieghts.pth'}", device="cpu")
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    found = models.load(f"torchreid:osnet_x1_0:{weights}", device="cpu")
+    assert asked == {"model_name": "osnet_x1_0", "model_path": str(weights), "device": "cpu"}
     paths = [tmp_path / f"{i}.png" for i in range(5)]
     for image, path in zip(images, paths, strict=True):
         image.save(path)

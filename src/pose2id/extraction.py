@@ -183,15 +183,17 @@ class _Run:
         self.partial = target.with_name(f"{target.name}.partial")
         self.done = self.saved = 0
         self.dim: int | None = None
+        # Not a memory map: a full disk would end the process. Locked before anything of it is believed.
+        self._file = _locked(self.partial)
         journal = _journal(self.partial) if again else {}
         if {name: value for name, value in journal.items() if name not in _PROGRESS} == made_from:
-            with suppress(OSError, ValueError):  # of a torn file: from the start, then
+            with suppress(OSError, ValueError, EOFError):  # of a torn file: from the start, then
                 rows = np.load(self.partial, mmap_mode="r", allow_pickle=False)
                 if rows.shape == (n, journal["dim"]):
                     self.done = self.saved = journal["done"]
                     self.dim = journal["dim"]
-        # Not a memory map: a full disk would end the process.
-        self._file = self.partial.open("r+b" if self.done else "w+b")
+        if not self.done:
+            self._file.truncate(0)
 
     def add(self, features: NDArray[Any]) -> None:
         """Write the next rows."""
@@ -228,6 +230,25 @@ class _Run:
         _beside(self.target).unlink(missing_ok=True)
         self.partial.replace(self.target)
         _settle(self.target, self.made_from, self.n)
+
+
+def _locked(partial: Path) -> Any:
+    """The unfinished file, of this process alone where the system has such locks."""
+    partial.touch()
+    file = partial.open("r+b")
+    try:
+        import fcntl  # noqa: PLC0415 - of Unix alone
+    except ImportError:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = partial.exists() and os.path.samestat(partial.stat(), os.fstat(file.fileno()))
+    except BlockingIOError:
+        alone = False
+    if not alone:
+        file.close()
+        raise FileExistsError(f"{partial} is being written by another process. Wait for it, or choose another name.")
+    return file
 
 
 def _settle(target: Path, made_from: dict[str, Any], n: int) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ class LoadedModel:
 
     Attributes:
         extractor: the model with its transform.
-        digest: hexadecimal SHA-256 of what decides its features: weights, class, transform, mirroring, versions. None
-            where that cannot be known, as of a plain function; features are then never used again.
+        digest: hexadecimal SHA-256 of what decides its features: weights, structure, the classes' code, transform,
+            mirroring, versions; not what these classes call elsewhere. None where too little is known, as of a plain
+            function or a transform that is neither a `Preprocess` nor a processor; features are then not used again.
         name: as it was asked for.
     """
 
@@ -177,7 +179,8 @@ def digest_of(extractor: Extractor) -> str | None:
     """`LoadedModel.digest` of an extractor."""
     weights = _weights(extractor.model)
     settings = repr(extractor.transform)
-    if weights is None or " at 0x" in settings:  # a function, or an object without a text of its own
+    # Of other transforms not all is known: they may hold functions, or say less of themselves than they do.
+    if weights is None or not isinstance(extractor.transform, (Preprocess, _Processor, type(None))):
         return None
     digest = hashlib.sha256(f"{settings} {extractor.inputs} {extractor.flip} {torch.__version__}".encode())
     for piece in weights:
@@ -188,22 +191,30 @@ def digest_of(extractor: Extractor) -> str | None:
 def _weights(model: Any) -> Iterable[bytes] | None:
     """What decides a model's features, or None."""
     if isinstance(model, (OnnxModel, OpenVinoModel)) and model.path is not None:
-        files = [model.path, model.path.with_suffix(".bin")]  # OpenVINO keeps the weights in the second one
+        # OpenVINO keeps the weights in .bin, large ONNX files in a file of data.
+        beside = (f"{model.path.name}.data", f"{model.path.name}_data")
+        files = [model.path, model.path.with_suffix(".bin"), *map(model.path.with_name, beside)]
         return (file.read_bytes() for file in files if file.is_file())
     module = getattr(model, "model", None) if type(model).__module__.startswith("torchreid") else model
-    module = getattr(module, "__self__", module)  # of a bound method
-    return _of_module(module) if isinstance(module, nn.Module) else None
+    owner = getattr(module, "__self__", module)  # of a bound method
+    if not isinstance(owner, nn.Module):
+        return None
+    return chain([getattr(module, "__qualname__", "").encode()], _of_module(owner))
 
 
 def _of_module(module: nn.Module) -> Iterable[bytes]:
-    for kind in dict.fromkeys(type(part) for part in module.modules()):
+    yield repr(module).encode()  # strides, slopes, and what else has no weights
+    for name, part in module.named_modules():
+        plain = {key: value for key, value in vars(part).items() if isinstance(value, (str, int, float, tuple))}
+        yield f"{name} {sorted(plain.items())!r}".encode()
+    for kind in dict.fromkeys(kind for part in module.modules() for kind in type(part).__mro__[:-1]):
         yield f"{kind.__module__}.{kind.__qualname__}".encode()
         if not kind.__module__.startswith("torch."):
             try:
                 yield inspect.getsource(kind).encode()
             except (OSError, TypeError):  # typed at a prompt
                 continue
-    for name, tensor in module.state_dict().items():
+    for name, tensor in [*module.state_dict().items(), *module.named_buffers()]:
         if isinstance(tensor, Tensor):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -313,6 +324,8 @@ def _torchreid(name: str, transform: Transform | None, options: dict[str, Any], 
     except ImportError:
         utils = import_module("torchreid.utils")
     architecture, _, weights = name.partition(":")
+    if weights:  # torchreid would go on with others
+        _file(Path(weights))
     extractor = utils.FeatureExtractor(
         model_name=architecture, model_path=weights, device=str(_device(device)), verbose=False
     )

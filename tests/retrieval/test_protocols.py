@@ -346,3 +346,19 @@ def test_junk_takes_no_draw_of_sysu_mm01():
     junk = [labels[0], np.array([-1, -1, *labels[1]]), labels[2], np.array([1, 1, *labels[3]])]
     for trial, other in zip(protocols.sysu_mm01().trials(*labels), protocols.sysu_mm01().trials(*junk), strict=True):
         np.testing.assert_array_equal(trial.gallery + 2, other.gallery)
+
+
+def test_two_sets_are_not_taken_for_one(rng):
+    x, y, pids = rng.standard_normal((8, 3)), rng.standard_normal((8, 3)), np.repeat(np.arange(4), 2)
+    for protocol in (protocols.LEAVE_ONE_OUT, protocols.vehicleid()):
+        with pytest.raises(ValueError, match="qf and gf must be of the same images for protocol"):
+            protocol.evaluate(x, y, pids, pids)
+        assert protocol.evaluate(x, x.copy(), pids, pids) == protocol.evaluate(x, x, pids, pids)
+
+
+def test_pandas_labels_go_by_position(rng):
+    pd = pytest.importorskip("pandas", reason="needs pandas")
+    x, pids = rng.standard_normal((12, 3)), np.repeat(np.arange(4), 3)
+    shuffled = pd.Series(pids, index=rng.permutation(12))
+    protocol = protocols.vehicleid(num_trials=2)
+    assert protocol.evaluate(x, x, shuffled, shuffled) == protocol.evaluate(x, x, pids, pids)

@@ -90,9 +90,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     found = material(args)
     centralizer = _centralizer(args, found.name)
     options: dict[str, Any] = {name: getattr(found, name) for name in ("protocol", "paths", "generated")}
+    if args.published:
+        options["published"] = published.figures(found.name, args.published)
     if args.paper_table:
-        if args.published:
-            options["published"] = published.figures(found.name, args.published)
         options |= {"subsets": args.subsets, "seed": args.seed}
         comparison = study(args.paper_table, found.features, centralizer=centralizer, **options)
     else:
@@ -110,13 +110,15 @@ def _centralizer(args: argparse.Namespace, data_set: str) -> Centralizer:
     settings = published.settings(data_set)
     eta = settings.eta if args.eta is None else args.eta
     if args.method not in ("auto", "nfc"):
-        return Centralizer(method=args.method, k1=args.k1, k2=args.k2, eta=eta)
+        centralizer = Centralizer(method=args.method, k1=args.k1, k2=args.k2, eta=eta)
+        centralizer.k1, centralizer.k2 = settings.k1, settings.k2  # of the rows with NFC
+        return centralizer
     k1, k2 = settings.k1 if args.k1 is None else args.k1, settings.k2 if args.k2 is None else args.k2
     return Centralizer(k1=k1, k2=k2, eta=eta)
 
 
 def _print(args: argparse.Namespace, found: Material, comparison: Comparison) -> None:
-    from pose2id.report import records  # noqa: PLC0415
+    from pose2id.report import labels_of, records  # noqa: PLC0415
 
     told = _evidence(found)
     if args.format == "json":
@@ -129,10 +131,11 @@ def _print(args: argparse.Namespace, found: Material, comparison: Comparison) ->
         )
     else:
         valid = comparison[0].result.num_valid_queries
-        features = found.features
-        sizes = (
-            f"{len(features.query_feats)} queries ({valid} with a match), {len(features.gallery_feats)} gallery images"
-        )
+        names = None if found.paths is None else found.paths[1]
+        trial = found.protocol.trials(*labels_of(found.features), g_names=names)[0]
+        sizes = f"{len(trial.query)} queries ({valid} with a match), {len(trial.gallery)} gallery images"
+        if found.protocol.num_trials > 1:
+            sizes += f" in the first of {found.protocol.num_trials} trials"
         print(*found.facts, sizes, "", comparison, sep="\n")
         if told:
             print("", told["evidence"], sep="\n")

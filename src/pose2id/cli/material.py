@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import itertools
 import json
@@ -64,7 +65,11 @@ def _of_file(args: argparse.Namespace, place: Path) -> Material:
     from pose2id.retrieval import protocols  # noqa: PLC0415
 
     features = load_features(place, args.gallery, labels=args.labels, name=args.array)
-    protocol = protocols.by_name(args.protocol or "market1501", **_given(args, _TRIALS))
+    if args.published is not None:
+        raise ValueError(f"--published must be given with a data set, and {place} does not say which it is of.")
+    wanted = args.protocol or "market1501"
+    options = {"seed": args.seed} if wanted == "vehicleid" else {}
+    protocol = protocols.by_name(wanted, **_given(args, _TRIALS), **options)
     return Material(features, protocol, "", [])
 
 
@@ -81,15 +86,21 @@ def _of_images(args: argparse.Namespace, place: Path) -> Material:
     protocol, name = _protocol(args, found), _published_name(args, found)
     if args.published is not None:
         published.figures(name, args.published)
+        if args.shots not in (None, 1) or args.protocol not in (None, found.protocol):
+            raise ValueError("--published must be given with the paper's protocol: the data set's own, one shot.")
     in_tracklets = any(split.tracklets is not None for split in splits)
     if in_tracklets and (args.generated is not None or args.weights is not None):
         raise ValueError(
             f"--generated and --weights must be left out: features of {found.name} are pooled by tracklet."
         )
+    labels = [getattr(split, name) for name in ("pids", "camids") for split in _twice(splits)]
+    if not in_tracklets:
+        protocol.trials(*labels, g_names=splits[-1].paths)
+    if args.method in ("cameras", "centring") and splits[-1].camids is None:
+        raise ValueError(f"--method must not be {args.method} for {found.name}, which has no cameras.")
     extraction = _Extraction(args, found, splits)
     feats = extraction.features()
     pictures, generated = extraction.generated()
-    labels = [getattr(split, name) for name in ("pids", "camids") for split in _twice(splits)]
     paths = [split.paths for split in splits]
     if in_tracklets:
         feats, labels, paths = _pooled(feats, splits)
@@ -111,6 +122,10 @@ def _protocol(args: argparse.Namespace, found: Dataset) -> EvaluationProtocol:
     if found.gallery is found.query and wanted in protocols.NAMES and wanted not in _OF_ONE_SET:
         rule = f"must be {' or '.join(_OF_ONE_SET)} for images without a split of query and gallery"
         raise ValueError(f"--protocol {rule}, got {wanted!r}: each image would be its own match.")
+    if found.gallery is not found.query and wanted in _OF_ONE_SET:
+        raise ValueError(f"--protocol must not be {wanted} for {found.name}, whose queries are not its gallery.")
+    if wanted == "vehicleid":
+        options["seed"] = args.seed
     if wanted == found.protocol and found.trials is not None:
         options["trials"] = found.trials
     if wanted == "sysu-mm01" and found.permutation is not None and options.get("sampler") != "seeded":
@@ -169,12 +184,21 @@ class _Extraction:
             from pose2id.io.array_files import read_array  # noqa: PLC0415
 
             feats = read_array(Path(self.args.features))
+            self._check_order(Path(f"{self.args.features}.csv"))
             if feats.ndim != 2 or len(feats) != len(self.paths):
                 wanted = f"({len(self.paths)}, D), one row an image, queries first"
                 raise ValueError(f"--features must have shape {wanted}, got {np.shape(feats)}.")
         else:
             feats = self._through_the_model(self.paths)
         return self._by_split(feats)
+
+    def _check_order(self, listed: Path) -> None:
+        """Raise where `pose2id extract` noted other images, or another order."""
+        if listed.is_file():
+            with listed.open(newline="", encoding="utf-8") as file:
+                noted = [Path(line["path"]) for line in csv.DictReader(file)]
+            if noted != [Path(path) for path in self.paths]:
+                raise ValueError(f"--features must be of these images in their order, and {listed} has others.")
 
     def generated(self) -> tuple[list[Any] | None, list[Any] | None]:
         """Each split's pictures, lists of M paths, and their raw features (N, M, D)."""

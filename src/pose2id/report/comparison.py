@@ -118,6 +118,7 @@ def compare(
     centralizer: Centralizer | None = None,
     generated: Pair | None = None,
     control: bool = False,
+    published: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Comparison:
     """Measure the features as they are, with NFC, with the safe default, with generated images (IPG), and re-ranked.
 
@@ -140,6 +141,7 @@ def compare(
             Both they and `features` must then be the model's raw outputs.
         control: also measure IPG with the mean generated feature of all people in each pose. It carries no identity,
             yet changes the scores, ID² above all; only what IPG gains beyond it comes from the generated images.
+        published: figures of the paper, fractions by name, for some of the rows: `report.published.figures`.
 
     Returns:
         The rows, the baseline first.
@@ -153,14 +155,15 @@ def compare(
     sources = ["baseline"]
     if generated is not None:
         sources += ["IPG", "control"] if control else ["IPG"]
-    ways, published = _features(sources, unpublished(centralizer).method, nfc=nfc, cameras=cameras)
+    ways, of_paper = _features(sources, unpublished(centralizer).method, nfc=nfc, cameras=cameras)
     if rerank and not protocol.leave_one_out:
-        names = {name: "re-ranking" if name == "baseline" else f"{name} + re-ranking" for name in published}
-        ways |= {names[name]: _reranked(way) for name, way in published.items()}
+        names = {name: "re-ranking" if name == "baseline" else f"{name} + re-ranking" for name in of_paper}
+        ways |= {names[name]: _reranked(way) for name, way in of_paper.items()}
         ways["rerank"] = lambda sets: sets.safely_reranked()
         if cameras:
             ways[f"rerank{_WITH_CAMERAS}"] = lambda sets: sets.safely_reranked(cameras=True)
-    return measure(ways, content, protocol=protocol, paths=paths, centralizer=centralizer, generated=generated)
+    options: dict[str, Any] = {"protocol": protocol, "paths": paths, "published": published}
+    return measure(ways, content, centralizer=centralizer, generated=generated, **options)
 
 
 def _features(sources: list[str], method: str, *, nfc: bool, cameras: bool) -> tuple[dict[str, Way], dict[str, Way]]:
@@ -229,6 +232,7 @@ def measure(
     checked_generated(generated)
     results: dict[str, list[EvaluationResult]] = {name: [] for name in ways}
     id2s: dict[str, list[float]] = {name: [] for name in ways}
+    protocol.check_features(features.query_feats, features.gallery_feats)
     pair, names = pair_of(features), None if paths is None else paths[1]
     for trial in protocol.trials(*labels, g_names=names):
         sets = Sets(

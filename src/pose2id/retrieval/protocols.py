@@ -28,6 +28,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pose2id.io.checks import checked_choice, checked_count, checked_flag, checked_labels, first_few, labels_together
 from pose2id.io.rows import FeatureArray, Rows
@@ -72,7 +73,15 @@ class Trial:
 def _taken(values: Any, rows: NDArray[np.int64], whole: bool) -> Any:
     if values is None or whole:
         return values
-    return values[rows] if hasattr(values, "shape") else [values[i] for i in rows]
+    if isinstance(values, (np.ndarray, Tensor)):
+        return values[rows]
+    # By position: pandas objects would go by their own labels.
+    return np.asarray(values)[rows] if hasattr(values, "__array__") else [values[i] for i in rows]
+
+
+def _equal(qf: Any, gf: Any) -> bool:
+    same = torch.equal if isinstance(qf, Tensor) and isinstance(gf, Tensor) else np.array_equal
+    return bool(same(qf, gf))
 
 
 def _copied(values: Any) -> Any:
@@ -90,6 +99,7 @@ class EvaluationProtocol:
             labels; None: all of them, once.
         num_trials: how many trials.
         leave_one_out: query and gallery are the same images: row i of one is row i of the other.
+        one_set: the same is given as both sides, as of leave_one_out.
     """
 
     name: str
@@ -97,6 +107,12 @@ class EvaluationProtocol:
     draws: Callable[..., Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]] | None = None
     num_trials: int = 1
     leave_one_out: bool = False
+    one_set: bool = False
+
+    def check_features(self, qf: Any, gf: Any) -> None:
+        """Raise if features of two sets are given where both sides must be the same images."""
+        if self.one_set and qf is not gf and not _equal(qf, gf):
+            raise ValueError(f"qf and gf must be of the same images for protocol {self.name!r}, and are not equal.")
 
     def trials(
         self, q_pids: Any, g_pids: Any, q_camids: Any = None, g_camids: Any = None, *, g_names: Any = None
@@ -168,6 +184,7 @@ class EvaluationProtocol:
             max_rank: length of the CMC curve.
         """
         labels, results = ((q_pids, g_pids), (q_camids, g_camids)), []
+        self.check_features(qf, gf)
         for name, rows, pids in (("qf", qf, q_pids), ("gf", gf, g_pids)):
             if len(rows) != len(pids):
                 raise ValueError(f"{name} must have one row for each of the {len(pids)} labels, got {len(rows)}.")
@@ -225,7 +242,7 @@ def leave_one_out(drop_same_camera: bool = False) -> EvaluationProtocol:
             part, since without a split by camera most images would have no match.
     """
     rule = _WithoutItself if checked_flag(drop_same_camera, "drop_same_camera") else _without_itself
-    return EvaluationProtocol("leave-one-out", rule, leave_one_out=True)
+    return EvaluationProtocol("leave-one-out", rule, leave_one_out=True, one_set=True)
 
 
 def _without_itself(q: int, g: int, q_pids: Any, g_pids: Any, *_: Any) -> RankingProtocol:
@@ -396,7 +413,7 @@ def vehicleid(seed: int = 0, num_trials: int = 10) -> EvaluationProtocol:
             found.append((np.setdiff1d(np.arange(len(g_pids)), gallery), np.sort(gallery)))
         return found
 
-    return EvaluationProtocol("vehicleid", _without_cameras, draws, num_trials)
+    return EvaluationProtocol("vehicleid", _without_cameras, draws, num_trials, one_set=True)
 
 
 def by_name(name: str, **options: Any) -> EvaluationProtocol:
