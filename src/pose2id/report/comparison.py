@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pose2id.centralization.id2 import id2_score
 from pose2id.centralizer import Centralizer
-from pose2id.io.checks import as_numpy, checked_flags
+from pose2id.io.checks import as_numpy, checked_flags, require_modules
 from pose2id.io.feature_files import FeatureFile, load_features
 from pose2id.report.tables import as_csv, as_latex, as_markdown, cells, records, table
-from pose2id.report.ways import Pair, Sets, Way, unpublished
+from pose2id.report.ways import Pair, Sets, Way, unpublished, way_of
 from pose2id.retrieval.evaluation import EvaluationResult, mean_of
 from pose2id.retrieval.protocols import MARKET1501, EvaluationProtocol
 
@@ -83,6 +83,7 @@ class Comparison(Sequence[Row]):
         Raises:
             ImportError: pandas is not installed.
         """
+        require_modules("to_frame needs pandas", "pandas", "pandas")
         import pandas as pd  # noqa: PLC0415 - optional
 
         return pd.DataFrame(records(self.rows)).set_index("name")
@@ -174,23 +175,19 @@ def _features(sources: list[str], method: str, *, nfc: bool, cameras: bool) -> t
     ways: dict[str, Way] = {}
     published: dict[str, Way] = {}
     for source in sources:
-        ways[source] = published[source] = _way(lambda sets, source: sets.source(source), source)
+        ways[source] = published[source] = way_of(lambda sets, source: sets.source(source), source)
         if nfc:
             name = "NFC" if source == "baseline" else f"{source} + NFC"
-            ways[name] = published[name] = _way(lambda sets, source: sets.centralized(source), source)
+            ways[name] = published[name] = way_of(lambda sets, source: sets.centralized(source), source)
         if source == "baseline":
-            ways |= {name: _way(_safe, source, with_cameras) for name, with_cameras in safe.items()}
+            ways |= {name: way_of(_safe, source, with_cameras) for name, with_cameras in safe.items()}
         else:
-            ways[f"{source} + {method}"] = _way(_safe, source, next(iter(safe.values())))
+            ways[f"{source} + {method}"] = way_of(_safe, source, next(iter(safe.values())))
     return ways, published
 
 
 def _several(ways: Way | Sequence[Way]) -> Sequence[Way]:
     return (ways,) if callable(ways) else ways
-
-
-def _way(make: Callable[..., Any], *given: Any) -> Way:
-    return lambda sets: make(sets, *given)
 
 
 def _safe(sets: Sets, source: str, cameras: bool) -> Pair:
@@ -276,8 +273,8 @@ def by_number(
     numbers = range(checked_generated(generated) + 1)
     ways: dict[str, Way | Sequence[Way]] = {}
     for number in numbers:
-        ways[f"IPG {number}"] = _way(_first, number)
-        ways[f"IPG + NFC {number}"] = _way(lambda sets, number: sets.with_nfc(_first(sets, number)), number)
+        ways[f"IPG {number}"] = way_of(_first, number)
+        ways[f"IPG + NFC {number}"] = way_of(lambda sets, number: sets.with_nfc(_first(sets, number)), number)
     found = measure(ways, features, centralizer=centralizer, generated=generated).to_dict()
     return {name: [found[f"{name} {number}"]["mAP"] for number in numbers] for name in ("IPG", "IPG + NFC")}
 

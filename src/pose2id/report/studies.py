@@ -12,7 +12,7 @@ from pose2id.centralizer import Centralizer
 from pose2id.io.checks import checked_choice, checked_count
 from pose2id.io.feature_files import FeatureFile
 from pose2id.report.comparison import Comparison, checked_generated, measure
-from pose2id.report.ways import SIDES, Pair, Sets, Way
+from pose2id.report.ways import SIDES, Pair, Sets, Way, way_of
 from pose2id.retrieval.protocols import MARKET1501, EvaluationProtocol
 
 _ETAS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -92,13 +92,15 @@ def _halves(number: int, *_: Any) -> _Ways:
 
 def _nfc_of_sides(*_: Any) -> _Ways:
     return {
-        f"NFC of {name}": _of(lambda sets, sides: sets.with_nfc(sets.pair, sides), sides)
+        f"NFC of {name}": way_of(lambda sets, sides: sets.with_nfc(sets.pair, sides), sides)
         for name, sides in _SIDES.items()
     }
 
 
 def _ipg_of_sides(*_: Any) -> _Ways:
-    return {f"IPG of {name}": _of(lambda sets, sides: sets.fused(sides=sides), sides) for name, sides in _SIDES.items()}
+    return {
+        f"IPG of {name}": way_of(lambda sets, sides: sets.fused(sides=sides), sides) for name, sides in _SIDES.items()
+    }
 
 
 def _untrained(*_: Any) -> _Ways:
@@ -110,7 +112,7 @@ def _numbers(number: int, rng: np.random.Generator, subsets: int) -> _Ways:
     for name, sides in list(_SIDES.items())[1:]:
         for m in range(number + 1):
             chosen = _subsets(number, m, rng, subsets)
-            ways[f"IPG of {name}, M = {m}"] = [_of(_of_poses, which, sides) for which in chosen]
+            ways[f"IPG of {name}, M = {m}"] = [way_of(_of_poses, which, sides) for which in chosen]
     return ways
 
 
@@ -138,19 +140,19 @@ def _with_re_ranking(number: int, *_: Any) -> _Ways:
 
 
 def _etas(*_: Any) -> _Ways:
-    return {f"eta = {eta:g}": _of(lambda sets, eta: sets.fused(eta=eta), eta) for eta in _ETAS}
+    return {f"eta = {eta:g}": way_of(lambda sets, eta: sets.fused(eta=eta), eta) for eta in _ETAS}
 
 
 def _neighbours(*_: Any) -> _Ways:
     ways: _Ways = {"baseline": _plain}
     for k1 in _KS:
         for k2 in _KS:
-            ways[f"k1 = {k1}, k2 = {k2}"] = _of(lambda sets, *k: sets.with_nfc(sets.pair, SIDES, *k), k1, k2)
+            ways[f"k1 = {k1}, k2 = {k2}"] = way_of(lambda sets, *k: sets.with_nfc(sets.pair, SIDES, *k), k1, k2)
     return ways
 
 
 def _replaced(*_: Any) -> _Ways:
-    return {f"generated in place of {name}": _of(_first_picture, sides) for name, sides in _SIDES.items()}
+    return {f"generated in place of {name}": way_of(_first_picture, sides) for name, sides in _SIDES.items()}
 
 
 def _first_picture(sets: Sets, sides: tuple[str, ...]) -> Pair:
@@ -170,10 +172,6 @@ def _ipg(sets: Sets) -> Pair:
 
 def _whole(sets: Sets) -> Pair:
     return sets.centralized("IPG")
-
-
-def _of(make: Callable[..., Any], *given: Any) -> Way:
-    return lambda sets: make(sets, *given)
 
 
 _STUDIES: Mapping[str, Callable[..., _Ways]] = {

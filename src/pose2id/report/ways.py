@@ -97,6 +97,11 @@ class Sets:
 Way = Callable[[Sets], "Pair | NDArray[Any]"]
 
 
+def way_of(make: Callable[..., Any], *given: Any) -> Way:
+    """A way that calls `make` with the sets and what is given."""
+    return lambda sets: make(sets, *given)
+
+
 def with_nfc(
     pair: Pair,
     centralizer: Centralizer,
