@@ -103,7 +103,17 @@ def evidence(
     return Guard(Compared(rows, None, backend, max_memory), cameras).evidence
 
 
-class _Lists:
+def gallery_sum(weight: Tensor, rank: Tensor) -> Tensor:
+    """What links of the gallery's rows count in their sums."""
+    return _GALLERY * weight / rank.double().sqrt()
+
+
+def query_sum(weight: Tensor, rank: Tensor, people: Tensor) -> Tensor:
+    """What links of queries count: a person counts once, however many of its images (`people`) there are."""
+    return _QUERY * weight / (people * rank.double().sqrt())
+
+
+class Seen:
     """What rows see in one camera: their nearest images, and how strangers are spaced further down.
 
     Squared distances are float32, precise enough for x, and one number from both sides of a pair.
@@ -173,16 +183,26 @@ class Guard:
             if not at or self._table.ks[at].ne(self._table.ks[at - 1]).any()  # else it is the same again
         ]
         most = max(trial.count for trial in tried)
-        self._found = next(trial for trial in tried if trial.count >= _ENOUGH * most)
-        self.evidence = self._found.evidence
+        self._found = found = next(trial for trial in tried if trial.count >= _ENOUGH * most)
+        self.evidence = found.evidence
+        self.strangers = Strangers(
+            cameras=torch.tensor(list(self._members), device=device),
+            ks=self._table.ks[found.at],
+            deepest=torch.tensor(list(map(self._deepest, self._members.values())), device=device),
+            medians=self._table.medians[found.at],
+            links=found.u,
+            rows=found.rows,
+            agreement=found.agreement,
+            gate=found.evidence.gate,
+        )
 
-    def _searched(self) -> _Table:
+    def _searched(self) -> Table:
         """The gallery's own lists in each camera."""
         cameras = torch.tensor(list(self._members), device=self._rows.device)
-        table = _Table(cameras, self._rows.n, list(map(self._cut, self._members.values())))
+        table = Table.empty(cameras, self._rows.n, list(map(self._cut, self._members.values())))
         for own, members in enumerate(self._members.values()):
             keep = _KEPT if self._keep and len(cameras) < FEW_LISTS else 0  # beside the list of small cameras
-            lists = _Lists(*self._nearest(None, members, keep=keep), self._cut(members))
+            lists = Seen(*self._nearest(None, members, keep=keep), self._cut(members))
             table.fill(own, lists, lists.medians(self._gallery.directed))
         return table
 
@@ -211,21 +231,20 @@ class Guard:
         # The expected number of images of the same person in the gallery.
         self._people = torch.ones(self._rows.n, dtype=torch.float64, device=self._rows.device)
         self._people.index_add_(0, row, weight)
-        return Links(row, column, _GALLERY * weight / rank.double().sqrt())
+        return Links(row, column, gallery_sum(weight, rank))
 
     def query_links(self, queries: Rows, cameras: Tensor | None, visibility: Tensor | None = None) -> Links:
         """Links of queries to the gallery's rows, after `gallery_links`; each query by itself."""
         if cameras is None:
             cameras = torch.zeros(queries.n, dtype=torch.int64, device=queries.device)
         row, column, rank, weight = self._weighed(self._found_by(queries, cameras, visibility))
-        # A person counts once, however many images there are.
-        return Links(row, column, _QUERY * weight / (self._people[column] * rank.double().sqrt()))
+        return Links(row, column, query_sum(weight, rank, self._people[column]))
 
     def _found_by(self, queries: Rows, cameras: Tensor, visibility: Tensor | None) -> Iterator[Found]:
         table, at = self._table, self._found.at
         places = table.places(cameras)
         for own, members in enumerate(self._members.values()):
-            lists = _Lists(*self._nearest(queries, members, visibility), self._cut(members))
+            lists = Seen(*self._nearest(queries, members, visibility), self._cut(members))
             scale = lists.scales(table.medians[:, own])[at]
             yield table.two_sided(at, own, lists.indices, lists.squares, scale, places)
 
@@ -233,31 +252,45 @@ class Guard:
         """Row, column, rank and weight of links, camera by camera, that weigh anything."""
         results = []
         for row, column, rank, u in found:
-            weight = self.evidence.gate * self._found.confidence(u)
+            weight = self.strangers.weights(u)
             results.append([values[weight > 0] for values in (row, column, rank, weight)])
         row, column, rank, weight = (torch.cat(values) for values in zip(*results, strict=True))
         return row, column, rank, weight
 
 
-class _Table:
-    """What the gallery's rows see in each of C cameras: for L trials, to rank 2K of the longest.
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What the gallery's rows see in each of C cameras, for L trials.
 
     Attributes:
+        cameras: (C,) int64 numbers, ascending.
         ks: (L, C) K of each trial and camera.
-        indices, squares: (C, n, 2K) int32 and float32.
+        indices, squares: (C, n, 2K) int32 and float32, to rank 2K of the longest; K + 1 will do for `two_sided`.
         scales, medians: (L, C, n) and (L, C) float64.
     """
 
-    def __init__(self, cameras: Tensor, n: int, ks: list[list[int]]) -> None:
-        self._cameras, self.n, device = cameras, n, cameras.device
-        self.ks = torch.tensor(ks, device=device).T
-        shape = (len(cameras), n, 2 * int(self.ks.max()))
-        self.indices = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.squares = torch.full(shape, torch.inf, dtype=torch.float32, device=device)
-        self.scales = torch.empty((*self.ks.shape, n), dtype=torch.float64, device=device)
-        self.medians = torch.empty(self.ks.shape, dtype=torch.float64, device=device)
+    cameras: Tensor
+    ks: Tensor
+    indices: Tensor
+    squares: Tensor
+    scales: Tensor
+    medians: Tensor
 
-    def fill(self, own: int, lists: _Lists, medians: Tensor) -> None:
+    @staticmethod
+    def empty(cameras: Tensor, n: int, ks: list[list[int]]) -> Table:
+        """A table to `fill`."""
+        device, of_trials = cameras.device, torch.tensor(ks, device=cameras.device).T
+        shape = (len(cameras), n, 2 * int(of_trials.max()))
+        return Table(
+            cameras,
+            of_trials,
+            torch.zeros(shape, dtype=torch.int32, device=device),
+            torch.full(shape, torch.inf, dtype=torch.float32, device=device),
+            torch.empty((*of_trials.shape, n), dtype=torch.float64, device=device),
+            torch.empty(of_trials.shape, dtype=torch.float64, device=device),
+        )
+
+    def fill(self, own: int, lists: Seen, medians: Tensor) -> None:
         """Take in the lists in one camera, by place."""
         width = lists.indices.shape[1]
         self.indices[own, :, :width], self.squares[own, :, :width] = lists.indices, lists.squares
@@ -265,8 +298,8 @@ class _Table:
 
     def places(self, cameras: Tensor) -> Tensor:
         """Which lists (by place) neighbours look at, for rows in `cameras`; -1 where the camera has none."""
-        at = torch.searchsorted(self._cameras, cameras).clamp(max=len(self._cameras) - 1)
-        return torch.where(self._cameras[at] == cameras, at, -1)
+        at = torch.searchsorted(self.cameras, cameras).clamp(max=len(self.cameras) - 1)
+        return torch.where(self.cameras[at] == cameras, at, -1)
 
     def two_sided(self, at: int, own: int, indices: Tensor, squares: Tensor, scale: Tensor, places: Tensor) -> Found:
         """Links of rows to neighbours in one camera that are nearer than the level of both sides.
@@ -304,34 +337,58 @@ class _Table:
         return int((squares <= last).sum()), deep.numel()
 
 
+@dataclass(frozen=True, eq=False)
+class Strangers:
+    """What a gallery knows of strangers: how links are weighed, of queries and of images that come later.
+
+    Attributes:
+        cameras: (C,) int64 numbers of the cameras with lists, ascending.
+        ks, deepest: (C,) int64, K in each and how many ranks measure the scale.
+        medians: (C,) float64 median scales.
+        links: (L,) float64 u of the links, ascending.
+        rows: how many rows looked for them, in all cameras.
+        agreement: how often strangers agree.
+        gate: in [0, 1].
+    """
+
+    cameras: Tensor
+    ks: Tensor
+    deepest: Tensor
+    medians: Tensor
+    links: Tensor
+    rows: int
+    agreement: float
+    gate: float
+
+    def weights(self, u: Tensor) -> Tensor:
+        """The gate times 1 - (strangers expected with p or smaller) / (links seen with p or smaller), at least 0."""
+        seen = (len(self.links) - torch.searchsorted(self.links, u)) / self.rows
+        expected = _STRANGERS * self.agreement * torch.exp(-u)
+        return self.gate * (1 - expected / seen.clamp(min=1e-9)).clamp(0, 1)
+
+
 class _Trial:
     """Links of a gallery for one length of lists, and what they say."""
 
-    def __init__(self, longest: int, at: int, table: _Table, places: Tensor) -> None:
+    def __init__(self, longest: int, at: int, table: Table, places: Tensor) -> None:
         self.at, self._table, self._places = at, table, places
-        self._sorted = torch.cat([u for *_, u in self.links()]).sort().values
+        self.u = torch.cat([u for *_, u in self.links()]).sort().values
         agreeing, deep = map(
             sum, zip(*(table.agreeing(at, own, places) for own in range(len(table.indices))), strict=True)
         )
         # How often strangers agree. Never 0: a few links tell no more than that it is rare.
-        self._agreement = max(agreeing, 1) / max(deep, 1)
-        self._rows = table.n * len(table.indices)
-        self.count = int((self._sorted > -math.log(_P)).sum())
-        expected = self._rows * _P * self._agreement
+        self.agreement = max(agreeing, 1) / max(deep, 1)
+        self.rows = table.indices.shape[0] * table.indices.shape[1]
+        self.count = int((self.u > -math.log(_P)).sum())
+        expected = self.rows * _P * self.agreement
         # Links come in pairs, so that their variance is twice their number.
         lower = (self.count - _SIGMAS * math.sqrt(2 * self.count)) / expected
         self.evidence = Evidence(self.count, expected, lower, min(max(lower - 1, 0.0), 1.0), longest)
 
     def links(self) -> Iterator[Found]:
-        """What `_Table.two_sided` finds, camera by camera."""
+        """What `Table.two_sided` finds, camera by camera."""
         table = self._table
         for own, (indices, squares, scale) in enumerate(
             zip(table.indices, table.squares, table.scales[self.at], strict=True)
         ):
             yield table.two_sided(self.at, own, indices, squares, scale, self._places)
-
-    def confidence(self, u: Tensor) -> Tensor:
-        """1 - (strangers expected with p or smaller) / (links seen with p or smaller), at least 0."""
-        seen = (len(self._sorted) - torch.searchsorted(self._sorted, u)) / self._rows
-        expected = _STRANGERS * self._agreement * torch.exp(-u)
-        return (1 - expected / seen.clamp(min=1e-9)).clamp(0, 1)

@@ -11,6 +11,7 @@ A method of this library, not of the paper.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from pose2id.io.checks import camera_numbers, checked_memory
 from pose2id.io.rows import ChosenRows, FeatureArray, Rows, as_container, checked_pair
 from pose2id.neighbors.members import FEW_LISTS, Compared, Links, in_blocks, merged
 
-_NEAREST, _OVERALL = 6, 20  # K within a camera, and L over all: the list's last has contrast 0
+NEAREST, OVERALL = 6, 20  # K within a camera, and L over all: the list's last has contrast 0
 _LEAST_LIST = 3  # shorter lists tell nothing
 _FEW = 10  # cameras with fewer images share one list
 _LEAST_CONTRAST = 1e-6
@@ -172,7 +173,7 @@ class Searched:
         listed = self.lists[compared.directed]
         self.sizes = torch.bincount(listed, minlength=int(large.sum()) + 1)
         self.members = compared.directed[torch.argsort(listed, stable=True)].split(self.sizes.tolist())
-        self.length = min(_OVERALL, len(listed) - 2) + 1
+        self.length = min(OVERALL, len(listed) - 2) + 1
         if self.length > 1:
             (self.indices, self.similarities), self.tables = self.nearest(None)
 
@@ -183,7 +184,7 @@ class Searched:
             if rows is None:
                 return self.compared.nearest(self.length, every), []
             return self.compared.nearest_to(rows, self.length, every), []
-        length = max(self.length, _NEAREST + 1)
+        length = max(self.length, NEAREST + 1)
         if rows is None:
             tables = [self.compared.nearest(length, members) for members in self.members]
         else:
@@ -212,34 +213,67 @@ def _links(searched: Searched, rows: Rows | None, lists: Tensor) -> Links:
     nowhere = torch.zeros(0, dtype=torch.int64, device=lists.device)
     if searched.length < 2:
         return Links(nowhere, nowhere, nowhere.double())
-    tables = searched.tables
-    indices, similarities = searched.indices, searched.similarities
+    own, tables = (searched.indices, searched.similarities), searched.tables
     if rows is not None:
-        (indices, similarities), tables = searched.nearest(rows)
-    theirs = searched.similarities[indices]
-    weight = torch.minimum(
-        _contrast(similarities, similarities[:, :1], similarities[:, -1:]),
-        _contrast(similarities, theirs[..., 0], theirs[..., -1]),
-    )
-    ahead = searched.lists[indices]
-    own = (lists[:, None] == ahead).int() if rows is None else 0
-    length = searched.sizes[ahead] - own  # without the row itself
-    row, at = torch.nonzero((weight > 0) & (length >= _LEAST_LIST), as_tuple=True)
-    if not len(row):
-        return Links(nowhere, nowhere, nowhere.double())
-    column, weight, s, ahead = indices[row, at], weight[row, at], similarities[row, at], ahead[row, at]
-    # The neighbour's list in the row's camera, in its own where that has too few images.
-    behind = lists[row]
-    behind = torch.where((behind >= 0) & (searched.sizes[behind] >= _LEAST_LIST), behind, ahead)
-    if rows is None:
+        own, tables = searched.nearest(rows)
+
+    def ends(row: Tensor, ahead: Tensor, column: Tensor, behind: Tensor) -> tuple[Ends, Ends]:
+        if rows is not None:
+            return _ends(searched, rows, tables, row, ahead), _ends(searched, None, searched.tables, column, behind)
         both = _ends(searched, None, tables, torch.cat([row, column]), torch.cat([ahead, behind]))
         of_rows, of_neighbors = zip(*(values.split(len(row)) for values in both), strict=True)
-    else:
-        of_rows = _ends(searched, rows, tables, row, ahead)
-        of_neighbors = _ends(searched, None, searched.tables, column, behind)
+        return of_rows, of_neighbors
+
+    reach = searched.similarities[:, 0], searched.similarities[:, -1]
+    found = contrast_links(*own, lists, searched.lists, searched.sizes, reach, ends, same=rows is None)
+    return Links(found[0], own[0][found[0], found[1]], found[2])
+
+
+Ends = tuple[Tensor, Tensor]  # first and last similarity of lists
+
+
+def contrast_links(
+    indices: Tensor,
+    similarities: Tensor,
+    lists: Tensor,
+    searched_lists: Tensor,
+    sizes: Tensor,
+    reach: Ends,
+    ends: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Ends, Ends]],
+    *,
+    same: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Links of B rows to their nearest among those that are searched: row, place in its list, and weight.
+
+    Args:
+        indices: (B, L) int64 of the nearest over all cameras; any where one is missing.
+        similarities: (B, L) float64, minus infinity where one is missing.
+        lists: (B,) number of the list of each row's camera, -1 for none.
+        searched_lists: (n,) the same of the rows that are searched.
+        sizes: (V,) how many rows each list holds.
+        reach: of the lists over all cameras, (n,) each, of the rows that are searched.
+        ends: of lists in one camera: of rows and lists, and of the searched rows and lists behind them.
+        same: whether the rows are among those that are searched.
+    """
+    last = similarities.masked_fill(similarities.isinf(), torch.inf).amin(1, keepdim=True)
+    weight = torch.minimum(
+        _contrast(similarities, similarities[:, :1], last),
+        _contrast(similarities, reach[0][indices], reach[1][indices]),
+    )
+    ahead = searched_lists[indices]
+    length = sizes[ahead] - (lists[:, None] == ahead).int() * same  # without the row itself
+    row, at = torch.nonzero((weight > 0) & (length >= _LEAST_LIST), as_tuple=True)
+    if not len(row):
+        return row, at, torch.zeros(0, dtype=torch.float64, device=lists.device)
+    column, s, ahead = indices[row, at], similarities[row, at], ahead[row, at]
+    # The neighbour's list in the row's camera, in its own where that has too few images.
+    behind = lists[row]
+    behind = torch.where((behind >= 0) & (sizes[behind] >= _LEAST_LIST), behind, ahead)
+    of_rows, of_neighbors = ends(row, ahead, column, behind)
     near = torch.minimum(_contrast(s, *of_rows), _contrast(s, *of_neighbors)).square()
-    links = Links(row, column, torch.minimum(weight, near))
-    return links.chosen(links.weight > 0)
+    weight = torch.minimum(weight[row, at], near)
+    linked = weight > 0
+    return row[linked], at[linked], weight[linked]
 
 
 def _ends(
@@ -258,11 +292,11 @@ def _ends(
         if low < high:
             asking = pairs[low:high] % n
             if tables:
-                found = tables[at][1][asking, : _NEAREST + 1]
+                found = tables[at][1][asking, : NEAREST + 1]
             elif rows is None:
-                found = searched.compared.nearest(_NEAREST + 1, members, asking)[1]
+                found = searched.compared.nearest(NEAREST + 1, members, asking)[1]
             else:
-                found = searched.compared.nearest_to(ChosenRows(rows, asking), _NEAREST + 1, members)[1]
+                found = searched.compared.nearest_to(ChosenRows(rows, asking), NEAREST + 1, members)[1]
             count = found.isfinite().sum(1, keepdim=True)
             first[low:high], last[low:high] = found[:, 0], found.gather(1, count - 1)[:, 0]
     return first[place], last[place]
