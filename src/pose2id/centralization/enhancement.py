@@ -14,7 +14,7 @@ from pose2id.io.rows import Rows, unit
 from pose2id.neighbors.members import Compared, Links, in_blocks
 
 METHODS = ("auto", "nfc", "guarded", "cameras", "centring")
-_OPEN = 0.5  # the gate from which on camera-aware sums are made unasked
+OPEN = 0.5  # the gate from which on camera-aware sums are made unasked
 
 
 class Enhancement:
@@ -40,12 +40,7 @@ class Enhancement:
         self._model, self._statistics = camera_model, statistics
         if camera_model is not None and not (self._of_gallery != -1).any():
             raise ValueError("gallery_camids must name cameras with camera_model; none is known.")
-        names, counts = torch.unique(self._of_gallery[self._of_gallery != -1], return_counts=True)
-        self._num_cameras = len(names)
-        every = torch.cat([self._of_query, self._of_gallery, self._of_model])
-        several = len(torch.unique(every[every != -1])) > 1
-        # Cameras that each see few people tell little: half of the gallery must be in others.
-        self._usable = several and len(names) > 0 and 2 * int(counts[counts >= MIN_IMAGES].sum()) >= gallery.n
+        self._num_cameras, self._usable = known_of(self._of_gallery, self._of_query, self._of_model)
 
     def run(self, method: str) -> tuple[tuple[Any, Any], str]:
         """Query and gallery by one of `METHODS` but NFC, and why so, in a sentence."""
@@ -54,23 +49,21 @@ class Enhancement:
                 raise ValueError(f"gallery_camids must name cameras for method={method!r}; none is known.")
             query, gallery = self._centred()
             if method == "centring":
-                return self._written(query, gallery), f"centring: {self._cameras()}, without guard"
-            return self._summed(query, self._compared(gallery)), f"cameras: {self._cameras()}, without guard"
+                return self._written(query, gallery), reason(method, self._num_cameras)
+            return self._summed(query, self._compared(gallery)), reason(method, self._num_cameras)
         if not self._usable:
-            few = "1 camera alone" if self._num_cameras == 1 else f"{self._cameras()} of too few images"
-            known = f"without cameras ({few if self._num_cameras else 'none is known'})"
             guard = Guard(self._compared(self._gallery), None)
             guarded = self._guarded(guard, self._query, self._gallery, None)
-            return guarded, f"guarded, {known}, {_strength(guard)}. {guard.evidence.numbers}"
+            return guarded, reason("guarded", self._num_cameras, guard.evidence, centred=False)
         query, gallery = self._centred()
         compared = self._compared(gallery)
         guard = Guard(compared, self._of_gallery, keep=method == "auto")
-        if method == "auto" and guard.evidence.gate >= _OPEN:
-            said = f"cameras: {self._cameras()}, {_strength(guard)}. {guard.evidence.numbers}"
+        evidence = guard.evidence
+        if method == "auto" and evidence.gate >= OPEN:
             del guard  # and its lists
-            return self._summed(query, compared), said
+            return self._summed(query, compared), reason("cameras", self._num_cameras, evidence)
         guarded = self._guarded(guard, query, gallery, self._of_query)
-        return guarded, f"guarded, {self._cameras()} centred, {_strength(guard)}. {guard.evidence.numbers}"
+        return guarded, reason("guarded", self._num_cameras, evidence)
 
     @property
     def has_cameras(self) -> bool:
@@ -80,9 +73,6 @@ class Enhancement:
     def evidence(self) -> Evidence:
         """What the gallery says without cameras."""
         return Guard(self._compared(self._gallery)).evidence
-
-    def _cameras(self) -> str:
-        return f"{self._num_cameras} camera{'s' if self._num_cameras > 1 else ''}"
 
     def _compared(self, gallery: Rows) -> Compared:
         return Compared(gallery, self._visibility[1], self._backend, self._max_memory)
@@ -119,8 +109,26 @@ class Enhancement:
         return written(query, self._query), written(gallery, self._gallery)
 
 
-def _strength(guard: Guard) -> str:
-    return f"gate {guard.evidence.gate:.2f}" if guard.evidence.gate else "gate shut, no neighbours added"
+def known_of(gallery: Tensor, *others: Tensor) -> tuple[int, bool]:
+    """How many cameras of a gallery are known, and whether they are of use: numbers of cameras, -1 for unknown."""
+    names, counts = torch.unique(gallery[gallery != -1], return_counts=True)
+    every = torch.cat([gallery, *others])
+    several = len(torch.unique(every[every != -1])) > 1
+    # Cameras that each see few people tell little: half of the gallery must be in others.
+    return len(names), several and len(names) > 0 and 2 * int(counts[counts >= MIN_IMAGES].sum()) >= len(gallery)
+
+
+def reason(method: str, num_cameras: int, evidence: Evidence | None = None, *, centred: bool = True) -> str:
+    """What was done, and on what evidence, in a sentence."""
+    cameras = f"{num_cameras} camera{'s' if num_cameras > 1 else ''}"
+    if evidence is None:
+        return f"{method}: {cameras}, without guard"
+    strength = f"gate {evidence.gate:.2f}" if evidence.gate else "gate shut, no neighbours added"
+    if not centred:
+        few = "1 camera alone" if num_cameras == 1 else f"{cameras} of too few images"
+        return f"{method}, without cameras ({few if num_cameras else 'none is known'}), {strength}. {evidence.numbers}"
+    said = f"cameras: {cameras}" if method == "cameras" else f"{method}, {cameras} centred"
+    return f"{said}, {strength}. {evidence.numbers}"
 
 
 def added(rows: Rows, links: Links, source: Rows, visibility: Tensor | None = None) -> Rows:

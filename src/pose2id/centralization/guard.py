@@ -175,21 +175,21 @@ class Guard:
             self.evidence = Evidence(0, 0.0, 0.0, 0.0, 0)
             return
         self._lengths = _LENGTHS if len(names) == 1 else _LENGTHS[:2]
-        self._table = self._searched()
-        places = self._table.places(self._cameras)
+        self.table = self._searched()
+        places = self.table.places(self._cameras)
         tried = [
-            _Trial(length, at, self._table, places)
+            _Trial(length, at, self.table, places)
             for at, length in enumerate(self._lengths)
-            if not at or self._table.ks[at].ne(self._table.ks[at - 1]).any()  # else it is the same again
+            if not at or self.table.ks[at].ne(self.table.ks[at - 1]).any()  # else it is the same again
         ]
         most = max(trial.count for trial in tried)
         self._found = found = next(trial for trial in tried if trial.count >= _ENOUGH * most)
-        self.evidence = found.evidence
+        self.evidence, self.trial = found.evidence, found.at
         self.strangers = Strangers(
             cameras=torch.tensor(list(self._members), device=device),
-            ks=self._table.ks[found.at],
+            ks=self.table.ks[self.trial],
             deepest=torch.tensor(list(map(self._deepest, self._members.values())), device=device),
-            medians=self._table.medians[found.at],
+            medians=self.table.medians[self.trial],
             links=found.u,
             rows=found.rows,
             agreement=found.agreement,
@@ -241,7 +241,7 @@ class Guard:
         return Links(row, column, query_sum(weight, rank, self._people[column]))
 
     def _found_by(self, queries: Rows, cameras: Tensor, visibility: Tensor | None) -> Iterator[Found]:
-        table, at = self._table, self._found.at
+        table, at = self.table, self.trial
         places = table.places(cameras)
         for own, members in enumerate(self._members.values()):
             lists = Seen(*self._nearest(queries, members, visibility), self._cut(members))

@@ -163,11 +163,11 @@ class Searched:
 
     def __init__(self, compared: Compared, cameras: Tensor) -> None:
         self.compared = compared
-        self._names, counts = torch.unique(cameras, return_counts=True)
-        large = (counts >= _FEW) & (self._names != -1)
+        self.names, counts = torch.unique(cameras, return_counts=True)
+        large = (counts >= _FEW) & (self.names != -1)
         # Small and unknown cameras share the last list, which may be empty.
-        self._shared = large.sum()
-        self._numbers = torch.where(large, large.cumsum(0) - 1, self._shared)
+        self.shared = large.sum()
+        self.numbers = torch.where(large, large.cumsum(0) - 1, self.shared)
         self.lists = self.listed(cameras)
         # Without zero rows, which are at one distance from all others.
         listed = self.lists[compared.directed]
@@ -193,9 +193,9 @@ class Searched:
 
     def listed(self, cameras: Tensor) -> Tensor:
         """(B,) number of the list for rows in `cameras`, -1 for a camera without images here."""
-        at = torch.searchsorted(self._names, cameras).clamp(max=len(self._names) - 1)
-        absent = torch.where(cameras == -1, self._shared, -1)
-        return torch.where(self._names[at] == cameras, self._numbers[at], absent)
+        at = torch.searchsorted(self.names, cameras).clamp(max=len(self.names) - 1)
+        absent = torch.where(cameras == -1, self.shared, -1)
+        return torch.where(self.names[at] == cameras, self.numbers[at], absent)
 
 
 def links_among(searched: Searched) -> Links:
@@ -224,8 +224,8 @@ def _links(searched: Searched, rows: Rows | None, lists: Tensor) -> Links:
         of_rows, of_neighbors = zip(*(values.split(len(row)) for values in both), strict=True)
         return of_rows, of_neighbors
 
-    reach = searched.similarities[:, 0], searched.similarities[:, -1]
-    found = contrast_links(*own, lists, searched.lists, searched.sizes, reach, ends, same=rows is None)
+    theirs = searched.similarities[:, 0][own[0]], searched.similarities[:, -1][own[0]]
+    found = contrast_links(*own, lists, searched.lists, searched.sizes, theirs, ends, same=rows is None)
     return Links(found[0], own[0][found[0], found[1]], found[2])
 
 
@@ -238,7 +238,7 @@ def contrast_links(
     lists: Tensor,
     searched_lists: Tensor,
     sizes: Tensor,
-    reach: Ends,
+    theirs: Ends,
     ends: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Ends, Ends]],
     *,
     same: bool,
@@ -251,14 +251,14 @@ def contrast_links(
         lists: (B,) number of the list of each row's camera, -1 for none.
         searched_lists: (n,) the same of the rows that are searched.
         sizes: (V,) how many rows each list holds.
-        reach: of the lists over all cameras, (n,) each, of the rows that are searched.
+        theirs: (B, L) each, of the lists over all cameras of those at `indices`.
         ends: of lists in one camera: of rows and lists, and of the searched rows and lists behind them.
         same: whether the rows are among those that are searched.
     """
     last = similarities.masked_fill(similarities.isinf(), torch.inf).amin(1, keepdim=True)
     weight = torch.minimum(
         _contrast(similarities, similarities[:, :1], last),
-        _contrast(similarities, reach[0][indices], reach[1][indices]),
+        _contrast(similarities, *theirs),
     )
     ahead = searched_lists[indices]
     length = sizes[ahead] - (lists[:, None] == ahead).int() * same  # without the row itself
