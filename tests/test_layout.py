@@ -16,7 +16,7 @@ FLOORS = (
     ("centralization", "retrieval"),
     ("extraction", "extractor", "ipg", "models", "plots"),
     ("centralizer", "training"),
-    ("report",),
+    ("gallery", "report"),
     ("demo",),
     ("cli", "__main__"),
 )

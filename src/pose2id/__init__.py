@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pose2id.centralization.propagation import graph_propagation
     from pose2id.centralizer import Centralizer
     from pose2id.extractor import Extractor
+    from pose2id.gallery.gallery import Gallery, SearchResult
     from pose2id.ipg.generator import IdentityGenerator
     from pose2id.ipg.pictures import GeneratedPictures, PictureFolder
     from pose2id.ipg.sampling import Sampling
@@ -45,6 +46,7 @@ __all__ = [
     "EvaluationResult",
     "Evidence",
     "Extractor",
+    "Gallery",
     "GeneratedPictures",
     "GenerationDiagnostics",
     "IdentityDensity",
@@ -53,6 +55,7 @@ __all__ = [
     "OpenSetResult",
     "PictureFolder",
     "Sampling",
+    "SearchResult",
     "VerificationResult",
     "WeightedLinks",
     "aqe",
@@ -95,6 +98,7 @@ _MODULES = {
     "centralization.propagation": ("graph_propagation",),
     "centralizer": ("Centralizer",),
     "extractor": ("Extractor",),
+    "gallery.gallery": ("Gallery", "SearchResult"),
     "ipg.generator": ("IdentityGenerator",),
     "ipg.pictures": ("GeneratedPictures", "PictureFolder"),
     "ipg.sampling": ("Sampling",),
@@ -113,6 +117,7 @@ _SUBMODULES = (
     "demo",
     "extraction",
     "extractor",
+    "gallery",
     "io",
     "ipg",
     "models",

@@ -26,18 +26,19 @@ class Images(Columns):
         compared: (N, D) float32 unit rows, in which neighbours are sought.
         cameras: (N,) int64, -1 for unknown.
         present: (N,) bool.
+        views: in how many sets neighbours are sought at a time.
     """
 
     columns = ("raw", "compared", "cameras", "present")
 
     def __init__(self, raw: Tensor, compared: Tensor, cameras: Tensor, present: Tensor) -> None:
-        self.n = len(raw)
+        self.n, self.views = len(raw), 1
         self.raw, self.compared, self.cameras, self.present = raw, compared, cameras, present
 
     @property
     def block(self) -> int:
         """How many rows should ask at a time."""
-        return max(1, BLOCK_BYTES // (16 * max(self.n, self.raw.shape[1])))
+        return max(1, BLOCK_BYTES // (16 * max(self.views * self.n, self.raw.shape[1])))
 
     def ask(self, x: Tensor) -> Products:
         """A block of unit rows (B, D) that looks for neighbours."""
@@ -48,18 +49,22 @@ class Images(Columns):
         """(n,) bool, which places hold an image."""
         return self.present[: self.n]
 
+    def products(self, x: Tensor) -> Tensor:
+        """(B, n) cosines of unit rows (B, D) with all."""
+        return products(x, self.compared[: self.n])
+
     def squares(self, x: Tensor, rows: Tensor) -> Tensor:
         """(B,) squared distances of unit rows (B, D) to images, from differences: the same from both sides."""
-        return sum_last(self.compared[rows].sub_(x).square_())
+        return sum_last(self.compared.index_select(0, rows).sub_(x).square_())
 
 
 class Asked(Protocol):
     """A block of B unit rows that asks for nearest images."""
 
     def nearest(self, k: int, members: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, k) int64 places of the nearest members (n,), without `own` (B,), and float32 squared distances.
+        """(V, B, k) int64 places of the nearest of V sets of members (V, n), and float32 squared distances.
 
-        Equal distances by the lower place; what is missing is -1, at infinity.
+        Without `own` (B,). Equal distances by the lower place; what is missing is -1, at infinity.
         """
 
     def nearer(self, which: Tensor, than: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,19 +79,22 @@ class Products:
 
     def __init__(self, images: Images, x: Tensor) -> None:
         self._images, self._x = images, x
-        with full_precision(x.device):
-            self.similarities = x @ images.compared[: images.n].T
+        self.similarities = images.products(x)
 
     def nearest(self, k: int, members: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `Asked.nearest`."""
-        s = self.similarities.masked_fill(~members, -torch.inf)
+        s = self.similarities
         if own is not None:
+            s = s.clone()
             s[torch.arange(len(own), device=own.device), own] = -torch.inf
-        found, candidates = s.topk(min(k + EXTRA, s.shape[1]), dim=1)
-        width = candidates.shape[1]
-        squares = self._images.squares(self._x.repeat_interleave(width, 0), candidates.flatten()).view(-1, width)
-        squares.masked_fill_(found.isinf(), torch.inf)
-        return in_order(candidates.masked_fill(found.isinf(), -1), squares, k)
+        s = s.masked_fill(~members[:, None], -torch.inf)
+        found, candidates = s.topk(min(k + EXTRA, s.shape[2]), dim=2)
+        x = self._x[None, :, None].expand(*candidates.shape, -1).flatten(0, 2)
+        squares = self._images.squares(x, candidates.flatten()).view(found.shape)
+        missing = found.isinf()
+        indices, squares = candidates.masked_fill_(missing, -1), squares.masked_fill_(missing, torch.inf)
+        indices, squares = in_order(indices.flatten(0, 1), squares.flatten(0, 1), k)
+        return indices.view(len(members), -1, k), squares.view(len(members), -1, k)
 
     def nearer(self, which: Tensor, than: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `Asked.nearer`."""
@@ -95,6 +103,15 @@ class Products:
         squares = self._images.squares(self._x[which[at]], rows)
         nearer = squares < than[rows]
         return which[at[nearer]], rows[nearer], squares[nearer]
+
+
+def products(x: Tensor, rows: Tensor) -> Tensor:
+    """(B, n) products of float32 rows (B, D) and (n, D)."""
+    if len(x) == 1 and x.device.type == "cpu":
+        # numpy multiplies one row several times as fast as torch does.
+        return torch.from_numpy(rows.numpy() @ x[0].numpy())[None]
+    with full_precision(x.device):
+        return x @ rows.T
 
 
 def in_order(indices: Tensor, squares: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class Lists(Columns):
 
     def __init__(self, images: Images, lengths: Sequence[int], view: Tensor) -> None:
         self.images, self.lengths, self.view = images, list(lengths), view
+        images.views = max(images.views, len(self.lengths))
         shape = (len(view), len(self.lengths), max(self.lengths))
         self.indices = torch.full(shape, -1, dtype=torch.int32, device=view.device)
         self.squares = torch.full(shape, torch.inf, dtype=torch.float32, device=view.device)
@@ -37,31 +38,43 @@ class Lists(Columns):
         self.indices[: len(indices), at, :length] = indices[:, :length].int()
         self.squares[: len(indices), at, :length] = squares[:, :length].float()
 
-    def members(self, at: int) -> Tensor:
-        """(n,) which images of the gallery are found in a view."""
-        return self.images.alive & (self.view[: self.images.n] == at)
+    def members(self) -> Tensor:
+        """(V, n) which images of the gallery are found in each view."""
+        views = torch.arange(len(self.lengths), device=self.view.device)
+        return (self.view[: self.images.n] == views[:, None]) & self.images.alive
 
     def sizes(self) -> Tensor:
         """(V,) how many images are found in each view."""
         found = self.view[: self.images.n][self.images.alive]
         return torch.bincount(found[found >= 0], minlength=len(self.lengths))
 
-    def near(self, rows: Tensor) -> Tensor:
-        """The images on any list of some."""
-        found = self.indices[rows].flatten().unique().long()
+    def near(self, rows: Tensor, at: int) -> Tensor:
+        """The images on the lists of some in a view."""
+        found = self.indices[:, at].index_select(0, rows).flatten().unique().long()
         return found[found >= 0]
 
     def search(self, rows: Tensor, asked: Asked, at: int) -> None:
-        """Find the list of some images in a view, which ask in this order."""
-        found = asked.nearest(self.lengths[at], self.members(at), own=rows)
-        self.indices[rows, at, : self.lengths[at]] = found[0].int()
-        self.squares[rows, at, : self.lengths[at]] = found[1]
+        """Find the lists of some images in a view; they ask in this order."""
+        length = self.lengths[at]
+        indices, squares = asked.nearest(length, self.members()[at, None], own=rows)
+        self.indices[rows, at, :length], self.squares[rows, at, :length] = indices[0].int(), squares[0]
 
-    def insert(self, new: Tensor, asked: Asked) -> Tensor:
-        """Lists of new images, and these on the lists of others: which others, and who had to leave a list."""
-        touched = [new[:0]]
+    def search_all(self, rows: Tensor, asked: Asked, deepest: int = 0) -> tuple[Tensor, Tensor]:
+        """Find their lists in all views: (V, B, k) places and squared distances, k of the longest list or `deepest`."""
+        indices, squares = asked.nearest(max(deepest, *self.lengths), self.members(), own=rows)
         for at, length in enumerate(self.lengths):
-            self.search(new, asked, at)
+            self.indices[rows, at, :length], self.squares[rows, at, :length] = (
+                indices[at, :, :length].int(),
+                squares[at, :, :length],
+            )
+            self.indices[rows, at, length:], self.squares[rows, at, length:] = -1, torch.inf
+        return indices, squares
+
+    def insert(self, new: Tensor, asked: Asked) -> tuple[list[Tensor], Tensor]:
+        """New images, whose own lists are known, on the lists of others: which in each view, and who left a list."""
+        changed, left = [], [new[:0]]
+        for at, length in enumerate(self.lengths):
+            changed.append(new)
             coming = torch.nonzero(self.view[new] == at).flatten()
             if not len(coming):
                 continue
@@ -69,10 +82,12 @@ class Lists(Columns):
             last[new] = -torch.inf  # they have found each other
             which, rows, squares = asked.nearer(coming, last)
             if len(rows):
-                touched += self._merge(at, length, rows, new[which], squares)
-        return torch.cat(touched).unique()
+                others, off = self._merge(at, length, rows, new[which], squares)
+                changed[at] = torch.cat([new, others])
+                left.append(off)
+        return changed, torch.cat(left)
 
-    def _merge(self, at: int, length: int, rows: Tensor, others: Tensor, squares: Tensor) -> list[Tensor]:
+    def _merge(self, at: int, length: int, rows: Tensor, others: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         """Put pairs (rows ascending) on the lists of their rows: these, and who left a list."""
         changed, place, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
         rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[place]
@@ -88,7 +103,7 @@ class Lists(Columns):
             distances[:, :length],
         )
         left = indices[:, length:].flatten()
-        return [changed, left[left >= 0].long()]
+        return changed, left[left >= 0].long()
 
     def without(self, gone: Tensor) -> list[Tensor]:
         """Which images of the gallery have some of those that have gone on their list, in each view."""

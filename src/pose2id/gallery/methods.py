@@ -5,6 +5,7 @@ What a method took from all images (`Strangers`, lists of cameras) stays until t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from pose2id.gallery.engines import Asked, Images
 from pose2id.gallery.lists import Lists
 from pose2id.io.rows import blocks
 
+_SMALL = 4  # a list of so many images is long enough for all
 Found = tuple[Tensor, Tensor, Tensor]  # row of a block, place of an image, weight
-_BLOCK = 1 << 16  # images that are linked at a time
+_BLOCK, _OF_SUMS = 1 << 14, 1 << 10  # images that are linked, and summed, at a time
 
 
 class Linked(Columns):
@@ -51,7 +53,8 @@ class Linked(Columns):
         return [self.lists]
 
     def enter(self, new: Tensor, asked: Asked) -> None:
-        """What must be known of new images before they are looked for: nothing, unless a method says."""
+        """Find views and lists of new images."""
+        raise NotImplementedError
 
     def weigh(self, rows: Tensor) -> Tensor:
         """(B, V, W) weights of the links of some images."""
@@ -68,40 +71,60 @@ class Linked(Columns):
     def insert(self, new: Tensor, asked: Asked) -> None:
         """Link new images, and those that they touch."""
         self.enter(new, asked)
-        self._link(torch.cat([new, *(lists.insert(new, asked) for lists in self.every_list())]))
+        changed, left = zip(*(lists.insert(new, asked) for lists in self.every_list()), strict=True)
+        self._link(list(changed), torch.cat(left))
 
     def remove(self, gone: Tensor) -> None:
         """Unlink images that have gone, which are no longer present."""
-        changed = []
-        for lists in self.every_list():
-            for at, rows in enumerate(lists.without(gone)):
+        changed = [lists.without(gone) for lists in self.every_list()]
+        for lists, of_lists in zip(self.every_list(), changed, strict=True):
+            for at, rows in enumerate(of_lists):
                 for some in blocks(len(rows), self.images.block):
-                    lists.search(rows[some], self.images.ask(self.images.compared[rows[some]]), at)
-                changed.append(rows)
-        self._link(torch.cat(changed))
+                    asked = self.images.ask(self.images.compared.index_select(0, rows[some]))
+                    lists.search(rows[some], asked, at)
+        self._link(changed, gone[:0])
 
     def link_all(self) -> None:
         """Link all images, after lists were filled."""
         for some in blocks(self.images.n, _BLOCK):
-            self._weigh(torch.arange(some.start, some.stop, device=self.weights.device))
+            rows = torch.arange(some.start, some.stop, device=self.weights.device)
+            self._weigh(rows, rows)
 
-    def _link(self, changed: Tensor) -> None:
+    def _link(self, changed: list[list[Tensor]], left: Tensor) -> None:
         """Weigh the links of images whose lists have changed, and of those that may be linked to them.
 
-        A link asks both sides: whoever is linked to an image is on one of its lists.
+        Args:
+            changed: images by lists and view.
+            left: those that left a list.
         """
-        reached = [changed, *(lists.near(changed) for lists in self.every_list()), self.onlookers(changed)]
-        rows = torch.cat(reached).unique()
-        self._weigh(rows[self.images.present[rows]])
+        rows = torch.cat([images for of_lists in changed for images in of_lists]).unique()
+        near = torch.cat([self.near(changed), self.hidden(), left]).unique()
+        near = near[self._look_at(rows, near)]
+        near = torch.cat([rows, near]).unique()
+        self._weigh(*(some[self.images.present[some]] for some in (near, rows)))
 
-    def onlookers(self, changed: Tensor) -> Tensor:
-        """Further images that may be linked to some whose lists have changed."""
-        return changed[:0]
+    def near(self, changed: list[list[Tensor]]) -> Tensor:
+        """Who may be linked to images whose lists have changed: a link asks both sides, so they are on a list."""
+        return torch.cat([self.lists.near(rows, at) for at, rows in enumerate(changed[0])])
 
-    def _weigh(self, rows: Tensor) -> None:
+    def hidden(self) -> Tensor:
+        """Images in no view, which are on nobody's list."""
+        return torch.nonzero((self.lists.view[: self.images.n] < 0) & self.images.alive).flatten()
+
+    def _look_at(self, changed: Tensor, rows: Tensor) -> Tensor:
+        """Which rows have one of those that have changed on a list that links are made from."""
+        marked = torch.zeros(self.images.n + 1, dtype=torch.bool, device=changed.device)  # the last for what is missing
+        marked[changed] = True
+        return marked[self.lists.indices.index_select(0, rows).flatten(1).long()].any(1)
+
+    def _weigh(self, rows: Tensor, renewed: Tensor) -> None:
         weights = self.weigh(rows).float()
+        # A changed row may have other neighbours at the same ranks.
+        reweighed = (weights != self.weights.index_select(0, rows)).flatten(1).any(1)
         self.weights[rows] = weights
-        self.lengths[rows] = torch.linalg.vector_norm(self._sums(rows), dim=1)
+        rows = torch.cat([rows[reweighed], renewed]).unique()
+        for some in blocks(len(rows), _OF_SUMS):
+            self.lengths[rows[some]] = torch.linalg.vector_norm(self._sums(rows[some]), dim=1)
         self._sparse = None
 
     def features(self, rows: Tensor) -> Tensor:
@@ -109,17 +132,18 @@ class Linked(Columns):
         return self._sums(rows).div_(self.lengths[rows, None])
 
     def _sums(self, rows: Tensor) -> Tensor:
-        total = self.images.compared[rows]
-        weights = self.weights[rows].flatten(1)
+        total = self.images.compared.index_select(0, rows)
+        weights = self.weights.index_select(0, rows).flatten(1)
         row, at = torch.nonzero(weights, as_tuple=True)
-        places = self.lists.indices[rows, :, : self.weights.shape[2]].flatten(1)[row, at].long()
-        return total.index_add_(0, row, self.images.compared[places].mul_(weights[row, at, None]))
+        places = self.lists.indices.index_select(0, rows)[:, :, : self.weights.shape[2]].flatten(1)[row, at]
+        return total.index_add_(0, row, self.images.compared.index_select(0, places).mul_(weights[row, at, None]))
 
     def scores(self, products: Tensor) -> Tensor:
         """(B, n) cosines of unit rows and all centralized features, from products with compared ones."""
         row, column, weight = self.sparse()
-        sums = products.index_add(1, row, products[:, column].mul_(weight))
-        return sums.div_(self.lengths[: self.images.n])
+        of_images = products.T.contiguous()  # each image's products side by side
+        sums = of_images.index_add(0, row, of_images.index_select(0, column).mul_(weight[:, None]))
+        return sums.div_(self.lengths[: self.images.n, None]).T.contiguous()
 
     def sparse(self) -> Found:
         """All links that weigh anything."""
@@ -143,9 +167,6 @@ class Plain(Linked):
     def every_list(self) -> list[Lists]:
         """As `Linked.every_list`."""
         return []
-
-    def _link(self, changed: Tensor) -> None:
-        """There is nothing to link."""
 
     def insert(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.insert`."""
@@ -201,6 +222,7 @@ class Mutual(Linked):
     def enter(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.enter`."""
         self.lists.view[new] = 0
+        self.lists.search_all(new, asked)
 
     def links_of_queries(self, asked: Asked, cameras: Tensor) -> Found:
         """As `Linked.links_of_queries`."""
@@ -243,10 +265,11 @@ class Guarded(Linked):
         return bool((self.lists.sizes() >= self.strangers.deepest + 2).all())
 
     def enter(self, new: Tensor, asked: Asked) -> None:
-        """Measure scales."""
+        """As `Linked.enter`; scales are measured, too."""
         self.lists.view[new] = self._places(self.images.cameras[new])
-        for at in range(len(self.lists.lengths)):
-            self.scales[new, at] = self._seen(asked, at, new)[1]
+        found = self.lists.search_all(new, asked, int(self.strangers.deepest.max()) + 1)
+        for at, (_, scale) in enumerate(self._seen(*found)):
+            self.scales[new, at] = scale
 
     def weigh(self, rows: Tensor) -> Tensor:
         """As `Linked.weigh`."""
@@ -262,21 +285,11 @@ class Guarded(Linked):
         self.people[rows] = people
         return weights
 
-    def onlookers(self, changed: Tensor) -> Tensor:
-        """Images in no view, which are on nobody's list."""
-        n = self.images.n
-        hidden = torch.nonzero((self.lists.view[:n] < 0) & self.images.alive).flatten()
-        if not len(hidden):
-            return hidden
-        marked = torch.zeros(n + 1, dtype=torch.bool, device=changed.device)
-        marked[changed] = True
-        return hidden[marked[self.lists.indices[hidden].long()].flatten(1).any(1)]
-
     def links_of_queries(self, asked: Asked, cameras: Tensor) -> Found:
         """As `Linked.links_of_queries`."""
         table, places, found = self._table(), self._places(cameras), []
-        for at in range(len(self.lists.lengths)):
-            seen, scale = self._seen(asked, at)
+        everyone = asked.nearest(int(self.strangers.deepest.max()) + 1, self.lists.members())
+        for at, (seen, scale) in enumerate(self._seen(*everyone)):
             row, near, rank, u = table.two_sided(0, at, seen.indices, seen.squares, scale, places)
             weight = query_sum(self.strangers.weights(u), rank, self.people[near])
             found.append((row[weight > 0], near[weight > 0], weight[weight > 0]))
@@ -286,12 +299,12 @@ class Guarded(Linked):
     def _places(self, cameras: Tensor) -> Tensor:
         return self._table().places(cameras) if self.by_camera else torch.zeros_like(cameras)
 
-    def _seen(self, asked: Asked, at: int, own: Tensor | None = None) -> tuple[Seen, Tensor]:
-        """What a block sees in a view, and its scale of strangers there."""
-        deepest, k = int(self.strangers.deepest[at]), int(self.strangers.ks[at])
-        indices, squares = asked.nearest(deepest + 1, self.lists.members(at), own)
-        seen = Seen(indices, 1 - squares.double() / 2, [k])
-        return seen, seen.scales(self.strangers.medians[at : at + 1])[0]
+    def _seen(self, indices: Tensor, squares: Tensor) -> Iterator[tuple[Seen, Tensor]]:
+        """What rows see in each view, of (V, B, k) nearest, and their scale of strangers there."""
+        similarities, known = 1 - squares.double() / 2, self.strangers
+        for at, (deepest, k) in enumerate(zip(known.deepest.tolist(), known.ks.tolist(), strict=True)):
+            seen = Seen(indices[at, :, : deepest + 1], similarities[at, :, : deepest + 1], [k])
+            yield seen, seen.scales(known.medians[at : at + 1])[0]
 
     def _table(self) -> Table:
         lists, known = self.lists, self.strangers
@@ -343,14 +356,26 @@ class Contrasting(Linked):
         """As `Linked.can_stay`."""
         return bool((self._small_sizes() == self._sizes).all())
 
+    def near(self, changed: list[list[Tensor]]) -> Tensor:
+        """As `Linked.near`: images on lists over all cameras; of changed lists in one camera, images there."""
+        (everywhere,), by_list = changed
+        found = [self.lists.near(everywhere, 0)]
+        for at, rows in enumerate(by_list):
+            near = self.lists.near(rows, 0)
+            # An image of a list too small to be looked at looks at its neighbour's own.
+            found.append(near[(self.by_list.view[near] == at) | (self._sizes[self.by_list.view[near]] < _SMALL)])
+        return torch.cat(found)
+
     def _small_sizes(self) -> Tensor:
-        """What links ask of sizes: whether lists have 3 and 4 images."""
-        return self.by_list.sizes().clamp(max=4)
+        """What links ask of sizes: whether lists have 3 images, and 3 others of an image on them."""
+        return self.by_list.sizes().clamp(max=_SMALL)
 
     def enter(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.enter`."""
         self.lists.view[new] = 0
         self.by_list.view[new] = self._listed_images(self.images.cameras[new])
+        for lists in self.every_list():
+            lists.search_all(new, asked)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """As `Linked.weigh`."""
@@ -370,14 +395,11 @@ class Contrasting(Linked):
         """As `Linked.links_of_queries`."""
 
         def ends(row: Tensor, ahead: Tensor, column: Tensor, behind: Tensor) -> tuple[Ends, Ends]:
-            first, last = (torch.empty(len(row), dtype=torch.float64, device=row.device) for _ in range(2))
-            for at in ahead.unique().tolist():
-                pairs = ahead == at
-                found = asked.nearest(NEAREST + 1, self.by_list.members(at))[1]
-                first[pairs], last[pairs] = (values[row[pairs]] for values in _first_and_last(found))
-            return (first, last), self._ends(column, behind)
+            views, place = ahead.unique(return_inverse=True)
+            found = asked.nearest(NEAREST + 1, self.by_list.members()[views])[1]
+            return _first_and_last(found[place, row]), self._ends(column, behind)
 
-        indices, squares = asked.nearest(OVERALL + 1, self.images.alive)
+        (indices,), (squares,) = asked.nearest(OVERALL + 1, self.images.alive[None])
         row, at, weight = self._contrast(indices, squares, self._listed(cameras), ends, same=False)
         column = indices[row, at]
         factor = cross_camera_weight(cameras[row], self.images.cameras[column], self.num_cameras)
@@ -385,8 +407,10 @@ class Contrasting(Linked):
 
     def _contrast(self, indices: Tensor, squares: Tensor, lists: Tensor, ends: Any, *, same: bool) -> Found:
         shape, similarities = indices.shape, 1 - squares.double() / 2
-        first, last = _first_and_last(self.lists.squares[indices.flatten(), 0])
-        theirs, sizes = (first.view(shape), last.view(shape)), self.by_list.sizes()
+        length = min(OVERALL + 1, int(self.images.alive.sum()) - 1)
+        squares = self.lists.squares[:, 0].index_select(0, indices.flatten())[:, [0, max(length, 1) - 1]]
+        first, last = (1 - squares.double() / 2).view(*shape, 2).unbind(2)
+        theirs, sizes = (first, last), self.by_list.sizes()
         return contrast_links(indices, similarities, lists, self.by_list.view, sizes, theirs, ends, same=same)
 
     def _ends(self, rows: Tensor, lists: Tensor) -> Ends:

@@ -74,6 +74,10 @@ class Rows:
         self.by_part(rows).div_(self._scale[index, :, None].to(rows.dtype))
         return rows.to(dtype)
 
+    def as_given(self, dtype: torch.dtype) -> Tensor:
+        """All rows as they came, as a fresh tensor on `self.device`."""
+        return self._raw(slice(None), dtype)
+
     def by_part(self, rows: Tensor) -> Tensor:
         """A view (B, P, D / P) of rows (B, D)."""
         return rows.view(len(rows), self.parts, self.dim // self.parts)

@@ -22,7 +22,7 @@ from pose2id.neighbors.members import Compared
 from pose2id.neighbors.search import tying_distances
 from pose2id.retrieval.rerank import k_reciprocal
 
-_K1, _K2 = 10, 3  # of k-reciprocal re-ranking without cameras
+PLAIN_K1, PLAIN_K2 = 10, 3  # of k-reciprocal re-ranking without cameras
 
 
 def reranked(
@@ -56,8 +56,8 @@ def reranked(
     guard = Guard(Compared(gallery, None, backend, max_memory))
     if force or guard.evidence.gate > 0:
         options: dict[str, Any] = {"normalize": False, "topk": count, "backend": backend, "max_memory": max_memory}
-        found = k_reciprocal(query.read(slice(None)), gallery.read(slice(None)), _K1, _K2, **options)
-        return found, f"k-reciprocal, k1 {_K1}, k2 {_K2}, no cameras. {guard.evidence.numbers}"
+        found = k_reciprocal(query.read(slice(None)), gallery.read(slice(None)), PLAIN_K1, PLAIN_K2, **options)
+        return found, f"k-reciprocal, k1 {PLAIN_K1}, k2 {PLAIN_K2}, no cameras. {guard.evidence.numbers}"
     return _plain(query, gallery, count), f"plain distances, no cameras. {guard.evidence.numbers}"
 
 

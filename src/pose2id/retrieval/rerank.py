@@ -339,6 +339,62 @@ class _GivenDistances:
         return np.square(distances / self._scale).astype(np.float32)
 
 
+class _LocalDistances:
+    """The same among one query, the first, and some images near to it; the largest are those over all images."""
+
+    def __init__(self, squares: Tensor, largest: Tensor) -> None:
+        self.n, self.num_queries, self.device = len(squares), 1, squares.device
+        self._relative = squares / torch.where(largest > 0, largest, 1.0)[:, None]
+
+    def pairs(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float32]:
+        a, b = (torch.from_numpy(index).long().to(self.device) for index in (first, second))
+        return self._relative[a, b].cpu().numpy()
+
+    def to_gallery(self, queries: slice) -> Tensor:
+        return self._relative[queries, 1:]
+
+
+def k_reciprocal_nearby(
+    squares: Tensor,
+    largest: Tensor,
+    *,
+    k1: int = 20,
+    k2: int = 6,
+    cameras: Tensor | None = None,
+    lists: CameraLists | None = None,
+    lambda_value: float = 0.3,
+) -> Tensor:
+    """Re-ranked distances (m - 1,) of one query to images nearby: `k_reciprocal` where their lists lie among them.
+
+    Args:
+        squares: (m, m) float32 squared distances of the query, the first, and of images nearby in their order.
+        largest: (m,) of each, over all images.
+        k1: as in `k_reciprocal`.
+        k2: as in `k_reciprocal`.
+        cameras: (m,) int64, for lists of the own and of other cameras instead.
+        lists: how long these are.
+        lambda_value: as in `k_reciprocal`.
+    """
+    if cameras is None:
+        everyone = torch.ones_like(squares, dtype=torch.bool)
+        ranking = _nearest_of(squares, everyone, max(k1 + 1, k2))
+        members, averaged = _expanded_reciprocal(ranking, k1), ranking[:, :k2]
+    else:
+        lists, same = lists or CameraLists(), cameras[:, None] == cameras
+        own = torch.eye(len(squares), dtype=torch.bool, device=squares.device)
+        within = _nearest_of(squares, same & ~own, max(lists.k1_within, lists.k2_within - 1))
+        across = _nearest_of(squares, ~same, max(lists.k1_across + 1, lists.k2_across))
+        members, averaged = _united(within, across, lists)
+    images = _LocalDistances(squares, largest)
+    return _rerank(images, members, averaged, lambda_value, BLOCK_BYTES)[0][0]
+
+
+def _nearest_of(squares: Tensor, counts: Tensor, k: int) -> NDArray[np.int64]:
+    """The k nearest of those that count, -1 where there are fewer."""
+    values, found = squares.masked_fill(~counts, torch.inf).sort(dim=1, stable=True)
+    return found.masked_fill_(values.isinf(), -1)[:, :k].cpu().numpy()
+
+
 def _extent(matrix: NDArray[Any], axis: int) -> NDArray[Any]:
     """The largest absolute values along an axis, without a copy of the matrix."""
     return np.maximum(matrix.max(axis), -matrix.min(axis))
@@ -358,7 +414,7 @@ def _finite(distances: Any, name: str) -> NDArray[Any]:
 
 
 def _rerank(
-    images: _FeatureDistances | _GivenDistances,
+    images: _FeatureDistances | _GivenDistances | _LocalDistances,
     members: Any,
     averaged: NDArray[np.int64],
     lambda_value: float,
@@ -391,7 +447,7 @@ def _rerank(
 
 
 def _encodings(
-    images: _FeatureDistances | _GivenDistances, members: Any, averaged: NDArray[np.int64]
+    images: _FeatureDistances | _GivenDistances | _LocalDistances, members: Any, averaged: NDArray[np.int64]
 ) -> tuple[Any, Any]:
     """Sparse float32 encodings, (Q, n) of queries by row and (G, n) of gallery images by column; rows sum to 1 or 0."""
     row = np.repeat(np.arange(images.n), np.diff(members.indptr))
@@ -429,9 +485,13 @@ def _camera_lists(
     """What encodes an image, and what encodings are averaged over, as `_rerank` takes them."""
     length = min(max(lists.k1_within, lists.k2_within - 1), rows.n)
     within = search_within(rows, cameras, length, backend, max_memory).cpu().numpy()
-    within = np.concatenate([np.arange(rows.n)[:, None], within], 1)  # an image is the first on its own list
     length = min(max(lists.k1_across + 1, lists.k2_across), rows.n)
-    across = search_across(rows, cameras, length, backend, max_memory).cpu().numpy()
+    return _united(within, search_across(rows, cameras, length, backend, max_memory).cpu().numpy(), lists)
+
+
+def _united(within: NDArray[np.int64], across: NDArray[np.int64], lists: CameraLists) -> tuple[Any, NDArray[np.int64]]:
+    """The same from the nearest others of the own and of other cameras."""
+    within = np.concatenate([np.arange(len(within))[:, None], within], 1)  # an image is the first on its own list
     # No image is on both lists.
     members = _reciprocal(within[:, : lists.k1_within + 1]) + _reciprocal(across[:, : lists.k1_across + 1])
     return members, np.concatenate([within[:, : lists.k2_within], across[:, : lists.k2_across]], 1)

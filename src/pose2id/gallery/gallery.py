@@ -1,0 +1,504 @@
+"""`Gallery`: people who come and go, queries one at a time, features centralized as they come."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pose2id.centralization.guard import Evidence
+from pose2id.centralizer import Centralizer
+from pose2id.gallery.fitting import Fit, Settings
+from pose2id.gallery.locks import SharedLock
+from pose2id.gallery.state import State
+from pose2id.gallery.tracklets import Tracks, pooled
+from pose2id.io.checks import (
+    FIRST_WORD,
+    as_numpy,
+    camera_numbers,
+    checked_choice,
+    checked_count,
+    checked_flag,
+    first_few,
+)
+from pose2id.io.rows import Rows, as_container
+
+logger = logging.getLogger(__name__)
+RERANK = ("k-reciprocal", "camera")
+_UNKNOWN, _ABSENT = -1, -2  # no camera; a camera that no image of the gallery has
+_ALWAYS = 64  # galleries of fewer images are refitted at each change: it costs little, and lists are short
+
+
+class SearchResult(NamedTuple):
+    """What a search found, row by row for each query, nearest first.
+
+    Attributes:
+        distances: (Q, k) float32, in the container of the queries: squared Euclidean distances of unit features in
+            [0, 4], or re-ranked ones in [0, 1]; infinite where the gallery has fewer images.
+        ids: (Q, k) int64, -1 for none; or strings and None, as an object array.
+        labels: (Q, k) object array: labels as they were added, None for none.
+    """
+
+    distances: Any
+    ids: NDArray[Any]
+    labels: NDArray[Any]
+
+
+@dataclass
+class _Content:
+    """Images and what is known of them by place; replaced whole by a refit."""
+
+    state: State | None = None
+    ids: list[Any] = field(default_factory=list)  # None where an image has gone
+    labels: list[Any] = field(default_factory=list)
+    places: dict[Any, int] = field(default_factory=dict)
+
+
+class Gallery:
+    """A gallery that lives: images are added, removed and found one at a time, centralized as they come.
+
+        gallery = Gallery(Centralizer())
+        gallery.add(feats, ids=["anna-1", "ben-1"], camids=[0, 1], labels=["Anna", "Ben"])
+        distances, ids, labels = gallery.search(query_feats, k=5, query_camids=[1])
+
+    Features are those of `Centralizer.enhance` with camera_statistics="gallery", by the centralizer's method: each
+    query meets the gallery alone, so that it gets alone what it gets in a batch. What methods take from the gallery as
+    a whole (camera means, the map across cameras, evidence and scales of strangers) is frozen between refits; an image
+    that comes or goes changes only what it touches. After `refit`, features are those of `enhance`.
+
+    Any number of threads may search while one changes the gallery; changes wait for each other. A refit computes aside,
+    and searches go on meanwhile.
+
+    Args:
+        centralizer: whose method, k1, k2, backend and max_memory are used, and whose extractor turns images into
+            features. None: `Centralizer()`.
+        dim: columns of a feature; None: those of the first that are added.
+        metadata: facts about the gallery, such as the model's name: a mapping that JSON can hold, saved with it.
+        refit_share: refit when so large a share of the gallery has changed (came, went or was updated) since the last
+            refit; galleries of fewer than 64 images are refitted at each change. None: only when `refit` is called.
+    """
+
+    def __init__(
+        self,
+        centralizer: Centralizer | None = None,
+        *,
+        dim: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        refit_share: float | None = 0.2,
+    ) -> None:
+        self.centralizer = Centralizer() if centralizer is None else centralizer
+        if not isinstance(self.centralizer, Centralizer):
+            raise TypeError(f"centralizer must be a pose2id.Centralizer, got {type(centralizer).__name__}.")
+        if self.centralizer.neighbors is not None:
+            raise ValueError("centralizer must be without neighbors=: a gallery has a search of its own.")
+        self._dim = None if dim is None else checked_count(dim, "dim")
+        self.metadata = dict(metadata or {})
+        self.refit_share = refit_share
+        self._content = _Content()
+        self._words: dict[str, int] = {}  # cameras whose names are no numbers
+        self._next = 0  # id
+        self._like: Any = None  # an array or tensor as the first features
+        self._changing = threading.RLock()
+        self._lock = SharedLock()
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self._content.places)
+
+    def __contains__(self, id: Any) -> bool:  # noqa: A002 - as in add
+        """Whether an image has this id."""
+        return id in self._content.places
+
+    @property
+    def dim(self) -> int | None:
+        """Columns of a feature; None while nothing has said."""
+        return self._dim
+
+    @property
+    def ids(self) -> NDArray[Any]:
+        """All ids, in the order in which images came."""
+        with self._lock.reading():
+            return self._as_ids(list(self._content.places))
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """Whether people repeat, at the last refit; None where the method does not ask."""
+        state = self._content.state
+        return None if state is None else state.fitted.evidence
+
+    @property
+    def reason(self) -> str:
+        """Which method centralizes the gallery, and why, in a sentence."""
+        state = self._content.state
+        return "empty" if state is None else state.fitted.reason
+
+    def __repr__(self) -> str:
+        """How many images, and how they are centralized."""
+        return f"Gallery({len(self)} images, dim={self._dim}, {self.reason})"
+
+    def add(
+        self,
+        features: Any,
+        ids: Any = None,
+        camids: Any = None,
+        labels: Any = None,
+        *,
+        group_by: Any = None,
+        quality: Any = None,
+    ) -> NDArray[Any]:
+        """Add images, or tracks of images.
+
+        Args:
+            features: (N, D) float16 to float64 features, raw or normalised, numpy array or torch tensor; kept as
+                float32. N may be 0, and [] is no image.
+            ids: N integers of at least 0, or N strings, that no other image has; None: the next integers.
+            camids: (N,) cameras: integers, whole floats or strings; -1 or None, or None for all: unknown.
+            labels: N names or numbers, of people for example; returned by `search`, never used to centralize.
+            group_by: (N,) track ids: the frames of a track become one image (`pose2id.gallery.tracklets.pooled`), with
+                one id, camera and label; tracks come in the order of their first frames.
+            quality: (N,) at least 0, weights of frames in their track.
+
+        Returns:
+            The ids of the images that were added, one a track with `group_by`.
+
+        Raises:
+            ValueError: an id that exists, rows that are zero or not finite, or another number of columns; nothing is
+                added then.
+        """
+        rows = self._rows(features, "features")
+        cameras = self._cameras(camids, "camids", rows.n, new=True)
+        labels = _listed(labels, "labels", rows.n)
+        raw, chosen = self._pooled(rows, group_by, quality)
+        if chosen is not None:
+            cameras = torch.tensor(chosen.one_each(cameras.tolist(), "camids"), dtype=torch.int64)
+            labels = chosen.one_each(labels, "labels")
+        with self._changing:
+            names = self._new_ids(ids, len(raw))
+            if len(raw):
+                self._like = rows.empty(0) if self._like is None else self._like
+                self._put(raw, names, cameras, labels or [None] * len(raw))
+                self._next = max([self._next - 1, *(name for name in names if isinstance(name, int))]) + 1
+            return self._as_ids(names)
+
+    def remove(self, ids: Any) -> None:
+        """Take images out.
+
+        Raises:
+            KeyError: an id that the gallery does not have; nothing is removed then.
+        """
+        with self._changing:
+            places = self._places(ids)
+            content, state = self._content, self._content.state
+            if state is None or not len(places):
+                return
+            if len(places) == len(content.places):
+                with self._lock.writing():
+                    self._content = _Content()
+                return
+            if self._due(len(places)):
+                kept = sorted(set(content.places.values()) - set(places.tolist()))
+                self._refit(torch.tensor(kept))
+                return
+            with self._lock.writing():
+                for place in places.tolist():
+                    del content.places[content.ids[place]]
+                    content.ids[place] = content.labels[place] = None
+                state.remove(places.to(state.images.raw.device))
+            self._refit_if_short()
+
+    def update(self, ids: Any, features: Any) -> None:
+        """Give images new features; their ids, cameras and labels stay.
+
+        Args:
+            ids: of images, each once.
+            features: (N, D) as in `add`.
+
+        Raises:
+            KeyError: an id that the gallery does not have.
+        """
+        rows = self._rows(features, "features")
+        with self._changing:
+            places = self._places(ids)
+            if len(places) != rows.n:
+                raise ValueError(f"features must hold one row per id, {len(places)}, got {rows.n}.")
+            state = self._content.state
+            if state is None or not rows.n:
+                return
+            raw, device = _float32(rows), state.images.raw.device
+            if self._due(len(places)):
+                self._refit(None, {int(place): raw[at] for at, place in enumerate(places)})
+                return
+            with self._lock.writing():
+                places = places.to(device)
+                state.remove(places)
+                state.insert(raw.to(device), state.images.cameras[places], places)
+            self._refit_if_short()
+
+    def search(
+        self,
+        query_feats: Any,
+        k: int = 10,
+        *,
+        query_camids: Any = None,
+        rerank: str | None = None,
+        exclude_camera: bool = False,
+        group_by: Any = None,
+        quality: Any = None,
+    ) -> SearchResult:
+        """The k nearest images of each query, by centralized features; equal distances by who came first.
+
+        Args:
+            query_feats: (Q, D) features as in `add`; Q may be 0.
+            k: how many images, at least 1.
+            query_camids: (Q,) cameras as in `add`; the gallery need not know them.
+            rerank: return re-ranked distances, in their order: "k-reciprocal" of the features as they came (10 and 3
+                neighbours, weight 0.3; harms where people appear once), "camera" (CA-Jaccard) of centralized ones.
+                Computed among the nearest 300 images, or 4 k if that is more, for each query alone: as over the whole
+                gallery, where the lists of those that are returned lie among them. None: centralized features alone.
+            exclude_camera: leave out images of the query's own camera.
+            group_by: (Q,) track ids: one query a track, in the order of first frames, as in `add`.
+            quality: (Q,) as in `add`.
+
+        Returns:
+            A `SearchResult`, a named tuple (distances, ids, labels).
+        """
+        rows = self._rows(query_feats, "query_feats")
+        k, exclude_camera = checked_count(k, "k"), checked_flag(exclude_camera, "exclude_camera")
+        how = None if rerank is None else checked_choice(rerank, "rerank", RERANK)
+        cameras = self._cameras(query_camids, "query_camids", rows.n, new=False)
+        raw, tracks = self._pooled(rows, group_by, quality)
+        if tracks is not None:
+            cameras = torch.tensor(tracks.one_each(cameras.tolist(), "query_camids"), dtype=torch.int64)
+        with self._lock.reading():
+            places, distances = self._searched(raw, cameras, k, how, exclude_camera)
+            content = self._content
+            ids = [content.ids[place] if place >= 0 else None for place in places.flatten().tolist()]
+            labels = [content.labels[place] if place >= 0 else None for place in places.flatten().tolist()]
+        found = self._as_ids(ids).reshape(places.shape), _objects(labels).reshape(places.shape)
+        return SearchResult(as_container(distances, rows.empty(0)), *found)
+
+    def features(self, ids: Any = None, *, raw: bool = False) -> Any:
+        """Features of images.
+
+        Args:
+            ids: of images, in any order; None: all, in the order of `ids`.
+            raw: as they came, instead of centralized.
+
+        Returns:
+            (N, D) float32 in the container of the features that were added first, centralized ones L2-normalised.
+
+        Raises:
+            KeyError: an id that the gallery does not have.
+        """
+        checked_flag(raw, "raw")
+        with self._lock.reading():
+            state = self._content.state
+            places = self._places(list(self._content.places) if ids is None else ids)
+            if state is None:
+                return np.empty((0, self._dim or 0), dtype=np.float32)
+            places = places.to(state.images.raw.device)
+            found = state.images.raw[places] if raw else state.features(places)
+            return as_container(found, self._like)
+
+    def refit(self) -> None:
+        """Take camera means, maps, evidence and scales from the gallery as it is now. Searches go on meanwhile."""
+        with self._changing:
+            if self._content.state is not None:
+                self._refit(None)
+
+    def _put(self, raw: Tensor, names: list[Any], cameras: Tensor, labels: list[Any]) -> None:
+        content, state = self._content, self._content.state
+        if state is None:
+            self._replace(raw, cameras.to(raw.device), names, labels)
+            return
+        raw, cameras = raw.to(state.images.raw.device), cameras.to(state.images.raw.device)
+        if self._due(len(raw)):
+            self._refit(None, added=(raw, cameras, names, labels))
+            return
+        with self._lock.writing():
+            state.insert(raw, cameras)
+            content.places.update(zip(names, range(len(content.ids), state.images.n), strict=True))
+            content.ids += names
+            content.labels += labels
+        self._refit_if_short()
+
+    def _due(self, changes: int) -> bool:
+        """Whether so many more changes ask for a refit."""
+        state = self._content.state
+        if state is None or self.refit_share is None:
+            return False
+        return state.fitted.n < _ALWAYS or state.changes + changes > self.refit_share * state.fitted.n
+
+    def _refit_if_short(self) -> None:
+        state = self._content.state
+        if state is not None and not state.linked.can_stay():
+            self._refit(None)
+
+    def _refit(
+        self,
+        kept: Tensor | None,
+        updated: Mapping[int, Tensor] | None = None,
+        added: tuple[Tensor, Tensor, list[Any], list[Any]] | None = None,
+    ) -> None:
+        """A new state of images at the places `kept`, with new features, and of further ones."""
+        content = self._content
+        assert content.state is not None
+        images = content.state.images
+        places = torch.nonzero(images.alive).flatten() if kept is None else kept.to(images.raw.device)
+        raw, cameras = images.raw[places], images.cameras[places]
+        if updated:
+            for at, place in enumerate(places.tolist()):
+                if place in updated:
+                    raw[at] = updated[place].to(raw.device)
+        ids, labels = ([values[place] for place in places.tolist()] for values in (content.ids, content.labels))
+        if added is not None:
+            raw, cameras = torch.cat([raw, added[0]]), torch.cat([cameras, added[1]])
+            ids, labels = ids + added[2], labels + added[3]
+        self._replace(raw, cameras, ids, labels)
+
+    def _replace(self, raw: Tensor, cameras: Tensor, ids: list[Any], labels: list[Any]) -> None:
+        given = self.centralizer
+        settings = Settings(given.method, given.k1, given.k2, given.backend, given.max_memory)
+        state = Fit(raw, cameras, settings).run()
+        logger.info("gallery of %d: %s", len(ids), state.fitted.reason)
+        with self._lock.writing():
+            self._content = _Content(state, ids, labels, dict(zip(ids, range(len(ids)), strict=True)))
+            self._dim = raw.shape[1]
+
+    def _searched(
+        self, raw: Tensor, cameras: Tensor, k: int, how: str | None, exclude_camera: bool
+    ) -> tuple[Tensor, Tensor]:
+        state = self._content.state
+        places = torch.full((len(raw), k), -1, dtype=torch.int64)
+        distances = torch.full((len(raw), k), torch.inf)
+        if state is None:
+            return places, distances
+        device = state.images.raw.device
+        raw, cameras = raw.to(device), cameras.to(device)
+        places, distances = places.to(device), distances.to(device)
+        for block, asking in state.asking(raw, cameras):
+            excluded = None
+            if exclude_camera:
+                own = cameras[block, None]
+                excluded = (state.images.cameras[: state.images.n] == own) & (own >= 0)
+            found = asking.nearest(k, excluded) if how is None else asking.reranked(how, k, excluded)
+            places[block], distances[block] = found
+        return places, distances
+
+    def _rows(self, features: Any, name: str) -> Rows:
+        """Checked features; an empty sequence is none."""
+        if not isinstance(features, (np.ndarray, Tensor)) and isinstance(features, Sequence) and not len(features):
+            features = np.empty((0, self._dim or 1), dtype=np.float32)
+        elif getattr(features, "shape", None) == (0,):
+            features = features.reshape(0, self._dim or 1)
+        rows = Rows(features, name, normalize=True)
+        if rows.n and self._dim is not None and rows.dim != self._dim:
+            raise ValueError(f"{name} must have the gallery's {self._dim} columns, got {rows.dim}.")
+        zero = torch.nonzero(rows.norms == 0).flatten().tolist()
+        if zero:
+            raise ValueError(
+                f"{name} must not hold zero rows, which resemble nothing (row {first_few(zero)}). Drop them."
+            )
+        return rows
+
+    def _pooled(self, rows: Rows, group_by: Any, quality: Any) -> tuple[Tensor, Tracks | None]:
+        """(N, D) float32 features, or those of tracks."""
+        if group_by is None:
+            if quality is not None:
+                raise ValueError("quality must be None without group_by: it weighs the frames of a track.")
+            return _float32(rows), None
+        tracks = Tracks(group_by, rows.n)
+        return pooled(rows, tracks, quality), tracks
+
+    def _cameras(self, camids: Any, name: str, n: int, *, new: bool) -> Tensor:
+        """(N,) int64 numbers of cameras, which are the same in every call."""
+        numbers = camera_numbers({name: (camids, n)})[0]
+        if bool((numbers < _UNKNOWN).any()):
+            raise ValueError(f"{name} must be at least 0, or -1 for unknown, got {int(numbers.min())}.")
+        worded = torch.nonzero(numbers >= FIRST_WORD).flatten().tolist()
+        values = [] if camids is None else list(camids)
+        for row in worded:
+            word = str(values[row]).strip()
+            known = self._words.get(word, _ABSENT)
+            if known == _ABSENT and new:
+                known = self._words.setdefault(word, FIRST_WORD + len(self._words))
+            numbers[row] = known
+        return numbers
+
+    def _new_ids(self, ids: Any, n: int) -> list[Any]:
+        """Ids of n new images."""
+        known = self._content.places
+        of_gallery = list(islice(known, 1))
+        if ids is None:
+            if of_gallery and isinstance(of_gallery[0], str):
+                raise ValueError("ids must be given: those that the gallery has are strings.")
+            return list(range(self._next, self._next + n))
+        names = _checked_ids(ids)
+        if len(names) != n:
+            raise ValueError(f"ids must hold one id per image, {n}, got {len(names)}.")
+        kinds = {type(name) for name in (*names, *of_gallery)}
+        if len(kinds) > 1:
+            raise TypeError("ids must all be integers, or all strings, as those that the gallery has.")
+        copies = [name for name, count in Counter(names).items() if count > 1]
+        twice = [name for name in names if name in known] or copies
+        if twice:
+            raise ValueError(f"ids must be new, each once, got {first_few(twice)}. Use update() for new features.")
+        return names
+
+    def _places(self, ids: Any) -> Tensor:
+        names, known = _checked_ids(ids), self._content.places
+        absent = [name for name in names if name not in known]
+        if absent:
+            raise KeyError(f"ids must be in the gallery, which has no {first_few(absent)}.")
+        if len(set(names)) < len(names):
+            raise ValueError("ids must name each image once.")
+        return torch.tensor([known[name] for name in names], dtype=torch.int64)
+
+    def _as_ids(self, ids: list[Any]) -> NDArray[Any]:
+        """Ids as an array: int64 with -1 for None, or objects."""
+        if any(isinstance(name, str) for name in (*ids, *islice(self._content.places, 1))):
+            return _objects(ids)
+        return np.array([-1 if name is None else name for name in ids], dtype=np.int64)
+
+
+def _float32(rows: Rows) -> Tensor:
+    """(N, D) float32 features as they came."""
+    return rows.as_given(torch.float32)
+
+
+def _objects(values: list[Any]) -> NDArray[Any]:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _listed(values: Any, name: str, n: int) -> list[Any] | None:
+    if values is None:
+        return None
+    listed = as_numpy(values).tolist() if isinstance(values, Tensor) else np.asarray(values, dtype=object).tolist()
+    if len(listed) != n:
+        raise ValueError(f"{name} must hold one per row, {n}, got {len(listed)}.")
+    return listed
+
+
+def _checked_ids(ids: Any) -> list[Any]:
+    """Ids as Python's integers or strings."""
+    if isinstance(ids, (int, str, np.integer)):
+        ids = [ids]
+    values = as_numpy(ids).tolist() if isinstance(ids, Tensor) else [x.item() if hasattr(x, "item") else x for x in ids]
+    wrong = [x for x in values if isinstance(x, bool) or not isinstance(x, (int, str))]
+    if wrong:
+        raise TypeError(f"ids must be integers or strings, got {first_few(map(repr, wrong))}.")
+    negative = [x for x in values if isinstance(x, int) and not 0 <= x < 2**63]
+    if negative:
+        raise ValueError(f"ids must be at least 0 and fit into 64 bits, got {first_few(negative)}.")
+    return values
