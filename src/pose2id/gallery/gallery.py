@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from pose2id.centralization.guard import Evidence
 from pose2id.centralizer import Centralizer
+from pose2id.gallery.file import is_gallery, read, write
 from pose2id.gallery.fitting import Fit, Settings
 from pose2id.gallery.locks import SharedLock
 from pose2id.gallery.state import State
@@ -31,6 +36,7 @@ from pose2id.io.checks import (
     first_few,
 )
 from pose2id.io.rows import Rows, as_container
+from pose2id.io.whole_files import new_file
 
 logger = logging.getLogger(__name__)
 RERANK = ("k-reciprocal", "camera")
@@ -143,7 +149,7 @@ class Gallery:
 
     def __repr__(self) -> str:
         """How many images, and how they are centralized."""
-        return f"Gallery({len(self)} images, dim={self._dim}, {self.reason})"
+        return f"Gallery({len(self)} images, dim={self._dim}, {self.reason.partition('. ')[0]})"
 
     def add(
         self,
@@ -278,6 +284,8 @@ class Gallery:
         raw, tracks = self._pooled(rows, group_by, quality)
         if tracks is not None:
             cameras = torch.tensor(tracks.one_each(cameras.tolist(), "query_camids"), dtype=torch.int64)
+        if how == "camera" and not bool((cameras >= 0).all()):
+            raise ValueError("query_camids must name a camera of the gallery for each query with rerank='camera'.")
         with self._lock.reading():
             places, distances = self._searched(raw, cameras, k, how, exclude_camera)
             content = self._content
@@ -314,6 +322,64 @@ class Gallery:
         with self._changing:
             if self._content.state is not None:
                 self._refit(None)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the gallery to a .safetensors file, which appears whole or not at all; an older gallery is replaced.
+
+        Searches go on meanwhile, changes wait. The extractor is not saved.
+
+        Raises:
+            FileExistsError: the file is not a gallery.
+            TypeError: metadata that JSON cannot hold.
+        """
+        target = new_file(path, overwrite=True, suffixes=(".safetensors",))
+        if target.exists() and not is_gallery(target):
+            raise FileExistsError(f"{path} is not a gallery, and is left alone. Choose another name.")
+        with self._changing:
+            content, given = self._content, self.centralizer
+            facts = {
+                "method": given.method,
+                "k1": given.k1,
+                "k2": given.k2,
+                "dim": self._dim,
+                "refit_share": self.refit_share,
+                "next": self._next,
+                "tensors": isinstance(self._like, Tensor),
+                "metadata": self.metadata,
+            }
+            json.dumps(facts)  # a TypeError before any work
+            names = {"ids": content.ids, "labels": content.labels, "cameras": self._words}
+            write(target, content.state, facts, names)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], centralizer: Centralizer | None = None, *, mmap: bool = False) -> Gallery:
+        """Read what `save` wrote, on the CPU.
+
+        Args:
+            path: of the file.
+            centralizer: as in `Gallery`, of the same method; None: one with the saved method and no extractor.
+            mmap: leave arrays in the file, which is opened at once, however large: several processes share its pages.
+                Changes stay in memory, and take the memory of the whole gallery as soon as it grows.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, another kind of file or of a later version, or the centralizer has another
+                method. With mmap only the file's length and header are checked, not the checksums of arrays.
+        """
+        state, facts, names = read(Path(path), mmap=checked_flag(mmap, "mmap"))
+        saved = {name: facts[name] for name in ("method", "k1", "k2")}
+        if centralizer is None:
+            of_nfc = {"k1": facts["k1"], "k2": facts["k2"]} if facts["method"] == "nfc" else {}
+            centralizer = Centralizer(method=facts["method"], **of_nfc)
+        elif saved != (own := {name: getattr(centralizer, name, None) for name in saved}):
+            raise ValueError(f"centralizer must have the gallery's method, {saved}, got {own}.")
+        gallery = Gallery(centralizer, dim=facts["dim"], metadata=facts["metadata"], refit_share=facts["refit_share"])
+        places = {name: place for place, name in enumerate(names["ids"]) if name is not None}
+        gallery._content = _Content(state, names["ids"], names["labels"], places)
+        gallery._words, gallery._next = names["cameras"], facts["next"]
+        empty = np.empty((0, facts["dim"] or 1), dtype=np.float32)
+        gallery._like = torch.from_numpy(empty) if facts["tensors"] else empty
+        return gallery
 
     def _put(self, raw: Tensor, names: list[Any], cameras: Tensor, labels: list[Any]) -> None:
         content, state = self._content, self._content.state
@@ -484,9 +550,13 @@ def _objects(values: list[Any]) -> NDArray[Any]:
 def _listed(values: Any, name: str, n: int) -> list[Any] | None:
     if values is None:
         return None
-    listed = as_numpy(values).tolist() if isinstance(values, Tensor) else np.asarray(values, dtype=object).tolist()
+    given = as_numpy(values).tolist() if isinstance(values, Tensor) else list(values)
+    listed = [value.item() if isinstance(value, np.generic) else value for value in given]
     if len(listed) != n:
         raise ValueError(f"{name} must hold one per row, {n}, got {len(listed)}.")
+    wrong = [value for value in listed if not isinstance(value, (str, int, float, NoneType))]
+    if wrong:
+        raise TypeError(f"{name} must hold names or numbers, got {first_few(type(x).__name__ for x in wrong)}.")
     return listed
 
 

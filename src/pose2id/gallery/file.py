@@ -1,0 +1,194 @@
+"""A gallery as one file: safetensors, so that nothing in it is executed, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pose2id.centralization.cameras import Centres
+from pose2id.centralization.guard import Evidence, Strangers
+from pose2id.gallery.columns import Columns
+from pose2id.gallery.engines import Images
+from pose2id.gallery.methods import Contrasting, Guarded, Linked, Mutual, Plain
+from pose2id.gallery.state import Fitted, State
+from pose2id.io.whole_files import whole_file
+
+FORMAT, VERSION = "pose2id gallery", 1
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+}
+_PIECE = 32 << 20  # bytes that are written at a time
+_NAMES = "names"  # the array that holds JSON
+
+
+def is_gallery(path: Path) -> bool:
+    """Whether a file says that it is a gallery."""
+    try:
+        return _facts(path)["format"] == FORMAT
+    except ValueError:
+        return False
+
+
+def write(path: Path, state: State | None, facts: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Write a state, with facts for the header and names of images, which may be many.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors, of_state = ({}, None) if state is None else _taken_apart(state)
+    packed = json.dumps(names).encode()
+    tensors[_NAMES] = torch.from_numpy(np.frombuffer(packed, dtype=np.uint8).copy())
+    arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    about = {**facts, "format": FORMAT, "version": VERSION, "state": of_state}
+    about["crc32"] = {name: _crc32(array) for name, array in arrays.items()}
+    header: dict[str, Any] = {"__metadata__": {"pose2id": json.dumps(about)}}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + arrays[name].nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # arrays are aligned
+    with whole_file(path) as unfinished, unfinished.open("xb") as file:
+        # By hand, because the library copies all arrays first.
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            for piece in _pieces(array):
+                file.write(piece)
+
+
+def read(path: Path, *, mmap: bool) -> tuple[State | None, dict[str, Any], dict[str, Any]]:
+    """What `write` wrote: state, facts and names. With mmap arrays stay in the file until they are written to.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, another kind of file, or of a later version. With mmap, arrays are not checked.
+    """
+    from safetensors import safe_open  # noqa: PLC0415 - slow to import
+
+    facts = _facts(path)
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{path} must be a gallery, written by Gallery.save, got {facts.get('format')!r}.")
+    if facts.get("version") != VERSION:
+        given = f"got version {facts.get('version')!r}"
+        raise ValueError(f"{path} must be of version {VERSION}, {given}. Read it with the pose2id that wrote it.")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if not mmap:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            wrong = [name for name, tensor in tensors.items() if _crc32(tensor.numpy()) != facts["crc32"][name]]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} changed since they were written")
+        names = json.loads(tensors.pop(_NAMES).numpy().tobytes())
+        state = None if facts["state"] is None else _put_together(tensors, facts["state"])
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{path} is damaged ({error}). Take an older copy.") from error
+    return state, facts, names
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open  # noqa: PLC0415 - slow to import
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no gallery {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("pose2id", "{}"))
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{path} is damaged, or not a gallery ({error}).") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def _pieces(array: Any) -> Iterator[memoryview]:
+    flat = memoryview(array.reshape(-1).view(np.uint8))
+    return (flat[start : start + _PIECE] for start in range(0, len(flat), _PIECE))
+
+
+def _crc32(array: Any) -> int:
+    value = 0
+    for piece in _pieces(np.ascontiguousarray(array)):
+        value = zlib.crc32(piece, value)
+    return value
+
+
+def _taken_apart(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Arrays and numbers of a state."""
+    linked, fitted, images = state.linked, state.fitted, state.images
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {
+        "kind": type(linked).__name__,
+        "changes": state.changes,
+        "reason": fitted.reason,
+        "n": fitted.n,
+        "evidence": None if fitted.evidence is None else vars(fitted.evidence),
+    }
+    for prefix, columns in _columns(images, linked).items():
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in columns.arrays(images.n).items()}
+    if fitted.centres is not None:
+        tensors |= {f"centres.{name}": tensor for name, tensor in vars(fitted.centres).items()}
+    if fitted.link_map is not None:
+        tensors["link_map"] = fitted.link_map
+    if isinstance(linked, Mutual):
+        facts |= {"k1": linked.k1, "k2": linked.k2}
+    if isinstance(linked, Guarded):
+        known = vars(linked.strangers)
+        tensors |= {f"strangers.{name}": value for name, value in known.items() if isinstance(value, Tensor)}
+        facts["strangers"] = {name: value for name, value in known.items() if not isinstance(value, Tensor)}
+        facts["by_camera"] = linked.by_camera
+    if isinstance(linked, Contrasting):
+        tensors |= {"contrast.names": linked.names, "contrast.numbers": linked.numbers}
+        facts |= {"shared": linked.shared, "num_cameras": linked.num_cameras}
+    return tensors, facts
+
+
+def _columns(images: Images, linked: Linked) -> dict[str, Columns]:
+    lists: dict[str, Columns] = {f"lists{at}": lists for at, lists in enumerate(linked.every_list())}
+    return {"images": images, "linked": linked, **lists}
+
+
+def _put_together(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> State:
+    """The state that `_taken_apart` took apart."""
+    under = {prefix: _under(tensors, prefix) for prefix in ("images", "linked", "centres", "strangers", "contrast")}
+    images = Images(**under["images"])
+    linked: Linked
+    if facts["kind"] == "Plain":
+        linked = Plain(images)
+    elif facts["kind"] == "Mutual":
+        linked = Mutual(images, facts["k1"], facts["k2"])
+    elif facts["kind"] == "Guarded":
+        of_strangers: dict[str, Any] = {**under["strangers"], **facts["strangers"]}
+        linked = Guarded(images, Strangers(**of_strangers), by_camera=facts["by_camera"])
+    else:
+        linked = Contrasting(images, **under["contrast"], shared=facts["shared"], num_cameras=facts["num_cameras"])
+    for prefix, columns in _columns(images, linked).items():
+        for name in columns.columns:
+            value, like = tensors[f"{prefix}.{name}"], getattr(columns, name)
+            if value.shape != like.shape or value.dtype != like.dtype:
+                raise ValueError(f"{prefix}.{name} is {tuple(value.shape)}, not {tuple(like.shape)}")
+            setattr(columns, name, value)
+    centres = Centres(**under["centres"]) if under["centres"] else None
+    found = None if facts["evidence"] is None else Evidence(**facts["evidence"])
+    state = State(linked, Fitted(centres, tensors.get("link_map"), found, facts["reason"], facts["n"]))
+    state.changes = facts["changes"]
+    return state
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
