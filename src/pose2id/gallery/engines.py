@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pose2id.gallery.columns import Columns
 from pose2id.io.checks import BLOCK_BYTES
-from pose2id.io.rows import sum_last
+from pose2id.io.rows import blocks, sum_last
 from pose2id.neighbors.distance import full_precision
+from pose2id.neighbors.engines import usable_faiss
 
 _MARGIN = 1e-5  # what rounding may do to a squared distance of unit rows that comes from a product
+_TEN, _SAMPLE, _RECALL = 10, 200, 0.95  # nearest of a sample, of which so many must be found
+_LISTS, _TRAINED, _PROBES = 4, 64, 8  # lists a root of n, rows a list to train with, lists that are looked at, at least
+_ADDED = 1 << 16  # rows that are encoded at a time
+_NEARER = 256  # candidates that may have a new image on their lists
 EXTRA = 8  # candidates beyond those wanted: a product may order near ties wrongly
 
 
@@ -26,23 +34,40 @@ class Images(Columns):
         compared: (N, D) float32 unit rows, in which neighbours are sought.
         cameras: (N,) int64, -1 for unknown.
         present: (N,) bool.
+        count: how many images there are.
         views: in how many sets neighbours are sought at a time.
+        index: finds candidates in a large gallery; None: all images are compared.
     """
 
     columns = ("raw", "compared", "cameras", "present")
 
     def __init__(self, raw: Tensor, compared: Tensor, cameras: Tensor, present: Tensor) -> None:
-        self.n, self.views = len(raw), 1
+        self.n, self.views, self.count = len(raw), 1, int(present.sum())
         self.raw, self.compared, self.cameras, self.present = raw, compared, cameras, present
+        self.index: Inverted | None = None
+
+    def come(self, places: Tensor) -> None:
+        """Images whose rows are known are there."""
+        self.present[places] = True
+        self.count += len(places)
+        if self.index is not None:
+            self.index.add(self.compared.index_select(0, places), places)
+
+    def go(self, places: Tensor) -> None:
+        """Images leave a gap."""
+        self.present[places] = False
+        self.count -= len(places)
+        if self.index is not None:
+            self.index.remove(places)
 
     @property
     def block(self) -> int:
         """How many rows should ask at a time."""
         return max(1, BLOCK_BYTES // (16 * max(self.views * self.n, self.raw.shape[1])))
 
-    def ask(self, x: Tensor) -> Products:
+    def ask(self, x: Tensor) -> Asked:
         """A block of unit rows (B, D) that looks for neighbours."""
-        return Products(self, x)
+        return Products(self, x) if self.index is None else Probed(self, x, self.index)
 
     @property
     def alive(self) -> Tensor:
@@ -58,17 +83,38 @@ class Images(Columns):
         return sum_last(self.compared.index_select(0, rows).sub_(x).square_())
 
 
+class Members(NamedTuple):
+    """V sets of images, in which neighbours are sought.
+
+    Attributes:
+        view: (N,) int64, in which set an image is; None: all are in the one set.
+        numbers: (V,) int64, the sets.
+    """
+
+    view: Tensor | None
+    numbers: Tensor
+
+    def masks(self, images: Images) -> Tensor:
+        """(V, n) which images there are in each."""
+        return images.alive[None] if self.view is None else self.of_view(images.n) & images.alive
+
+    def of_view(self, n: int) -> Tensor:
+        """(V, n) the same of gaps, too."""
+        assert self.view is not None
+        return self.view[:n] == self.numbers[:, None]
+
+
 class Asked(Protocol):
     """A block of B unit rows that asks for nearest images."""
 
-    def nearest(self, k: int, members: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(V, B, k) int64 places of the nearest of V sets of members (V, n), and float32 squared distances.
+    def nearest(self, k: int, members: Members, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(V, B, k) int64 places of the nearest of V sets of images, and float32 squared distances.
 
         Without `own` (B,). Equal distances by the lower place; what is missing is -1, at infinity.
         """
 
-    def nearer(self, which: Tensor, than: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs of `which` rows of the block and images that are nearer than (n,) float32 squared distances.
+    def nearer(self, which: Tensor, than: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of `which` rows of the block and images that are nearer than float32 squared distances of these.
 
         (P,) positions in the block, places ascending, and float32 squared distances.
         """
@@ -81,28 +127,106 @@ class Products:
         self._images, self._x = images, x
         self.similarities = images.products(x)
 
-    def nearest(self, k: int, members: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def nearest(self, k: int, members: Members, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `Asked.nearest`."""
         s = self.similarities
         if own is not None:
             s = s.clone()
             s[torch.arange(len(own), device=own.device), own] = -torch.inf
-        s = s.masked_fill(~members[:, None], -torch.inf)
+        s = s.masked_fill(~members.masks(self._images)[:, None], -torch.inf)
         found, candidates = s.topk(min(k + EXTRA, s.shape[2]), dim=2)
-        x = self._x[None, :, None].expand(*candidates.shape, -1).flatten(0, 2)
-        squares = self._images.squares(x, candidates.flatten()).view(found.shape)
-        missing = found.isinf()
-        indices, squares = candidates.masked_fill_(missing, -1), squares.masked_fill_(missing, torch.inf)
-        indices, squares = in_order(indices.flatten(0, 1), squares.flatten(0, 1), k)
-        return indices.view(len(members), -1, k), squares.view(len(members), -1, k)
+        return _scored(self._images, self._x, candidates.masked_fill_(found.isinf(), -1), k)
 
-    def nearer(self, which: Tensor, than: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def nearer(self, which: Tensor, than: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """As `Asked.nearer`."""
-        close = 2 - 2 * self.similarities[which] < than + _MARGIN
+        bounds = than(torch.arange(self._images.n, device=which.device))
+        close = 2 - 2 * self.similarities[which] < bounds + _MARGIN
         rows, at = torch.nonzero(close.T, as_tuple=True)
         squares = self._images.squares(self._x[which[at]], rows)
-        nearer = squares < than[rows]
+        nearer = squares < bounds[rows]
         return which[at[nearer]], rows[nearer], squares[nearer]
+
+
+class Probed:
+    """Approximate: candidates of inverted lists, then differences."""
+
+    def __init__(self, images: Images, x: Tensor, index: Inverted) -> None:
+        self._images, self._x, self._index = images, x, index
+
+    def nearest(self, k: int, members: Members, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `Asked.nearest`."""
+        masks = [None] if members.view is None else members.of_view(self._images.n)
+        wanted = k + EXTRA + (own is not None)
+        candidates = torch.stack([self._index.search(self._x, wanted, mask) for mask in masks])
+        if own is not None:
+            candidates.masked_fill_(candidates == own[:, None], -1)
+        return _scored(self._images, self._x, candidates, k)
+
+    def nearer(self, which: Tensor, than: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Asked.nearer`; of an image's candidates alone: who has it on a list is mostly near to it."""
+        candidates = self._index.search(self._x[which], _NEARER, None)
+        at, column = torch.nonzero(candidates >= 0, as_tuple=True)
+        rows = candidates[at, column]
+        squares = self._images.squares(self._x[which[at]], rows)
+        nearer = torch.nonzero(squares < than(rows)).flatten()
+        nearer = nearer[torch.argsort(rows[nearer], stable=True)]
+        return which[at[nearer]], rows[nearer], squares[nearer]
+
+
+class Inverted:
+    """faiss's inverted lists over 8-bit codes of unit rows, for candidates by cosine.
+
+    Attributes:
+        recall: share of a sample's ten nearest that it finds.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        import faiss  # noqa: PLC0415 - slow to import
+
+        self._faiss, (n, dim) = usable_faiss(gpu=False), rows.shape
+        lists = int(_LISTS * math.sqrt(n))
+        self._quantizer = faiss.IndexFlatIP(dim)  # kept: faiss does not own it
+        kind = faiss.ScalarQuantizer.QT_8bit
+        self._index = faiss.IndexIVFScalarQuantizer(self._quantizer, dim, lists, kind, faiss.METRIC_INNER_PRODUCT)
+        self._index.cp.min_points_per_centroid = 1
+        self._index.cp.max_points_per_centroid = _TRAINED
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        self._index.train(rows[chosen[: _TRAINED * lists]].numpy())
+        for some in blocks(n, _ADDED):
+            self.add(rows[some], torch.arange(some.start, some.stop))
+        sample = rows[chosen[:_SAMPLE]]
+        exact = products(sample, rows).topk(_TEN, dim=1).indices
+        self.recall, self._index.nprobe = 0.0, _PROBES
+        while self.recall < _RECALL and self._index.nprobe < lists:
+            self._index.nprobe *= 2
+            found = self.search(sample, _TEN + EXTRA, None)
+            self.recall = float((exact[..., None] == found[:, None]).any(2).double().mean())
+
+    def add(self, rows: Tensor, places: Tensor) -> None:
+        """Take in rows."""
+        self._index.add_with_ids(rows.numpy(), places.numpy())
+
+    def remove(self, places: Tensor) -> None:
+        """Take out the images at some places."""
+        array = places.numpy()
+        self._index.remove_ids(self._faiss.IDSelectorBatch(len(array), self._faiss.swig_ptr(array)))
+
+    def search(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
+        """(B, k) places of candidates, -1 for none, among all or those in a mask (n,)."""
+        parameters = self._faiss.SearchParametersIVF(nprobe=self._index.nprobe)
+        if mask is not None:
+            bits = np.packbits(mask.numpy(), bitorder="little")
+            parameters.sel = self._faiss.IDSelectorBitmap(len(mask), self._faiss.swig_ptr(bits))
+        return torch.from_numpy(self._index.search(x.numpy(), k, params=parameters)[1])
+
+
+def _scored(images: Images, x: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of candidates (V, B, C), -1 for none, by differences."""
+    of_rows = x[None, :, None].expand(*candidates.shape, -1).flatten(0, 2)
+    squares = images.squares(of_rows, candidates.clamp(min=0).flatten()).view(candidates.shape)
+    squares = squares.masked_fill_(candidates < 0, torch.inf)
+    indices, squares = in_order(candidates.flatten(0, 1), squares.flatten(0, 1), k)
+    return indices.view(*candidates.shape[:2], k), squares.view(*candidates.shape[:2], k)
 
 
 def products(x: Tensor, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pose2id.centralization.cameras import Centres
 from pose2id.centralization.guard import Evidence, Strangers
 from pose2id.gallery.columns import Columns
-from pose2id.gallery.engines import Images
+from pose2id.gallery.engines import Images, Inverted
 from pose2id.gallery.methods import Contrasting, Guarded, Linked, Mutual, Plain
 from pose2id.gallery.state import Fitted, State
 from pose2id.io.whole_files import whole_file
@@ -134,6 +134,7 @@ def _taken_apart(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {
         "kind": type(linked).__name__,
+        "indexed": images.index is not None,
         "changes": state.changes,
         "reason": fitted.reason,
         "n": fitted.n,
@@ -187,6 +188,11 @@ def _put_together(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> St
     found = None if facts["evidence"] is None else Evidence(**facts["evidence"])
     state = State(linked, Fitted(centres, tensors.get("link_map"), found, facts["reason"], facts["n"]))
     state.changes = facts["changes"]
+    for lists in linked.every_list():
+        lists.count()
+    if facts["indexed"]:  # made again: quicker than to check what another library reads
+        images.index = Inverted(images.compared)
+        images.index.remove(torch.nonzero(~images.alive).flatten())
     return state
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pose2id.gallery.columns import Columns
-from pose2id.gallery.engines import Asked, Images, in_order
+from pose2id.gallery.engines import Asked, Images, Members, in_order
 
 
 class Lists(Columns):
@@ -21,16 +21,19 @@ class Lists(Columns):
         view: (n,) int64, in which view an image is found; -1 for none.
         indices: (n, V, L) int32 places of images.
         squares: (n, V, L) float32 squared distances.
+        sizes: (V,) int64, how many images are found in each view.
     """
 
     columns = ("view", "indices", "squares")
 
-    def __init__(self, images: Images, lengths: Sequence[int], view: Tensor) -> None:
-        self.images, self.lengths, self.view = images, list(lengths), view
+    def __init__(self, images: Images, lengths: Sequence[int], view: Tensor | None = None) -> None:
+        self.images, self.lengths, self._one = images, list(lengths), view is None
+        device = images.raw.device
+        self.view = torch.zeros(len(images.raw), dtype=torch.int64, device=device) if view is None else view
         images.views = max(images.views, len(self.lengths))
-        shape = (len(view), len(self.lengths), max(self.lengths))
-        self.indices = torch.full(shape, -1, dtype=torch.int32, device=view.device)
-        self.squares = torch.full(shape, torch.inf, dtype=torch.float32, device=view.device)
+        shape = (len(self.view), len(self.lengths), max(self.lengths))
+        self.indices = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.squares = torch.full(shape, torch.inf, dtype=torch.float32, device=device)
 
     def fill(self, at: int, indices: Tensor, squares: Tensor) -> None:
         """Take in the lists of all images in one view."""
@@ -38,15 +41,20 @@ class Lists(Columns):
         self.indices[: len(indices), at, :length] = indices[:, :length].int()
         self.squares[: len(indices), at, :length] = squares[:, :length].float()
 
-    def members(self) -> Tensor:
-        """(V, n) which images of the gallery are found in each view."""
-        views = torch.arange(len(self.lengths), device=self.view.device)
-        return (self.view[: self.images.n] == views[:, None]) & self.images.alive
-
-    def sizes(self) -> Tensor:
-        """(V,) how many images are found in each view."""
+    def count(self) -> None:
+        """Find `sizes`, from nothing."""
         found = self.view[: self.images.n][self.images.alive]
-        return torch.bincount(found[found >= 0], minlength=len(self.lengths))
+        self.sizes = torch.bincount(found[found >= 0], minlength=len(self.lengths))
+
+    def counted(self, places: Tensor, step: int) -> None:
+        """Images that come (1) or go (-1)."""
+        found = self.view[places]
+        self.sizes += step * torch.bincount(found[found >= 0], minlength=len(self.lengths))
+
+    def members(self, numbers: Tensor | None = None) -> Members:
+        """Views, or some of them, to seek neighbours in."""
+        every = torch.arange(len(self.lengths), device=self.view.device)
+        return Members(None if self._one else self.view, every if numbers is None else numbers)
 
     def near(self, rows: Tensor, at: int) -> Tensor:
         """The images on the lists of some in a view."""
@@ -56,7 +64,7 @@ class Lists(Columns):
     def search(self, rows: Tensor, asked: Asked, at: int) -> None:
         """Find the lists of some images in a view; they ask in this order."""
         length = self.lengths[at]
-        indices, squares = asked.nearest(length, self.members()[at, None], own=rows)
+        indices, squares = asked.nearest(length, self.members(torch.tensor([at], device=rows.device)), own=rows)
         self.indices[rows, at, :length], self.squares[rows, at, :length] = indices[0].int(), squares[0]
 
     def search_all(self, rows: Tensor, asked: Asked, deepest: int = 0) -> tuple[Tensor, Tensor]:
@@ -78,14 +86,23 @@ class Lists(Columns):
             coming = torch.nonzero(self.view[new] == at).flatten()
             if not len(coming):
                 continue
-            last = self.squares[: self.images.n, at, length - 1].masked_fill(~self.images.alive, -torch.inf)
-            last[new] = -torch.inf  # they have found each other
-            which, rows, squares = asked.nearer(coming, last)
+            which, rows, squares = asked.nearer(coming, self._lasts(at, length, new))
             if len(rows):
                 others, off = self._merge(at, length, rows, new[which], squares)
                 changed[at] = torch.cat([new, others])
                 left.append(off)
         return changed, torch.cat(left)
+
+    def _lasts(self, at: int, length: int, new: Tensor) -> Callable[[Tensor], Tensor]:
+        """How far the lists of images reach, new ones, which have found each other, and gaps left out."""
+        marked = torch.zeros(self.images.n, dtype=torch.bool, device=new.device)
+        marked[new] = True
+
+        def last(places: Tensor) -> Tensor:
+            out = marked[places] | ~self.images.present[places]
+            return self.squares[places, at, length - 1].masked_fill_(out, -torch.inf)
+
+        return last
 
     def _merge(self, at: int, length: int, rows: Tensor, others: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         """Put pairs (rows ascending) on the lists of their rows: these, and who left a list."""

@@ -69,13 +69,17 @@ class Linked(Columns):
         return True
 
     def insert(self, new: Tensor, asked: Asked) -> None:
-        """Link new images, and those that they touch."""
+        """Link new images, which are there, and those that they touch."""
         self.enter(new, asked)
+        for lists in self.every_list():
+            lists.counted(new, 1)
         changed, left = zip(*(lists.insert(new, asked) for lists in self.every_list()), strict=True)
         self._link(list(changed), torch.cat(left))
 
     def remove(self, gone: Tensor) -> None:
         """Unlink images that have gone, which are no longer present."""
+        for lists in self.every_list():
+            lists.counted(gone, -1)
         changed = [lists.without(gone) for lists in self.every_list()]
         for lists, of_lists in zip(self.every_list(), changed, strict=True):
             for at, rows in enumerate(of_lists):
@@ -109,6 +113,8 @@ class Linked(Columns):
 
     def hidden(self) -> Tensor:
         """Images in no view, which are on nobody's list."""
+        if int(self.lists.sizes.sum()) == self.images.count:
+            return self.lists.view[:0]
         return torch.nonzero((self.lists.view[: self.images.n] < 0) & self.images.alive).flatten()
 
     def _look_at(self, changed: Tensor, rows: Tensor) -> Tensor:
@@ -126,6 +132,12 @@ class Linked(Columns):
         for some in blocks(len(rows), _OF_SUMS):
             self.lengths[rows[some]] = torch.linalg.vector_norm(self._sums(rows[some]), dim=1)
         self._sparse = None
+
+    def linked(self, rows: Tensor) -> Tensor:
+        """Images that some are linked to."""
+        weights = self.weights.index_select(0, rows)
+        found = self.lists.indices.index_select(0, rows)[:, :, : weights.shape[2]]
+        return found[weights != 0].unique().long()
 
     def features(self, rows: Tensor) -> Tensor:
         """(B, D) float32 unit features of images, centralized."""
@@ -178,6 +190,10 @@ class Plain(Linked):
         """As `Linked.links_of_queries`."""
         return none_of(cameras)
 
+    def linked(self, rows: Tensor) -> Tensor:
+        """As `Linked.linked`."""
+        return rows[:0]
+
     def features(self, rows: Tensor) -> Tensor:
         """As `Linked.features`."""
         return self.images.compared[rows]
@@ -197,19 +213,15 @@ class Mutual(Linked):
     """NFC, Algorithm 1: mutual neighbours among the k1 and k2 nearest. A query alone has nobody beside it."""
 
     def __init__(self, images: Images, k1: int, k2: int) -> None:
-        view = torch.zeros(len(images.raw), dtype=torch.int64, device=images.raw.device)
-        super().__init__(images, Lists(images, [max(k1, k2)], view), k1)
+        super().__init__(images, Lists(images, [max(k1, k2)]), k1)
+        self.lists.count()
         self.k1, self.k2 = k1, k2
 
     @staticmethod
-    def of(images: Images, near: Tensor, k1: int, k2: int) -> Mutual:
-        """From each image's nearest others (n, k)."""
+    def of(images: Images, indices: Tensor, similarities: Tensor, k1: int, k2: int) -> Mutual:
+        """From each image's nearest others."""
         made = Mutual(images, k1, k2)
-        for some in blocks(images.n * (near.shape[1] > 0), _BLOCK):
-            rows, width = torch.arange(some.start, some.stop, device=near.device), near.shape[1]
-            x = images.compared[rows].repeat_interleave(width, 0)
-            made.lists.indices[rows, 0, :width] = near[rows].int()
-            made.lists.squares[rows, 0, :width] = images.squares(x, near[rows].flatten()).view(-1, width)
+        made.lists.fill(0, indices, 2 - 2 * similarities)
         made.link_all()
         return made
 
@@ -245,10 +257,12 @@ class Guarded(Linked):
     def __init__(self, images: Images, strangers: Strangers, *, by_camera: bool) -> None:
         self.strangers, self.by_camera = strangers, by_camera
         ks, n, device = strangers.ks.tolist(), len(images.raw), images.raw.device
-        super().__init__(images, Lists(images, [k + 1 for k in ks], torch.zeros(n).to(device, torch.int64)), max(ks))
+        view = torch.zeros(n, dtype=torch.int64, device=device) if by_camera else None
+        super().__init__(images, Lists(images, [k + 1 for k in ks], view), max(ks))
         self.scales = torch.ones((n, len(ks)), dtype=torch.float64, device=device)
         self.people = torch.ones(n, dtype=torch.float64, device=device)
         self.lists.view[: images.n] = self._places(images.cameras[: images.n])
+        self.lists.count()
 
     @staticmethod
     def of(images: Images, guard: Guard, *, by_camera: bool) -> Guarded:
@@ -262,7 +276,7 @@ class Guarded(Linked):
 
     def can_stay(self) -> bool:
         """As `Linked.can_stay`."""
-        return bool((self.lists.sizes() >= self.strangers.deepest + 2).all())
+        return bool((self.lists.sizes >= self.strangers.deepest + 2).all())
 
     def enter(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.enter`; scales are measured, too."""
@@ -329,11 +343,13 @@ class Contrasting(Linked):
 
     def __init__(self, images: Images, names: Tensor, numbers: Tensor, shared: int, num_cameras: int) -> None:
         n, device = len(images.raw), images.raw.device
-        super().__init__(images, Lists(images, [OVERALL + 1], torch.zeros(n).to(device, torch.int64)), OVERALL + 1)
+        super().__init__(images, Lists(images, [OVERALL + 1]), OVERALL + 1)
+        self.lists.count()
         self.names, self.numbers, self.shared, self.num_cameras = names, numbers, shared, num_cameras
         view = torch.full((n,), shared, dtype=torch.int64, device=device)
         self.by_list = Lists(images, [NEAREST + 1] * (shared + 1), view)
         self.by_list.view[: images.n] = self._listed_images(images.cameras[: images.n])
+        self.by_list.count()
         self._sizes = self._small_sizes()
 
     @staticmethod
@@ -368,7 +384,7 @@ class Contrasting(Linked):
 
     def _small_sizes(self) -> Tensor:
         """What links ask of sizes: whether lists have 3 images, and 3 others of an image on them."""
-        return self.by_list.sizes().clamp(max=_SMALL)
+        return self.by_list.sizes.clamp(max=_SMALL)
 
     def enter(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.enter`."""
@@ -396,10 +412,10 @@ class Contrasting(Linked):
 
         def ends(row: Tensor, ahead: Tensor, column: Tensor, behind: Tensor) -> tuple[Ends, Ends]:
             views, place = ahead.unique(return_inverse=True)
-            found = asked.nearest(NEAREST + 1, self.by_list.members()[views])[1]
+            found = asked.nearest(NEAREST + 1, self.by_list.members(views))[1]
             return _first_and_last(found[place, row]), self._ends(column, behind)
 
-        (indices,), (squares,) = asked.nearest(OVERALL + 1, self.images.alive[None])
+        (indices,), (squares,) = asked.nearest(OVERALL + 1, self.lists.members())
         row, at, weight = self._contrast(indices, squares, self._listed(cameras), ends, same=False)
         column = indices[row, at]
         factor = cross_camera_weight(cameras[row], self.images.cameras[column], self.num_cameras)
@@ -407,10 +423,10 @@ class Contrasting(Linked):
 
     def _contrast(self, indices: Tensor, squares: Tensor, lists: Tensor, ends: Any, *, same: bool) -> Found:
         shape, similarities = indices.shape, 1 - squares.double() / 2
-        length = min(OVERALL + 1, int(self.images.alive.sum()) - 1)
+        length = min(OVERALL + 1, self.images.count - 1)
         squares = self.lists.squares[:, 0].index_select(0, indices.flatten())[:, [0, max(length, 1) - 1]]
         first, last = (1 - squares.double() / 2).view(*shape, 2).unbind(2)
-        theirs, sizes = (first, last), self.by_list.sizes()
+        theirs, sizes = (first, last), self.by_list.sizes
         return contrast_links(indices, similarities, lists, self.by_list.view, sizes, theirs, ends, same=same)
 
     def _ends(self, rows: Tensor, lists: Tensor) -> Ends:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pose2id.centralization.cameras import Centres, mapped
 from pose2id.centralization.guard import Evidence
 from pose2id.gallery.columns import roomier
-from pose2id.gallery.engines import EXTRA, filled, in_order, products
+from pose2id.gallery.engines import EXTRA, Inverted, Products, filled, in_order, products
 from pose2id.gallery.methods import Linked
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import Rows, blocks, sum_last, unit
@@ -20,6 +20,7 @@ from pose2id.retrieval.guarded_rerank import PLAIN_K1, PLAIN_K2
 from pose2id.retrieval.rerank import k_reciprocal_nearby
 
 NEARBY, _TIMES = 300, 4  # images that re-ranking looks at: so many, or so many times those that are wanted
+_CANDIDATES, _SAMPLE = 200, 2000  # of a large gallery: that are scored, and over which distances are largest
 _LAMBDA = 0.5  # weight of the original distance in camera-aware re-ranking, as in `k_reciprocal`
 _RESCORED = 64  # the nearest of a search, which are ordered by differences instead of products
 
@@ -49,6 +50,7 @@ class State:
         self.images, self.linked, self.fitted = linked.images, linked, fitted
         self.changes = 0
         self._farthest: dict[str, Tensor] = {}
+        self._sample: Tensor | None = None
 
     def compared(self, raw: Tensor, cameras: Tensor) -> Tensor:
         """(B, D) float32 unit rows as methods compare them, with what is frozen of cameras."""
@@ -74,13 +76,13 @@ class State:
         rows = self.compared(raw, cameras)
         images.raw[places], images.compared[places], images.cameras[places] = raw, rows, cameras
         for some in blocks(len(raw), images.block):
-            images.present[places[some]] = True
+            images.come(places[some])
             self.linked.insert(places[some], images.ask(rows[some]))
         self.changes += len(raw)
 
     def remove(self, places: Tensor) -> None:
         """Images leave a gap."""
-        self.images.present[places] = False
+        self.images.go(places)
         self.linked.remove(places)
         self.changes += len(places)
 
@@ -97,14 +99,30 @@ class State:
             return self.images.compared.index_select(0, places)
         return unit(self.images.raw.index_select(0, places))
 
-    def plain(self, x: Tensor) -> Tensor:
-        """(B, n) cosines of unit rows with features as they came, minus infinity for gaps."""
-        if self.fitted.centres is None:
-            scores = self.images.products(x)
+    def cosines(self, how: str, x: Tensor) -> Tensor:
+        """(B, m) cosines of unit rows with the features that are re-ranked, of all images, gaps at infinity.
+
+        Of a large gallery with those of a sample.
+        """
+        images = self.images
+        if images.index is not None:
+            if self._sample is None:
+                present = torch.nonzero(images.alive).flatten()
+                chosen = torch.randperm(len(present), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+                self._sample = present[chosen.to(present.device)]
+            return products(x, self.reranked_rows(how, self._sample))
+        if how == "camera":
+            found = self.linked.scores(images.products(x))
+        elif self.fitted.centres is None:
+            found = images.products(x)
         else:
-            rows = self.images.raw[: self.images.n]
-            scores = products(x, rows).div_(torch.linalg.vector_norm(rows, dim=1))
-        return scores.masked_fill_(~self.images.alive, -torch.inf)
+            rows = images.raw[: images.n]
+            found = products(x, rows).div_(torch.linalg.vector_norm(rows, dim=1))
+        return found.masked_fill_(~images.alive, torch.inf)
+
+    def reranked_rows(self, how: str, places: Tensor) -> Tensor:
+        """(B, D) float32 unit features that are re-ranked: centralized ones, or those that came."""
+        return self.features(places) if how == "camera" else self.plain_rows(places)
 
     def farthest(self, how: str, places: Tensor, features: Tensor) -> Tensor:
         """(B,) largest squared distance of images to any other, measured once between two refits."""
@@ -116,10 +134,7 @@ class State:
             self._farthest[how] = kept = grown
         unknown = kept[places].isnan()
         for some in blocks(int(unknown.sum()), self.images.block):
-            rows = features[unknown][some]
-            scores = self.linked.scores(self.images.products(rows)) if how == "camera" else self.plain(rows)
-            scores = scores.masked_fill_(~self.images.alive, torch.inf)
-            kept[places[unknown][some]] = 2 - 2 * scores.amin(1)
+            kept[places[unknown][some]] = 2 - 2 * self.cosines(how, features[unknown][some]).amin(1)
         return kept[places]
 
     def asking(self, raw: Tensor, cameras: Tensor) -> Iterator[tuple[slice, Asking]]:
@@ -133,7 +148,6 @@ class Asking:
 
     Attributes:
         x: (B, D) float32 unit features.
-        scores: (B, n) float32 cosines with all centralized features, minus infinity for gaps.
     """
 
     def __init__(self, state: State, raw: Tensor, cameras: Tensor) -> None:
@@ -141,17 +155,21 @@ class Asking:
         rows = state.compared(raw, cameras)
         asked = self._images.ask(rows)
         row, place, weight = state.linked.links_of_queries(asked, cameras)
-        self.x, cosines = rows, asked.similarities
+        self.x = rows
+        self._cosines: Tensor | None = asked.similarities if isinstance(asked, Products) else None
         if len(row):
             sums = state.linked.sums_of_sums
             source = state.linked.features(place) if sums else self._images.compared.index_select(0, place)
             self.x = unit(rows.clone().index_add_(0, row, source * weight[:, None].float()))
-            cosines = self._images.products(self.x)
-        self.scores = state.linked.scores(cosines).masked_fill_(~self._images.alive, -torch.inf)
+            self._cosines = None
 
-    def nearest(self, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, k) places of the nearest images, -1 for none, and their squared distances; without `excluded` (B, n)."""
-        scores = self.scores if excluded is None else self.scores.masked_fill(excluded, -torch.inf)
+    def nearest(self, k: int, *, exclude: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, k) places of the nearest images, -1 for none, and their squared distances; without the own camera's."""
+        if self._images.index is not None:
+            return self._among_candidates(self._images.index, k, exclude=exclude)
+        scores = self._scores()
+        if exclude:
+            scores.masked_fill_(self._own_camera(slice(None)), -torch.inf)
         found, places = scores.topk(min(k + EXTRA, scores.shape[1]), dim=1)
         squares = (2 - 2 * found).clamp_(min=0)
         head = min(places.shape[1], _RESCORED)
@@ -162,37 +180,62 @@ class Asking:
         places[:, :head], squares[:, :head] = in_order(places[:, :head], squares[:, :head], head)
         return filled(places[:, :k], squares[:, :k].cummax(1).values, k)
 
-    def reranked(self, how: str, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def reranked(self, how: str, k: int, *, exclude: bool = False) -> tuple[Tensor, Tensor]:
         """The same by re-ranked distances: "camera" from centralized features, "k-reciprocal" from those that came."""
-        every, places = [], []
+        places = torch.full((len(self.x), k), -1, dtype=torch.int64, device=self.x.device)
+        distances = torch.full((len(self.x), k), torch.inf, device=self.x.device)
         for query in range(len(self.x)):
-            if how == "camera":
-                row, scores = self.x[query : query + 1], self.scores[query]
-            else:
-                row = Rows(self._raw[query : query + 1], "features", normalize=True).read(slice(None))
-                scores = self._state.plain(row)[0]
-            found, distances = self._nearby(how, row, scores, self._cameras[query : query + 1], k)
-            if excluded is not None:
-                distances = distances.masked_fill(excluded[query, found], torch.inf)
-            order = distances.argsort(stable=True)[:k]
-            missing = distances[order].isinf()
-            of_query = filled(found[order].masked_fill(missing, -1)[None], distances[order][None], k)
-            places.append(of_query[0])
-            every.append(of_query[1])
-        return torch.cat(places), torch.cat(every)
+            found, of_query = self._nearby(how, slice(query, query + 1), max(NEARBY, _TIMES * k))
+            if exclude:
+                kept = ~self._own_camera(slice(query, query + 1))[0, found]
+                found, of_query = found[kept], of_query[kept]
+            order = of_query.argsort(stable=True)[:k]
+            places[query, : len(order)], distances[query, : len(order)] = found[order], of_query[order]
+        return places, distances
 
-    def _nearby(self, how: str, row: Tensor, scores: Tensor, camera: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _scores(self) -> Tensor:
+        """(B, n) cosines with centralized features, minus infinity for gaps."""
+        cosines = self._images.products(self.x) if self._cosines is None else self._cosines
+        return self._state.linked.scores(cosines).masked_fill(~self._images.alive, -torch.inf)
+
+    def _own_camera(self, queries: slice) -> Tensor:
+        """(B, n) which images are of the query's camera."""
+        own = self._cameras[queries, None]
+        return (self._images.cameras[: self._images.n] == own) & (own >= 0)
+
+    def _among_candidates(self, index: Inverted, k: int, *, exclude: bool) -> tuple[Tensor, Tensor]:
+        """Of candidates, and of images that are linked to them."""
+        found = []
+        for query in range(len(self.x)):
+            mask = ~self._own_camera(slice(query, query + 1))[0] if exclude else None
+            near = index.search(self.x[query : query + 1], max(_CANDIDATES, _TIMES * k), mask)[0]
+            near = near[near >= 0]
+            near = torch.cat([near, self._state.linked.linked(near)]).unique()
+            if mask is not None:
+                near = near[mask[near]]
+            squares = sum_last(self._state.features(near).sub_(self.x[query]).square_())
+            found.append(in_order(near[None], squares[None], k))
+        places, squares = (torch.cat(values) for values in zip(*found, strict=True))
+        return places, squares
+
+    def _nearby(self, how: str, query: slice, count: int) -> tuple[Tensor, Tensor]:
         """Places of the images near to a query, ascending, and re-ranked distances to them."""
-        state, alive = self._state, int(self._images.alive.sum())
-        near = scores.topk(min(max(NEARBY, _TIMES * k), alive)).indices.sort().values
-        features = torch.cat([row, state.features(near) if how == "camera" else state.plain_rows(near)])
-        with full_precision(row.device):
-            squares = (2 - 2 * features @ features.T).clamp_(min=0).fill_diagonal_(0)
-        reach = state.farthest(how, near, features[1:])
-        largest = torch.cat([(2 - 2 * scores[self._images.alive].min())[None], torch.maximum(reach, squares[0, 1:])])
-        if how == "camera":
-            cameras = torch.cat([camera, self._images.cameras[near]])
-            found = k_reciprocal_nearby(squares, largest, cameras=cameras, lambda_value=_LAMBDA)
+        state, x = self._state, self.x[query]
+        if how != "camera":
+            x = Rows(self._raw[query], "features", normalize=True).read(slice(None))
+        cosines = state.cosines(how, x)
+        if self._images.index is not None:
+            near = self._images.index.search(state.compared(self._raw[query], self._cameras[query]), count, None)[0]
+            near = near[near >= 0].sort().values
         else:
-            found = k_reciprocal_nearby(squares, largest, k1=PLAIN_K1, k2=PLAIN_K2)
-        return near, found
+            count = min(count, self._images.count)
+            near = cosines[0].masked_fill(~self._images.alive, -torch.inf).topk(count).indices.sort().values
+        rows = state.reranked_rows(how, near)
+        features = torch.cat([x, rows])
+        with full_precision(x.device):
+            squares = (2 - 2 * features @ features.T).clamp_(min=0).fill_diagonal_(0)
+        largest = torch.cat([2 - 2 * cosines.amin(1), torch.maximum(state.farthest(how, near, rows), squares[0, 1:])])
+        if how == "camera":
+            cameras = torch.cat([self._cameras[query], self._images.cameras[near]])
+            return near, k_reciprocal_nearby(squares, largest, cameras=cameras, lambda_value=_LAMBDA)
+        return near, k_reciprocal_nearby(squares, largest, k1=PLAIN_K1, k2=PLAIN_K2)
