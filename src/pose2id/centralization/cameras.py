@@ -148,13 +148,17 @@ class Centres:
         """Rows without their camera's mean, normalised again, as a copy; unknown cameras without the mean of all."""
         result = torch.empty((rows.n, rows.dim), dtype=rows.dtype, device=rows.device)
         for block in rows.blocks():
-            x = rows.read(block, torch.float64).sub_(self.mean)
-            if len(self.cameras):
-                at = torch.searchsorted(self.cameras, cameras[block]).clamp(max=len(self.cameras) - 1)
-                known = self.cameras[at] == cameras[block]
-                x[known] -= self.offsets[at[known]]
-            result[block] = unit(x)
+            result[block] = unit(rows.read(block, torch.float64).sub_(self.at(cameras[block])))
         return Rows(result, "features")
+
+    def at(self, cameras: Tensor) -> Tensor:
+        """(B, D) float64 mean of each camera; of unknown ones the mean of all."""
+        centres = self.mean.repeat(len(cameras), 1)
+        if len(self.cameras):
+            at = torch.searchsorted(self.cameras, cameras).clamp(max=len(self.cameras) - 1)
+            known = self.cameras[at] == cameras
+            centres[known] += self.offsets[at[known]]
+        return centres
 
 
 def centre_cameras(

@@ -232,8 +232,9 @@ def _scored(images: Images, x: Tensor, candidates: Tensor, k: int) -> tuple[Tens
 def products(x: Tensor, rows: Tensor) -> Tensor:
     """(B, n) products of float32 rows (B, D) and (n, D)."""
     if len(x) == 1 and x.device.type == "cpu":
-        # numpy multiplies one row several times as fast as torch does.
-        return torch.from_numpy(rows.numpy() @ x[0].numpy())[None]
+        # One row at a time this is several times as fast as products of torch's, and of rows that are not in the cache
+        # faster than numpy's.
+        return torch.from_numpy(np.einsum("nd,d->n", rows.numpy(), x[0].numpy()))[None]
     with full_precision(x.device):
         return x @ rows.T
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pose2id.centralization.cameras import Centres, mapped
+from pose2id.centralization.cameras import Centres
 from pose2id.centralization.guard import Evidence
 from pose2id.gallery.columns import roomier
 from pose2id.gallery.engines import EXTRA, Inverted, Products, filled, in_order, products
@@ -53,13 +53,13 @@ class State:
         self._sample: Tensor | None = None
 
     def compared(self, raw: Tensor, cameras: Tensor) -> Tensor:
-        """(B, D) float32 unit rows as methods compare them, with what is frozen of cameras."""
-        rows = Rows(raw, "features", normalize=True)
+        """(B, D) float32 unit rows as methods compare them, with what is frozen of cameras, as at a refit."""
+        x = _unit(raw.double())
         if self.fitted.centres is not None:
-            rows = self.fitted.centres.applied(rows, cameras)
+            x = _unit(x - self.fitted.centres.at(cameras))
         if self.fitted.link_map is not None:
-            rows = mapped(rows, self.fitted.link_map)
-        return rows.read(slice(None))
+            x = _unit(x @ self.fitted.link_map)
+        return x.float()
 
     def insert(self, raw: Tensor, cameras: Tensor, places: Tensor | None = None) -> None:
         """Images at new places, or at places that are free."""
@@ -141,6 +141,12 @@ class State:
         """Blocks of queries, centralized."""
         for some in blocks(len(raw), self.images.block):
             yield some, Asking(self, raw[some], cameras[some])
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Float64 rows, L2-normalised, in few steps: `unit` is for any range."""
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x.div_(norms.clamp_(min=torch.finfo(torch.float64).tiny))
 
 
 class Asking:

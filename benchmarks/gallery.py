@@ -1,0 +1,222 @@
+"""What a live gallery costs: one query, one image more, memory, beside a flat search and beside computing all again.
+
+    python benchmarks/gallery.py                            # 10,000 x 512, about 2 minutes on 2 cores
+    python benchmarks/gallery.py --sizes 100000 1000000     # x 256, an hour
+    python benchmarks/gallery.py --accuracy FOLDER          # real features, streamed image by image
+
+Milliseconds are medians of single calls, in turn with faiss's flat search of the same rows; memory is what the process
+grew by, beside the features (Linux). Drawn features have a spectrum that falls as 1 / i, as features of models have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+import pose2id
+from pose2id import Centralizer, Gallery
+
+IMAGES, CAMERAS = 10, 6  # of a person; in all
+CASES = {"no cameras": "auto", "cameras": "auto", "guarded, cameras": "guarded"}
+
+
+class Drawn:
+    """People, cameras and noise with one falling spectrum."""
+
+    def __init__(self, n: int, dim: int) -> None:
+        self.rng = np.random.default_rng(0)
+        self.spread = (1 / np.sqrt(np.arange(1, dim + 1))).astype(np.float32)
+        self.people = self.normal(max(1, n // IMAGES))
+        self.offsets = 0.5 * self.normal(CAMERAS)
+
+    def normal(self, n: int) -> Any:
+        """(n, D) draws with the spectrum."""
+        return self.rng.standard_normal((n, len(self.spread)), dtype=np.float32) * self.spread
+
+    def images(self, n: int) -> tuple[Any, Any]:
+        """Features (n, D) of images, and their cameras."""
+        cameras = self.rng.integers(0, CAMERAS, n)
+        features = np.empty((n, len(self.spread)), dtype=np.float32)
+        for start in range(0, n, 1 << 14):
+            part = slice(start, min(start + (1 << 14), n))
+            people = self.people[self.rng.integers(0, len(self.people), part.stop - start)]
+            features[part] = people + self.offsets[cameras[part]] + self.normal(part.stop - start)
+        return features, cameras
+
+
+def milliseconds(*calls: Callable[[int], Any], runs: int) -> list[float]:
+    """Medians of calls, in turn."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for run in range(runs):
+        for call, of_call in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call(run)
+            of_call.append(time.perf_counter() - start)
+    return [1000 * statistics.median(of_call) for of_call in seconds]
+
+
+def resident() -> int:
+    """Bytes of this process in memory, after giving back what is free."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def measure(n: int, dim: int, case: str, runs: int) -> dict[str, Any]:
+    """One size and method."""
+    drawn = Drawn(n, dim)
+    images, cameras = drawn.images(n)
+    queries, of_queries = drawn.images(2 * runs)
+    more, of_more = drawn.images(runs)
+    known = case != "no cameras"
+
+    def camids(values: Any, at: Any = slice(None)) -> Any:
+        return values[at] if known else None
+
+    Gallery(Centralizer(method=CASES[case])).add(images[:2000], camids=camids(cameras, slice(2000)))  # imports
+    before = resident()
+    start = time.perf_counter()
+    gallery = Gallery(Centralizer(method=CASES[case]), refit_share=None)
+    gallery.add(images, camids=camids(cameras))
+    fit = time.perf_counter() - start
+    memory = (resident() - before) / n
+    flat = faiss.IndexFlatL2(dim)
+    flat.add(images / np.linalg.norm(images, axis=1, keepdims=True))
+    unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    how = "camera" if known else "k-reciprocal"
+
+    def search(run: int, **options: Any) -> Any:
+        at = slice(run, run + 1)
+        return gallery.search(queries[at], 10, query_camids=camids(of_queries, at), **options)
+
+    rows: dict[str, Any] = {"reason": gallery.reason, "fit, s": fit, "memory / features": memory / (4 * dim)}
+    rows["bytes an image beside 2.3 times the features"] = memory - 2.3 * 4 * dim
+    rows["recall"] = gallery.recall
+    for run in range(runs):  # what is measured once an image is known then
+        search(run, rerank=how)
+    flat_ms, query_ms, rerank_ms = milliseconds(
+        lambda run: flat.search(unit[run : run + 1], 10),
+        search,
+        lambda run: search(runs + run, rerank=how),
+        runs=runs,
+    )
+    add_ms, flat_too = milliseconds(
+        lambda run: gallery.add(more[run : run + 1], camids=camids(of_more, slice(run, run + 1))),
+        lambda run: flat.search(unit[run : run + 1], 10),
+        runs=runs,
+    )
+    rows |= {"flat, ms": flat_ms, "query, ms": query_ms, "re-ranked, ms": rerank_ms}
+    rows |= {"add, ms": add_ms, "flat beside add, ms": flat_too}
+    if n <= 10_000:
+        cams = {"query_camids": camids(of_queries, slice(1)), "gallery_camids": camids(cameras)}
+        rows["enhance again, ms"], rows["k_reciprocal again, ms"] = milliseconds(
+            lambda run: Centralizer(method=CASES[case]).enhance(queries[:1], images, **cams),
+            lambda run: pose2id.k_reciprocal(queries[:1], images, 10, 3),
+            runs=3,
+        )
+    return rows
+
+
+SETS = (
+    ("cuhk03_p1_det_val100", "osnet_msmt17"),
+    ("cuhk03_p1_det_val100", "osnet_lda256"),
+    ("cuhk03_p1_det_val100", "osnet_market1501"),
+    ("3dpes", "osnet_msmt17"),
+    ("3dpes", "retail0288"),
+    ("viper", "osnet_msmt17"),
+    ("pku_reid", "osnet_msmt17"),
+    ("cuhk03_p1_det_843", "osnet_msmt17"),
+)
+
+
+def streamed(folder: Path, name: str, model: str, known: bool, orders: int) -> dict[str, Any]:
+    """MAP and Rank-1 in percent: of `enhance`, and of galleries that got their images one by one in random order."""
+    data = np.load(folder / f"{name}.npz")
+    is_query = data["is_query"].astype(bool)
+    features = data[f"feat_{model}"].astype(np.float32)
+    q, g = features[is_query], features[~is_query]
+    labels = [data[key][mask] for key in ("pids", "camids") for mask in (is_query, ~is_query)]
+    q_cams, g_cams = labels[2:]
+    cams = {"query_camids": q_cams, "gallery_camids": g_cams} if known else {}
+    batch = pose2id.evaluate(*Centralizer().enhance(q, g, **cams, camera_statistics="gallery"), *labels)
+    found, refitted, reranks = [], [], []
+    for order in range(orders):
+        gallery = Gallery()
+        for at in np.random.default_rng(order).permutation(len(g)).tolist():
+            gallery.add(g[at : at + 1], ids=[at], camids=g_cams[at : at + 1] if known else None)
+        asked = {"query_camids": q_cams} if known else {}
+        found.append(pose2id.evaluate_rank(matrix(gallery.search(q, len(g), **asked), len(g)), *labels))
+        if order == 0:
+            gallery.refit()
+            refitted.append(pose2id.evaluate_rank(matrix(gallery.search(q, len(g), **asked), len(g)), *labels))
+            reranks.append(differing(gallery, q, q_cams if known else None))
+    return {
+        "enhance": figures(batch),
+        "streamed": [figures(result) for result in found],
+        "refitted": figures(refitted[0]),
+        "re-ranked otherwise than over the whole gallery (top 1, top 10)": reranks[0],
+        "queries": len(q),
+    }
+
+
+def differing(gallery: Gallery, q: Any, q_cams: Any) -> list[float]:
+    """Shares of queries whose first, and ten, images are others where all of the gallery is looked at."""
+    from pose2id.gallery import state  # noqa: PLC0415 - its bound is moved
+
+    how, asked = ("k-reciprocal", {}) if q_cams is None else ("camera", {"query_camids": q_cams})
+    near = gallery.search(q, 10, rerank=how, **asked).ids
+    kept, state.NEARBY = state.NEARBY, len(gallery)
+    try:
+        every = gallery.search(q, 10, rerank=how, **asked).ids
+    finally:
+        state.NEARBY = kept
+    return [float((near[:, :k] != every[:, :k]).any(1).mean()) for k in (1, 10)]
+
+
+def matrix(result: Any, n: int) -> Any:
+    """Distances (Q, n) of a search for all images, whose ids count them."""
+    distances = np.empty((len(result.ids), n), dtype=np.float32)
+    np.put_along_axis(distances, result.ids, result.distances, 1)
+    return distances
+
+
+def figures(result: Any) -> list[float]:
+    return [round(100 * result.mAP, 2), round(100 * result.rank(1), 2)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000], help="images")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, help="methods")
+    parser.add_argument("--runs", type=int, default=60, help="single calls")
+    parser.add_argument("--accuracy", type=Path, help="folder of real features")
+    parser.add_argument("--orders", type=int, default=3, help="random orders of images")
+    options = parser.parse_args()
+    if options.accuracy is not None:
+        for name, model in SETS:
+            for known in (False, True):
+                row = streamed(options.accuracy, name, model, known, options.orders)
+                print(f"{name} {model}{', cameras' if known else ''}: {row}", flush=True)
+        return
+    for n in options.sizes:
+        dim = 512 if n <= 10_000 else 256
+        for case in options.cases:
+            print(f"\n{n:,} x {dim}, {case}")
+            with multiprocessing.get_context("spawn").Pool(1) as process:  # whose memory is its own
+                rows = process.apply(measure, (n, dim, case, options.runs))
+            for name, value in rows.items():
+                print(f"  {name}: {value if isinstance(value, str) else format(value, '.4g')}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
