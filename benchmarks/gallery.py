@@ -3,6 +3,7 @@
     python benchmarks/gallery.py                            # 10,000 x 512, about 2 minutes on 2 cores
     python benchmarks/gallery.py --sizes 100000 1000000     # x 256, an hour
     python benchmarks/gallery.py --accuracy FOLDER          # real features, streamed image by image
+    python benchmarks/gallery.py --unknown FOLDER           # people who are not in the gallery
 
 Milliseconds are medians of single calls, in turn with faiss's flat search of the same rows; memory is what the process
 grew by, beside the features (Linux). Drawn features have a spectrum that falls as 1 / i, as features of models have.
@@ -183,6 +184,43 @@ def differing(gallery: Gallery, q: Any, q_cams: Any) -> list[float]:
     return [float((near[:, :k] != every[:, :k]).any(1).mean()) for k in (1, 10)]
 
 
+def unknown(folder: Path, name: str, model: str, known: bool, splits: int) -> dict[str, Any]:
+    """Share of strangers who are taken for somebody (FPR), and of people in the gallery who are (TPR), in percent.
+
+    Half of the people are in the gallery, seen by other cameras than their queries. Thresholds for 10 % and 1 %:
+    without labels, and with the queries of half of the strangers, measured on those of the others.
+    """
+    data = np.load(folder / f"{name}.npz")
+    is_query = data["is_query"].astype(bool)
+    features = data[f"feat_{model}"].astype(np.float32)
+    pids, cams = data["pids"], data["camids"]
+    rates: dict[str, list[list[float]]] = {}
+    for split in range(splits):
+        rng = np.random.default_rng(split)
+        people = rng.permutation(np.unique(pids[is_query]))
+        asking = {person: rng.choice(cams[is_query & (pids == person)]) for person in people.tolist()}
+        of_query = cams == np.array([asking.get(person, -1) for person in pids.tolist()])
+        inside, tuning, strangers = np.split(people, [len(people) // 2, 3 * len(people) // 4])
+        here = ~is_query & ~of_query & np.isin(pids, inside)
+        gallery = Gallery()
+        gallery.add(features[here], camids=cams[here] if known else None)
+        genuine, tuned, others = (
+            np.flatnonzero(is_query & of_query & np.isin(pids, some))
+            for some in (np.intersect1d(inside, pids[here]), tuning, strangers)
+        )
+        for rate in (0.1, 0.01):
+            cameras = cams[tuned] if known else None
+            labelled = gallery.calibrate(impostor=features[tuned], impostor_camids=cameras, fpr=rate)
+            for kind, threshold in (("without labels", gallery.calibrate(fpr=rate)), ("with labels", labelled)):
+                found = [
+                    gallery.search(features[at], 1, query_camids=cams[at] if known else None, threshold=threshold)
+                    for at in (others, genuine)
+                ]
+                shares = [float((result.ids >= 0).mean()) for result in found]
+                rates.setdefault(f"{kind}, {rate:.0%}", []).append(shares)
+    return {kind: [round(100 * float(x), 1) for x in np.mean(rows, 0)] for kind, rows in rates.items()}
+
+
 def matrix(result: Any, n: int) -> Any:
     """Distances (Q, n) of a search for all images, whose ids count them."""
     distances = np.empty((len(result.ids), n), dtype=np.float32)
@@ -200,13 +238,15 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, help="methods")
     parser.add_argument("--runs", type=int, default=60, help="single calls")
     parser.add_argument("--accuracy", type=Path, help="folder of real features")
-    parser.add_argument("--orders", type=int, default=3, help="random orders of images")
+    parser.add_argument("--unknown", type=Path, help="folder of real features")
+    parser.add_argument("--orders", type=int, default=3, help="random orders of images, or splits of people")
     options = parser.parse_args()
-    if options.accuracy is not None:
-        for name, model in SETS:
+    for measured, folder in ((streamed, options.accuracy), (unknown, options.unknown)):
+        for name, model in SETS if folder is not None else ():
             for known in (False, True):
-                row = streamed(options.accuracy, name, model, known, options.orders)
+                row = measured(folder, name, model, known, options.orders)
                 print(f"{name} {model}{', cameras' if known else ''}: {row}", flush=True)
+    if options.accuracy is not None or options.unknown is not None:
         return
     for n in options.sizes:
         dim = 512 if n <= 10_000 else 256

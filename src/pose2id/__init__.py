@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pose2id.centralizer import Centralizer
     from pose2id.extractor import Extractor
     from pose2id.gallery.gallery import Gallery, SearchResult
+    from pose2id.gallery.unknown import Threshold
     from pose2id.ipg.generator import IdentityGenerator
     from pose2id.ipg.pictures import GeneratedPictures, PictureFolder
     from pose2id.ipg.sampling import Sampling
@@ -56,6 +57,7 @@ __all__ = [
     "PictureFolder",
     "Sampling",
     "SearchResult",
+    "Threshold",
     "VerificationResult",
     "WeightedLinks",
     "aqe",
@@ -99,6 +101,7 @@ _MODULES = {
     "centralizer": ("Centralizer",),
     "extractor": ("Extractor",),
     "gallery.gallery": ("Gallery", "SearchResult"),
+    "gallery.unknown": ("Threshold",),
     "ipg.generator": ("IdentityGenerator",),
     "ipg.pictures": ("GeneratedPictures", "PictureFolder"),
     "ipg.sampling": ("Sampling",),

@@ -26,6 +26,7 @@ from pose2id.gallery.fitting import EXACT_UP_TO, Fit, Settings
 from pose2id.gallery.locks import SharedLock
 from pose2id.gallery.state import State
 from pose2id.gallery.tracklets import Tracks, pooled
+from pose2id.gallery.unknown import LEAST, Threshold, from_impostors, from_spacings
 from pose2id.io.checks import (
     FIRST_WORD,
     as_numpy,
@@ -42,6 +43,7 @@ from pose2id.io.whole_files import new_file
 logger = logging.getLogger(__name__)
 RERANK = ("k-reciprocal", "camera")
 _UNKNOWN, _ABSENT = -1, -2  # no camera; a camera that no image of the gallery has
+UNKNOWN = "unknown"
 _ALWAYS = 64  # galleries of fewer images are refitted at each change: it costs little, and lists are short
 
 
@@ -268,6 +270,7 @@ class Gallery:
         query_camids: Any = None,
         rerank: str | None = None,
         exclude_camera: bool = False,
+        threshold: float | Threshold | None = None,
         group_by: Any = None,
         quality: Any = None,
     ) -> SearchResult:
@@ -282,6 +285,9 @@ class Gallery:
                 Computed among the nearest 300 images, or 4 k if that is more, for each query alone: as over the whole
                 gallery, where the lists of those that are returned lie among them. None: centralized features alone.
             exclude_camera: leave out images of the query's own camera.
+            threshold: what `calibrate` returns, or a score in [0, 1] of centralized features
+                (`pose2id.gallery.unknown`): a query below it is nobody that the gallery knows, so that all its ids are
+                those of none and its labels "unknown"; distances stay.
             group_by: (Q,) track ids: one query a track, in the order of first frames, as in `add`.
             quality: (Q,) as in `add`.
 
@@ -291,6 +297,7 @@ class Gallery:
         rows = self._rows(query_feats, "query_feats")
         k, exclude_camera = checked_count(k, "k"), checked_flag(exclude_camera, "exclude_camera")
         how = None if rerank is None else checked_choice(rerank, "rerank", RERANK)
+        limit = threshold if threshold is None or isinstance(threshold, Threshold) else _score(threshold)
         cameras = self._cameras(query_camids, "query_camids", rows.n, new=False)
         raw, tracks = self._pooled(rows, group_by, quality)
         if tracks is not None:
@@ -298,10 +305,13 @@ class Gallery:
         if how == "camera" and not bool((cameras >= 0).all()):
             raise ValueError("query_camids must name a camera of the gallery for each query with rerank='camera'.")
         with self._lock.reading():
-            places, distances = self._searched(raw, cameras, k, how, exclude_camera)
+            places, distances, known = self._searched(raw, cameras, k, how, exclude_camera, limit)
             content = self._content
-            ids = [content.ids[place] if place >= 0 else None for place in places.flatten().tolist()]
-            labels = [content.labels[place] if place >= 0 else None for place in places.flatten().tolist()]
+            flat = places.masked_fill(~known[:, None], -1).flatten().tolist()
+            ids = [content.ids[place] if place >= 0 else None for place in flat]
+            labels = [content.labels[place] if place >= 0 else None for place in flat]
+            for query in torch.nonzero(~known).flatten().tolist():
+                labels[query * k : (query + 1) * k] = [UNKNOWN] * k
         found = self._as_ids(ids).reshape(places.shape), _objects(labels).reshape(places.shape)
         return SearchResult(as_container(distances, rows.empty(0)), *found)
 
@@ -333,6 +343,62 @@ class Gallery:
         with self._changing:
             if self._content.state is not None:
                 self._refit(None)
+
+    def calibrate(
+        self,
+        genuine: Any = None,
+        impostor: Any = None,
+        *,
+        genuine_camids: Any = None,
+        impostor_camids: Any = None,
+        fpr: float = 0.01,
+        exclude_camera: bool = False,
+    ) -> Threshold:
+        """A threshold for `search`, below which a query is nobody that the gallery knows.
+
+        With queries of strangers (`impostor`), the least threshold that a share `fpr` of them reaches. Without any, a
+        threshold from how far apart the gallery's own images are: no label is used, and neighbours are not added
+        before the decision, which costs hits; for what each is worth see docs/live-gallery.md. Calibrate again when the
+        gallery has changed much.
+
+        Args:
+            genuine: (Q, D) features of queries of people who are in the gallery, for `Threshold.tpr`.
+            impostor: (Q, D) features of queries of people who are not.
+            genuine_camids: (Q,) their cameras, as in `search`.
+            impostor_camids: (Q,) likewise.
+            fpr: the wanted share of strangers who are taken for somebody, in (0, 1).
+            exclude_camera: as in the searches that are to come.
+
+        Raises:
+            ValueError: genuine without impostor, or, without both, a gallery of fewer than 48 images.
+        """
+        fpr = checked_number(fpr, "fpr", 1e-12, 1 - 1e-12)
+        if impostor is not None:
+            against = self._scores(impostor, impostor_camids, "impostor", exclude_camera)
+            if not len(against):
+                raise ValueError("impostor must hold at least one query, got none.")
+            of_known = None if genuine is None else self._scores(genuine, genuine_camids, "genuine", exclude_camera)
+            return from_impostors(against, of_known, fpr)
+        if genuine is not None:
+            raise ValueError("impostor must be given with genuine: strangers set the threshold.")
+        with self._lock.reading():
+            state = self._content.state
+            if state is None or len(self) < LEAST:
+                raise ValueError(f"the gallery must hold {LEAST} images to calibrate without labels, got {len(self)}.")
+            return from_spacings(state.spacings(), len(self), fpr)
+
+    def _scores(self, feats: Any, camids: Any, name: str, exclude: bool) -> Tensor:
+        """(Q,) scores of centralized queries."""
+        rows = self._rows(feats, name)
+        cameras = self._cameras(camids, f"{name}_camids", rows.n, new=False)
+        with self._lock.reading():
+            state = self._content.state
+            if state is None:
+                return torch.zeros(rows.n)
+            device = state.images.raw.device
+            asked = state.asking(_float32(rows).to(device), cameras.to(device))
+            found = [asking.scores(centralized=True, exclude=exclude) for _, asking in asked]
+            return torch.cat(found).cpu() if found else torch.zeros(0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to a .safetensors file, which appears whole or not at all; an older gallery is replaced.
@@ -454,22 +520,26 @@ class Gallery:
             self._dim = raw.shape[1]
 
     def _searched(
-        self, raw: Tensor, cameras: Tensor, k: int, how: str | None, exclude_camera: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, raw: Tensor, cameras: Tensor, k: int, how: str | None, exclude: bool, limit: Threshold | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Places and distances of the nearest images, and which queries are somebody that the gallery knows."""
         state = self._content.state
         places = torch.full((len(raw), k), -1, dtype=torch.int64)
         distances = torch.full((len(raw), k), torch.inf)
+        known = torch.full((len(raw),), limit is None)
         if state is None:
-            return places, distances
+            return places, distances, known
         device = state.images.raw.device
         raw, cameras = raw.to(device), cameras.to(device)
-        places, distances = places.to(device), distances.to(device)
+        places, distances, known = places.to(device), distances.to(device), known.to(device)
         for block, asking in state.asking(raw, cameras):
             if how is None:
-                places[block], distances[block] = asking.nearest(k, exclude=exclude_camera)
+                places[block], distances[block] = asking.nearest(k, exclude=exclude)
             else:
-                places[block], distances[block] = asking.reranked(how, k, exclude=exclude_camera)
-        return places, distances
+                places[block], distances[block] = asking.reranked(how, k, exclude=exclude)
+            if limit is not None:
+                known[block] = asking.scores(centralized=limit.centralized, exclude=exclude) >= limit.score
+        return places, distances, known
 
     def _rows(self, features: Any, name: str) -> Rows:
         """Checked features; an empty sequence is none."""
@@ -545,6 +615,10 @@ class Gallery:
         if any(isinstance(name, str) for name in (*ids, *islice(self._content.places, 1))):
             return _objects(ids)
         return np.array([-1 if name is None else name for name in ids], dtype=np.int64)
+
+
+def _score(threshold: Any) -> Threshold:
+    return Threshold(checked_number(threshold, "threshold", 0, 1))
 
 
 def _float32(rows: Rows) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from pose2id.centralization.cameras import Centres
 from pose2id.centralization.guard import Evidence
 from pose2id.gallery.columns import roomier
-from pose2id.gallery.engines import EXTRA, Inverted, Products, filled, in_order, products
+from pose2id.gallery.engines import EXTRA, Inverted, Members, Products, filled, in_order, products
 from pose2id.gallery.methods import Linked
+from pose2id.gallery.unknown import COHORT, scores
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import Rows, blocks, sum_last, unit
 from pose2id.neighbors.distance import full_precision
@@ -21,6 +22,7 @@ from pose2id.retrieval.rerank import k_reciprocal_nearby
 
 NEARBY, _TIMES = 300, 4  # images that re-ranking looks at: so many, or so many times those that are wanted
 _CANDIDATES, _SAMPLE = 200, 2000  # of a large gallery: that are scored, and over which distances are largest
+_SPACINGS = 51  # ranks whose distances show how strangers are spaced
 _LAMBDA = 0.5  # weight of the original distance in camera-aware re-ranking, as in `k_reciprocal`
 _RESCORED = 64  # the nearest of a search, which are ordered by differences instead of products
 
@@ -137,6 +139,17 @@ class State:
             kept[places[unknown][some]] = 2 - 2 * self.cosines(how, features[unknown][some]).amin(1)
         return kept[places]
 
+    def spacings(self) -> Tensor:
+        """(B, 51) squared distances of a sample of images to their nearest others, before neighbours are added."""
+        places = torch.nonzero(self.images.alive).flatten()
+        chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+        places, found = places[chosen.to(places.device)], []
+        for some in blocks(len(places), self.images.block):
+            own = places[some]
+            asked = self.images.ask(self.images.compared.index_select(0, own))
+            found.append(asked.nearest(_SPACINGS, Members(None, own[:1]), own)[1][0])
+        return torch.cat(found)
+
     def asking(self, raw: Tensor, cameras: Tensor) -> Iterator[tuple[slice, Asking]]:
         """Blocks of queries, centralized."""
         for some in blocks(len(raw), self.images.block):
@@ -161,7 +174,7 @@ class Asking:
         rows = state.compared(raw, cameras)
         asked = self._images.ask(rows)
         row, place, weight = state.linked.links_of_queries(asked, cameras)
-        self.x = rows
+        self.x, self._compared, self._asked = rows, rows, asked
         self._cosines: Tensor | None = asked.similarities if isinstance(asked, Products) else None
         if len(row):
             sums = state.linked.sums_of_sums
@@ -185,6 +198,19 @@ class Asking:
         places = places.masked_fill(found.isinf(), -1)
         places[:, :head], squares[:, :head] = in_order(places[:, :head], squares[:, :head], head)
         return filled(places[:, :k], squares[:, :k].cummax(1).values, k)
+
+    def scores(self, *, centralized: bool, exclude: bool = False) -> Tensor:
+        """(B,) how much nearer the nearest image is than strangers are (`unknown.scores`)."""
+        if centralized:
+            return scores(self.nearest(COHORT, exclude=exclude)[1])
+        if not exclude:
+            return scores(self._asked.nearest(COHORT, Members(None, self._cameras[:1]))[1][0])
+        found = []
+        for query in range(len(self.x)):
+            view = self._own_camera(slice(query, query + 1))[0].long()
+            asked = self._images.ask(self._compared[query : query + 1])
+            found.append(scores(asked.nearest(COHORT, Members(view, torch.zeros_like(self._cameras[:1])))[1][0]))
+        return torch.cat(found)
 
     def reranked(self, how: str, k: int, *, exclude: bool = False) -> tuple[Tensor, Tensor]:
         """The same by re-ranked distances: "camera" from centralized features, "k-reciprocal" from those that came."""
