@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import weakref
 from collections import Counter
@@ -12,6 +13,7 @@ import reference
 import tiny
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from reference import parts as literal
 from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 from torch import nn
@@ -32,7 +34,7 @@ from pose2id import (
 from pose2id.centralization import nfc as centralization
 from pose2id.io import decoding
 from pose2id.io.decoding import decoding_once
-from pose2id.io.images import load_image
+from pose2id.io.images import checked_images, content_key, load_image
 from pose2id.neighbors import search as neighbors
 
 # Random features: nobody repeats.
@@ -393,6 +395,118 @@ class TestFusedImages:
         arrays = np.stack([np.asarray(image) for image in images])
         for given in (list(arrays), arrays, torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255):
             torch.testing.assert_close(centralizer_of(Model())(given), expected)
+
+
+class TestColours:
+    """Blue first, as OpenCV has images, is the same as red first once it is said."""
+
+    @pytest.fixture
+    def arrays(self, images):
+        return [np.asarray(image) for image in images]
+
+    @pytest.fixture(params=["list", "array", "tensor"])
+    def blue_first(self, request, arrays):
+        if request.param == "list":
+            return [array[..., ::-1] for array in arrays]
+        stacked = np.stack(arrays)[..., ::-1].copy()
+        return stacked if request.param == "array" else torch.from_numpy(stacked).permute(0, 3, 1, 2) / 255
+
+    @pytest.mark.parametrize("options", [{}, {"flip": True}, {"num_poses": 0}])
+    def test_every_call(self, options, arrays, blue_first):
+        centralizer = centralizer_of(Model(), batch_size=3, **options)
+        expected = centralizer(arrays)
+        torch.testing.assert_close(centralizer(blue_first, colors="bgr"), expected, rtol=0, atol=0)
+        assert (centralizer(blue_first) - expected).abs().max() > 0.01
+        torch.testing.assert_close(centralizer.extract(blue_first, colors="bgr"), centralizer.extract(arrays))
+        if centralizer.pictures.num_poses:
+            generated = centralizer.extract_generated(arrays)
+            found = centralizer.extract_generated(blue_first, colors="bgr")
+            torch.testing.assert_close(found, generated, rtol=0, atol=0)
+            assert centralizer.diagnose(blue_first, colors="bgr") == centralizer.diagnose(arrays)
+
+    def test_a_source_gets_red_first_and_its_pictures_stay(self, arrays, pictures, blue_first):
+        given = []
+
+        def source(images):
+            given.append(images)
+            return [[np.asarray(picture) for picture in of_one] for of_one in pictures]
+
+        found = Centralizer(Model(), source, transform=to_tensor, batch_size=4)(blue_first, colors="bgr")
+        np.testing.assert_allclose(found.numpy(), reference.fuse_images(flat, arrays, pictures, 2), rtol=0, atol=1e-12)
+        (images,) = given
+        assert len(images) == 11
+        for some in (
+            images,
+            [images[i] for i in range(11)],
+            [*images[:4], *images[4:]],
+            [images[i] for i in range(-11, 0)],
+        ):
+            for image, array in zip(some, arrays, strict=True):
+                assert type(image) is type(blue_first[0])
+                np.testing.assert_array_equal(np.asarray(load_image(image, "image")), array)
+                torch.as_tensor(image)  # of no array with negative strides
+
+    def test_of_a_lazy_sequence_each_image_is_read_when_due(self, arrays):
+        read = []
+
+        class Lazy:
+            def __len__(self):
+                return len(arrays)
+
+            def __getitem__(self, i):
+                read.append(i)
+                return arrays[i][..., ::-1]
+
+        assert len(list(zip(arrays, checked_images(Lazy(), colors="bgr"), strict=True))) == 11
+        read.clear()
+        centralizer = centralizer_of(lambda batch: seen.append(len(read)) or batch.mean((2, 3)), batch_size=3)
+        seen = []
+        centralizer.extract(Lazy(), colors="bgr")
+        assert seen == [3, 6, 9, 11]
+
+    def test_pictures_in_a_folder(self, images, tmp_path):
+        """A list may hold files only, which know their colours: the notes of their pictures are found, and fit."""
+        paths = [tmp_path / f"{i}.png" for i in range(3)]
+        for path, image in zip(paths, images, strict=False):
+            image.save(path)
+            note = PngInfo()
+            note.add_text("pose2id", json.dumps({"image": content_key(image), "pose": "any"}))
+            (tmp_path / "made" / "pose1").mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "made" / "pose1" / path.name, pnginfo=note)
+        centralizer = Centralizer(Model(), PictureFolder(tmp_path / "made"), transform=to_tensor, eta=3.0)
+        found = centralizer(paths, colors="bgr")
+        expected = reference.fuse_images(flat, images[:3], [[image] for image in images[:3]], 3.0)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+        images[5].save(paths[1])
+        with pytest.raises(ValueError, match=r"pictures must be of images\[1\].*was made from another image"):
+            centralizer(paths, colors="bgr")
+        with pytest.raises(TypeError, match=r"images\[0\] must be a path, whose pictures have its name, got ndarray"):
+            centralizer([np.asarray(images[0])], colors="bgr")
+
+    def test_the_generator_itself(self, images):
+        options = {"num_inference_steps": 1, "seed": 3}
+        centralizer = Centralizer(
+            Model(), transform="transreid", generator=tiny.generator(), num_poses=1, generate_options=options
+        )
+        arrays = [np.asarray(image.resize((32, 64))) for image in images[:2]]
+        blue_first = [array[..., ::-1] for array in arrays]
+        expected = centralizer(arrays)
+        torch.testing.assert_close(centralizer(blue_first, colors="bgr"), expected, rtol=0, atol=0)
+        assert (centralizer(blue_first) - expected).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("call", ["__call__", "extract", "extract_generated", "diagnose"])
+    def test_refused(self, call, arrays):
+        centralizer = centralizer_of(Model())
+        with pytest.raises(ValueError, match="colors must be one of 'rgb', 'bgr', got 'BGR'"):
+            getattr(centralizer, call)(arrays, colors="BGR")
+        with pytest.raises(ValueError, match=r"images\[1\] must hold pixels, got an empty image"):
+            getattr(centralizer, call)([arrays[0], arrays[1][:0]], colors="bgr")
+
+    def test_refused_as_an_option_of_the_generator(self):
+        with pytest.raises(
+            ValueError, match=r"colors must be left out: the generator gets RGB.*\(images, colors='bgr'\)"
+        ):
+            GeneratedPictures(FakeGenerator(), colors="bgr")
 
 
 class TestSideInputs:

@@ -627,6 +627,106 @@ def test_bad_images(images, error, message):
         Centralizer(TinyModel(), transform="transreid").extract(images)
 
 
+def kinds_of(pictures, path):
+    """(images, the same with blue first) of every kind; a file and a PIL picture are the same in both."""
+    tensors = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    Image.fromarray(pictures[0]).save(path)
+    of_their_own = [path, str(path), Image.fromarray(pictures[1])]
+    reversed_ = [np.ascontiguousarray(picture[..., ::-1]) for picture in pictures]
+    return {
+        "list": (pictures, reversed_),
+        "views": (pictures, [picture[..., ::-1] for picture in pictures]),
+        "tuple": (tuple(pictures), tuple(reversed_)),
+        "lazy": (Lazy(pictures), Lazy(reversed_)),
+        "array": (np.stack(pictures), np.stack(reversed_)),
+        "tensor": (tensors, tensors.flip(1)),
+        "float16 tensors": (list(tensors.half()), list(tensors.half().flip(1))),
+        "float arrays": ([*tensors.numpy()], [*tensors.numpy()[:, ::-1]]),
+        "uint8 tensors": ([torch.from_numpy(p) for p in pictures], [torch.from_numpy(p) for p in reversed_]),
+        "mixed": ([*of_their_own, *pictures, tensors[0]], [*of_their_own, *reversed_, tensors[0].flip(0)]),
+    }
+
+
+COLOURS_OF = [{"transform": "transreid"}, {"inputs": "images"}]
+
+
+def mean_colours(images):
+    """Of a batch, or of images that a model reads itself."""
+    if isinstance(images, torch.Tensor):
+        return images.double().mean((2, 3))
+    assert all(isinstance(image, str) or (image.dtype == np.uint8 and image.shape[2] == 3) for image in images)
+    arrays = [np.asarray(Image.open(image)) if isinstance(image, str) else image for image in images]
+    return torch.from_numpy(np.stack([array[:, :-1].mean((0, 1)) for array in arrays]))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("arguments", COLOURS_OF)
+def test_blue_first(arguments, flip, pictures, tmp_path):
+    extractor = Extractor(mean_colours, batch_size=3, flip=flip, **arguments)
+    for kind, (images, blue_first) in kinds_of(pictures, tmp_path / "a.png").items():
+        before = [copy.copy(blue_first[i]) for i in range(len(blue_first))]
+        expected = extractor(images, normalize=False)
+        assert torch.equal(extractor(images, normalize=False, colors="rgb"), expected), kind
+        assert torch.equal(extractor(blue_first, normalize=False, colors="bgr"), expected), kind
+        assert torch.equal(Centralizer(extractor).extract(blue_first, normalize=False, colors="bgr"), expected), kind
+        assert (extractor(blue_first, normalize=False) - expected).abs().max() > 1e-3, kind
+        for i, image in enumerate(before):
+            if hasattr(image, "shape"):
+                np.testing.assert_array_equal(np.asarray(blue_first[i]), np.asarray(image))
+
+
+def test_blue_first_files_and_pictures_stay(pictures, tmp_path):
+    Image.fromarray(pictures[0]).save(tmp_path / "a.png")
+    images = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pictures[1])]
+    for arguments in COLOURS_OF:
+        extractor = Extractor(mean_colours, **arguments)
+        assert torch.equal(extractor(images, colors="bgr"), extractor(images))
+
+
+@pytest.mark.parametrize("images", [torch.rand(2, 3, 4, 4), [torch.rand(3, 4, 4)], [np.ones((3, 4, 4), np.float32)]])
+def test_blue_first_tensors_that_the_model_takes_as_they_are_are_refused(images):
+    model = Seen()
+    sources = Extractor(model), Centralizer(model).extract
+    own = Centralizer(model, lambda given: [[image] for image in given])
+    for call in (*sources, own, own.extract_generated, own.diagnose):
+        with pytest.raises(ValueError, match=r"colors must be 'rgb' without a transform.*got 'bgr'.*pass transform="):
+            call(images, colors="bgr")
+    assert not model.seen
+    assert Extractor(model)(images, colors="rgb").shape[1] == 3
+
+
+@pytest.mark.parametrize("colors", ["BGR", "gray", None, 3, ["bgr"]])
+def test_other_colours_are_refused(colors, pictures):
+    for arguments in (*COLOURS_OF, {}):
+        with pytest.raises(ValueError, match="colors must be one of 'rgb', 'bgr', got"):
+            Extractor(len, **arguments)(pictures, colors=colors)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.ones((4, 4, 4), np.uint8), TypeError, r"images\[0\] must be a path.*shape \(4, 4, 4\)"),
+        (np.ones((4, 4), np.uint8), TypeError, r"images\[0\] must be a path.*shape \(4, 4\)"),
+        (np.ones((4, 4, 3)), TypeError, r"images\[0\] must be a path.*shape \(4, 4, 3\)"),
+        (np.ones((4, 4, 3), np.int64), TypeError, r"images\[0\] must be a path"),
+        (None, TypeError, r"images\[0\] must be a path.*got NoneType"),
+        (torch.full((3, 4, 4), 200.0), ValueError, r"images\[0\] must be a float image in \[0, 1\]"),
+        (torch.ones(3, 4, 4).to_sparse(), TypeError, r"images\[0\] must be dense"),
+        (torch.ones(3, 4, 4, device="meta"), TypeError, r"images\[0\] must be dense"),
+        (np.ma.masked_greater(np.ones((4, 4, 3), np.uint8), 0), TypeError, r"images\[0\] must not be masked"),
+        (np.ones((0, 4, 3), np.uint8), ValueError, r"images\[0\] must hold pixels.*Leave empty crops out"),
+        (np.ones((4, 0, 3), np.uint8), ValueError, r"images\[0\] must hold pixels"),
+        (np.ones(0, np.uint8), ValueError, r"images\[0\] must hold pixels"),
+        (torch.ones(3, 0, 4), ValueError, r"images\[0\] must hold pixels"),
+    ],
+)
+def test_bad_images_with_blue_first(image, error, message):
+    for images, arguments in itertools.product(([image], Lazy([image])), COLOURS_OF):
+        for colors in ("bgr", "rgb"):
+            with pytest.raises(error, match=message):
+                Extractor(mean_colours, **arguments)(images, colors=colors)
+
+
 EMPTY = {
     "array": (np.ones((8, 8, 3), np.uint8), np.ones((0, 8, 3), np.uint8)),
     "narrow": (np.ones((8, 8, 3), np.uint8), np.ones((8, 0, 3), np.uint8)),

@@ -154,6 +154,7 @@ class Centralizer:
         self,
         images: Any,
         *,
+        colors: str = "rgb",
         progress: bool = True,
         return_visibility: bool = False,
         generated_inputs: Mapping[str, Any] | None = None,
@@ -169,6 +170,8 @@ class Centralizer:
 
         Args:
             images: as in `Extractor.__call__`; with a transform, pictures or paths.
+            colors: "rgb" or "bgr", of the images, as in `Extractor.__call__`. The source of pictures gets them in RGB,
+                and generated images are always RGB.
             progress: show one bar for original and generated images on a terminal.
             return_visibility: also return the visibility (N, P) of the originals' parts, or None.
             generated_inputs: keywords for the model that generated images get in place of their original's, by name:
@@ -183,10 +186,11 @@ class Centralizer:
             returns visibility. With num_poses=0: the normalised features of the originals.
         """
         if getattr(self.pictures, "num_poses", None) == 0:
-            return self.extract(images, progress=progress, return_visibility=return_visibility, **side_inputs)
+            options = {"colors": colors, "progress": progress, "return_visibility": return_visibility}
+            return self.extract(images, **options, **side_inputs)
         checked_flags(progress=progress, return_visibility=return_visibility)
         fused = visibility = None
-        with self._at_work(images, side_inputs, generated_inputs, progress) as (model, originals, pictures):
+        with self._at_work(images, side_inputs, generated_inputs, colors, progress) as (model, originals, pictures):
             for block in blocks(len(images), model.extractor.batch_size):
                 features, visible = model.next_features(originals, block.stop - block.start)
                 generated, weights = model.next_features(pictures, block.stop - block.start)
@@ -370,6 +374,7 @@ class Centralizer:
         self,
         images: Any,
         *,
+        colors: str = "rgb",
         progress: bool = True,
         return_visibility: bool = False,
         generated_inputs: Mapping[str, Any] | None = None,
@@ -380,7 +385,7 @@ class Centralizer:
         Arguments and errors are those of `__call__`; the visibility is that of the generated images' parts, (N, M, P).
         """
         checked_flags(progress=progress, return_visibility=return_visibility)
-        with self._at_work(images, side_inputs, generated_inputs, progress, both=False) as (model, _, pictures):
+        with self._at_work(images, side_inputs, generated_inputs, colors, progress, both=False) as (model, _, pictures):
             features, visibility = model.next_features(pictures, len(images))
         return (features, visibility) if return_visibility else features
 
@@ -388,6 +393,7 @@ class Centralizer:
         self,
         images: Any,
         *,
+        colors: str = "rgb",
         progress: bool = True,
         generated_inputs: Mapping[str, Any] | None = None,
         **side_inputs: Any,
@@ -398,7 +404,7 @@ class Centralizer:
         of different people are enough.
         """
         checked_flag(progress, "progress")
-        with self._at_work(images, side_inputs, generated_inputs, progress) as (model, originals, pictures):
+        with self._at_work(images, side_inputs, generated_inputs, colors, progress) as (model, originals, pictures):
             features, generated = (model.next_features(some, len(images))[0] for some in (originals, pictures))
         return generation_diagnostics(features, generated)
 
@@ -408,12 +414,14 @@ class Centralizer:
         images: Any,
         side_inputs: Mapping[str, Any],
         generated_inputs: Mapping[str, Any] | None,
+        colors: str,
         progress: bool,
         *,
         both: bool = True,
     ) -> Iterator[tuple[Extraction, Images, Images]]:
         """The model at work, the images, and their generated images, after all checks that need no model."""
-        extractor, originals = self._given_extractor(), Images(images, side_inputs)
+        extractor = self._given_extractor()
+        originals = extractor.checked(images, side_inputs, colors)
         if self.pictures is None:
             remedy = "generator=IdentityGenerator.from_pretrained(...) or generated=DIR"
             raise ValueError(f"pictures must be given to fuse images with generated ones: pass {remedy}.")

@@ -158,6 +158,7 @@ class Extractor:
         images: Any,
         *,
         normalize: bool = True,
+        colors: str = "rgb",
         progress: bool = True,
         return_visibility: bool = False,
         **side_inputs: Any,
@@ -169,6 +170,9 @@ class Extractor:
                 one array of them; without a transform, tensors that the model takes as they are. Pictures in any 8-bit
                 mode become RGB, EXIF rotation is applied.
             normalize: L2-normalise each feature, or each part's. False gives the raw outputs, which `fuse` wants.
+            colors: order of the channels in arrays and tensors: "rgb", or "bgr" as OpenCV has them; the model gets RGB
+                either way. Paths and PIL pictures carry their own order. Must be "rgb" where the model takes tensors as
+                they are.
             progress: show a bar on a terminal.
             return_visibility: also return the visibility (N, P) that came with part features, or None.
             **side_inputs: keywords for the model (`cam_label=cams`). What has one entry per image, and is no mapping or
@@ -183,7 +187,7 @@ class Extractor:
             TypeError, ValueError: bad or unreadable images (named), non-finite outputs.
         """
         checked_flags(normalize=normalize, progress=progress, return_visibility=return_visibility)
-        given = Images(images, side_inputs)
+        given = self.checked(images, side_inputs, colors)
         with self.at_work(len(images), progress) as run:
             features, visibility = run.next_features(given, len(images))
         if normalize:
@@ -191,6 +195,14 @@ class Extractor:
             for block in rows.blocks():  # where they lie: the array is new
                 rows.write(features, block, rows.read(block))
         return (features, visibility) if return_visibility else features
+
+    def checked(self, images: Any, side_inputs: Mapping[str, Any], colors: str) -> Images:
+        """Images to extract features from, after the checks that need no model."""
+        given = Images(images, side_inputs, colors)
+        if colors != "rgb" and self.transform is None and self.inputs == "batch":
+            rule = "be 'rgb' without a transform: the model takes its tensors as they are"
+            raise ValueError(f"colors must {rule}, got {colors!r}. Reverse them before, or pass transform=.")
+        return given
 
     @contextmanager
     def at_work(self, total: int, progress: bool) -> Iterator[Extraction]:
@@ -206,13 +218,13 @@ class Extractor:
 
 
 class Images:
-    """Images in order, each with its name and its side inputs; they are taken once."""
+    """Images in order, RGB, each with its name and its side inputs; they are taken once."""
 
     each: tuple[int, ...] = ()  # (M,) for M pictures of each image
     taken: int = 0
 
-    def __init__(self, images: Any, side_inputs: Mapping[str, Any]) -> None:
-        self.items = checked_images(images)
+    def __init__(self, images: Any, side_inputs: Mapping[str, Any], colors: str) -> None:
+        self.items = checked_images(images, colors=colors)
         self.side_inputs = SideInputs(side_inputs, len(self.items))
         self.stream = iter(self.items)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pose2id import IdentityGenerator
 from pose2id.ipg import IdentityTokens, PoseEncoder, TransReID
+from pose2id.ipg.pixels import References
 
 STEPS = 2
 
@@ -115,6 +116,30 @@ def test_kinds_of_images(generator, people, poses, tmp_path):
     pictures = arrays(generator.generate(kinds, poses, num_inference_steps=STEPS, latents=latents, batch_size=2))
     for i in range(len(kinds)):
         np.testing.assert_array_equal(pictures[i], pictures[0])
+
+
+def test_blue_first(generator, people, poses, tmp_path):
+    path = tmp_path / "person.png"
+    Image.fromarray(people[0]).save(path)
+    tensor = torch.from_numpy(people[0]).permute(2, 0, 1) / 255
+    options = {"num_inference_steps": STEPS, "latents": noise(generator, 4), "batch_size": 2}
+    expected = arrays(generator.generate([people[0]] * 4, poses, **options))
+    mixed = [path, Image.fromarray(people[0]), people[0][..., ::-1], tensor.flip(0)]
+    np.testing.assert_array_equal(arrays(generator.generate(mixed, poses, colors="bgr", **options)), expected)
+    options["latents"] = None  # the noise follows the pixels
+    whole = np.stack(people)
+    drawn = arrays(generator.generate(whole, poses, **options))
+    for blue_first in (whole[..., ::-1], [person[..., ::-1] for person in people]):
+        found = generator.generate_iter(blue_first, poses, colors="bgr", **options)
+        np.testing.assert_array_equal(arrays(found), drawn)
+    assert (arrays(generator.generate(whole[..., ::-1], poses, **options)) != drawn).any()
+
+
+def test_references_hold_their_colours(generator, people, poses):
+    references = References(people[:1])
+    with pytest.raises(ValueError, match="colors must be 'rgb' with References, which hold RGB pictures, got 'bgr'"):
+        generator.generate_iter(references, poses, colors="bgr")
+    assert next(generator.generate_iter(references, poses, num_inference_steps=1, colors="rgb"))
 
 
 def test_sizes(generator, people, poses):
@@ -408,6 +433,13 @@ def test_parts_of_several_dtypes(people, poses):
             r"images\[0\] must be a float image in \[0, 1\]",
         ),
         ({"images": [3]}, TypeError, r"images\[0\] must be a path"),
+        ({"images": [3], "colors": "bgr"}, TypeError, r"images\[0\] must be a path"),
+        ({"colors": "BGR"}, ValueError, "colors must be one of 'rgb', 'bgr', got 'BGR'"),
+        (
+            {"images": [np.zeros((0, 9, 3), np.uint8)], "colors": "bgr"},
+            ValueError,
+            r"images\[0\] must hold pixels, got an empty image",
+        ),
         ({"num_inference_steps": 0}, ValueError, r"steps \(num_inference_steps\) must be at least 1, got 0"),
         ({"num_inference_steps": 1001}, ValueError, r"steps \(num_inference_steps\) must be at most 1000, got 1001"),
         ({"num_inference_steps": 2.0}, TypeError, r"steps \(num_inference_steps\) must be an integer"),

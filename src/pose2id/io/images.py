@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import re
 from collections import deque
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from pose2id.io.checks import as_numpy, dense
+from pose2id.io.checks import as_numpy, checked_choice, dense
 from pose2id.io.decoding import decoded
 
+COLORS = ("rgb", "bgr")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _TURNS = {  # EXIF's orientation to what makes a picture upright
@@ -30,8 +33,12 @@ _TURNS = {  # EXIF's orientation to what makes a picture upright
 }
 
 
-def checked_images(images: Any, name: str = "images") -> Any:
-    """A non-empty sequence of images, or one array of them, whose files are there."""
+def checked_images(images: Any, name: str = "images", *, colors: str = "rgb") -> Any:
+    """A non-empty sequence of images, or one array of them, whose files are there.
+
+    With `colors` "bgr" arrays and tensors become RGB when they are asked for.
+    """
+    checked_choice(colors, "colors", COLORS)
     single = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
     single |= isinstance(images, (np.ndarray, Tensor)) and images.ndim != 4
     if single or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
@@ -46,7 +53,36 @@ def checked_images(images: Any, name: str = "images") -> Any:
                 path = os.fspath(item)
                 given = f"{path} is a folder; list its files" if Path(item).is_dir() else f"there is no file {path}"
                 raise ValueError(f"{name}[{i}] cannot be read: {given}.")
-    return images
+    return images if colors == "rgb" else _Reversed(images, name)
+
+
+class _Reversed:
+    """Images whose arrays and tensors come with their colours in reverse, one by one, as copies."""
+
+    def __init__(self, images: Any, name: str) -> None:
+        self._images, self._name = images, name
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return _Reversed(self._images[place], self._name)
+        i = operator.index(place)
+        return self._reversed(self._images[i], i)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._reversed(item, i) for i, item in enumerate(self._images))
+
+    def _reversed(self, item: Any, i: int) -> Any:
+        if isinstance(item, (str, os.PathLike, Image.Image)):
+            return item  # they know their colours
+        name = f"{self._name}[{i}]"
+        dense(item, name)
+        _check_pixels(item, name)
+        axis = _colour_axis(item, name)
+        # No view: torch takes no arrays with negative strides.
+        return item.flip(axis) if isinstance(item, Tensor) else np.flip(item, axis).copy()
 
 
 def load_image(item: Any, name: str) -> Image.Image:
@@ -57,15 +93,27 @@ def load_image(item: Any, name: str) -> Image.Image:
         return decoded(os.fspath(item), lambda: _read(os.fspath(item), name))
     if isinstance(item, Image.Image):
         return _as_rgb(item, name, _stored_mode(item))
+    axis = _colour_axis(item, name)
     array = as_numpy(item) if isinstance(item, Tensor) else item
-    if isinstance(array, np.ndarray) and array.ndim == 3:
-        if array.dtype == np.uint8 and array.shape[2] == 3:
-            return Image.fromarray(np.ascontiguousarray(array))
-        if array.dtype.kind == "f" and array.shape[0] == 3:
-            if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-                given = f"values in [{array.min():g}, {array.max():g}]"
-                raise ValueError(f"{name} must be a float image in [0, 1], got {given}. Divide by 255.")
-            return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
+    if axis == 2:
+        return Image.fromarray(np.ascontiguousarray(array))
+    if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
+        given = f"values in [{array.min():g}, {array.max():g}]"
+        raise ValueError(f"{name} must be a float image in [0, 1], got {given}. Divide by 255.")
+    return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
+
+
+def _colour_axis(item: Any, name: str) -> int:
+    """2 of an (H, W, 3) uint8 array or tensor, 0 of (3, H, W) floats; nothing else is an image."""
+    if isinstance(item, (np.ndarray, Tensor)) and item.ndim == 3:
+        if isinstance(item, Tensor):
+            whole, floating = item.dtype == torch.uint8, item.is_floating_point()
+        else:
+            whole, floating = item.dtype == np.uint8, item.dtype.kind == "f"
+        if whole and item.shape[2] == 3:
+            return 2
+        if floating and item.shape[0] == 3:
+            return 0
     wanted = "a path, a PIL picture, an (H, W, 3) uint8 RGB array or a (3, H, W) float tensor in [0, 1]"
     raise TypeError(f"{name} must be {wanted}, got {_given(item)}.")
 

@@ -316,6 +316,7 @@ class IdentityGenerator:
         images: Sequence[Any],
         poses: Any = "standard",
         *,
+        colors: str = "rgb",
         num_inference_steps: int = 20,
         guidance_scale: float = 3.5,
         seed: int = 42,
@@ -337,6 +338,8 @@ class IdentityGenerator:
             images: N reference images: paths, PIL pictures, (H, W, 3) uint8 RGB arrays or (3, H, W) floats in [0, 1],
                 of any size from 8 x 8 pixels. Pictures in any 8-bit mode become RGB: grey (infrared) gets equal
                 channels, transparency is ignored, EXIF rotation is applied.
+            colors: order of the channels in images that are arrays or tensors: "rgb", or "bgr" as OpenCV has them.
+                Paths and PIL pictures carry their own order; drawings and results are always RGB.
             poses: "standard" for the 8 standard poses, or M `pose2id.poses.Pose`, or drawings: images of the OpenPose
                 palette in RGB order on black.
             num_inference_steps: of the scheduler.
@@ -363,6 +366,7 @@ class IdentityGenerator:
         results = self.generate_iter(
             images,
             poses,
+            colors=colors,
             sampling=Sampling(num_inference_steps, guidance_scale, seed, size),
             generator=generator,
             latents=latents,
@@ -377,6 +381,7 @@ class IdentityGenerator:
         images: Sequence[Any] | References,
         poses: Any = "standard",
         *,
+        colors: str = "rgb",
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
@@ -391,9 +396,11 @@ class IdentityGenerator:
         first picture is asked for; images beyond the latest 64 MiB of pixels are decoded once more for their picture.
 
         Arguments are those of `generate`, or `sampling` in place of steps, guidance, seed and size. Images may be
-        `pose2id.ipg.pixels.References`, which are taken as checked.
+        `pose2id.ipg.pixels.References`, which are taken as checked, in RGB.
         """
-        references = images if isinstance(images, References) else References(checked_images(images))
+        if isinstance(images, References) and colors != "rgb":
+            raise ValueError(f"colors must be 'rgb' with References, which hold RGB pictures, got {colors!r}.")
+        references = images if isinstance(images, References) else References(checked_images(images, colors=colors))
         drawn = load_poses(poses)
         sampling = self.checked_sampling(sampling, **settings)
         checked_choice(output, "output", OUTPUTS)

@@ -1,6 +1,7 @@
 """Where pictures of a person in other poses come from: a generator, a directory, or any callable of your own.
 
 A source is called with the images and gives, for each of them in order, a sequence of M pictures: `pictures(images)`.
+Arrays and tensors are RGB, those that a source gets and those that it gives.
 """
 
 from __future__ import annotations
@@ -105,6 +106,9 @@ class GeneratedPictures(PosedPictures):
             raise TypeError(f"generator must have a method generate_iter, and be an object, got {given}.")
         if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(f"sampling must be a pose2id.Sampling, got {type(sampling).__name__}.")
+        if "colors" in options:
+            remedy = "Give it with the images, Centralizer(...)(images, colors='bgr')"
+            raise ValueError(f"colors must be left out: the generator gets RGB images. {remedy}.")
         super().__init__(poses, num_poses, pose_inputs)
         self.generator, self._origin = generator, type(generator).__name__
         self.options = {"progress": False, **({} if sampling is None else sampling.keywords()), **options}
