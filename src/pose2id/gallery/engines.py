@@ -143,7 +143,7 @@ class Products:
         close = 2 - 2 * self.similarities[which] < bounds + _MARGIN
         rows, at = torch.nonzero(close.T, as_tuple=True)
         squares = self._images.squares(self._x[which[at]], rows)
-        nearer = squares < bounds[rows]
+        nearer = squares <= bounds[rows]
         return which[at[nearer]], rows[nearer], squares[nearer]
 
 
@@ -168,7 +168,7 @@ class Probed:
         at, column = torch.nonzero(candidates >= 0, as_tuple=True)
         rows = candidates[at, column]
         squares = self._images.squares(self._x[which[at]], rows)
-        nearer = torch.nonzero(squares < than(rows)).flatten()
+        nearer = torch.nonzero(squares <= than(rows)).flatten()
         nearer = nearer[torch.argsort(rows[nearer], stable=True)]
         return which[at[nearer]], rows[nearer], squares[nearer]
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pose2id.centralization.cameras import Centres, mapped
+from pose2id.centralization.cameras import Centres
 from pose2id.centralization.enhancement import OPEN, known_of, reason
 from pose2id.centralization.guard import Evidence, Guard
 from pose2id.centralization.links import Searched, map_of
 from pose2id.gallery.engines import Images, Inverted, Members
 from pose2id.gallery.methods import Contrasting, Guarded, Mutual, Plain
-from pose2id.gallery.state import Fitted, State
+from pose2id.gallery.state import Fitted, State, compared
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import Rows, blocks
 from pose2id.neighbors.members import Compared
@@ -44,40 +44,44 @@ class Fit:
 
     def run(self) -> State:
         """By the method of the settings."""
-        method, rows = self._settings.method, Rows(self._raw, "features", normalize=True)
+        method = self._settings.method
         if method == "nfc":
-            return self._mutual(rows)
+            return self._mutual()
         if method in ("auto", "guarded") and not self._usable:
-            images, compared = self._searched(rows)
-            return self._guarded(images, None, Guard(compared))
+            images, searched = self._searched(None)
+            return self._guarded(images, None, Guard(searched))
         if not self._num_cameras:
             raise ValueError(f"camids must name cameras for method={method!r}; none is known.")
-        centres = Centres.of([(rows, self._cameras)])
-        images, compared = self._searched(centres.applied(rows, self._cameras))
+        centres = Centres.of([(Rows(self._raw, "features", normalize=True), self._cameras)])
+        images, searched = self._searched(centres)
         if method == "centring":
-            return State(Plain(images), Fitted(centres, None, None, reason(method, self._num_cameras), rows.n))
+            return State(Plain(images), Fitted(centres, None, None, reason(method, self._num_cameras), images.n))
         if method == "cameras":
-            return self._across(compared, centres, None)
-        guard = Guard(compared, self._cameras)
+            return self._across(searched, centres, None)
+        guard = Guard(searched, self._cameras)
         if method == "auto" and guard.evidence.gate >= OPEN:
-            return self._across(compared, centres, guard.evidence)
+            return self._across(searched, centres, guard.evidence)
         return self._guarded(images, centres, guard)
 
-    def _searched(self, rows: Rows) -> tuple[Images, Compared]:
-        """The images, compared by rows, and how these are searched."""
-        present = torch.ones(rows.n, dtype=torch.bool, device=rows.device)
-        images = Images(self._raw, rows.read(slice(None)), self._cameras, present)
-        most = self._settings.exact_up_to
+    def _searched(self, centres: Centres | None, link_map: Tensor | None = None) -> tuple[Images, Compared]:
+        """The images, as they are compared, and how they are searched."""
+        x = compared(self._raw, self._cameras, centres, link_map)
+        present = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        images, rows, most = (
+            Images(self._raw, x, self._cameras, present),
+            Rows(x, "features"),
+            self._settings.exact_up_to,
+        )
         if most is None or rows.n <= most or rows.device.type != "cpu":
             return images, Compared(rows, None, self._settings.backend, self._settings.max_memory)
-        images.index = Inverted(images.compared)
+        images.index = Inverted(x)
         return images, _Probing(rows, images)
 
-    def _mutual(self, rows: Rows) -> State:
+    def _mutual(self) -> State:
         k1, k2 = self._settings.k1, self._settings.k2
-        images, compared = self._searched(rows)
-        linked = Mutual.of(images, *compared.nearest(max(k1, k2)), k1, k2)
-        return State(linked, Fitted(None, None, None, f"nfc, k1 {k1}, k2 {k2}", rows.n))
+        images, searched = self._searched(None)
+        linked = Mutual.of(images, searched.nearest(max(k1, k2))[0], k1, k2)
+        return State(linked, Fitted(None, None, None, f"nfc, k1 {k1}, k2 {k2}", images.n))
 
     def _guarded(self, images: Images, centres: Centres | None, guard: Guard) -> State:
         """A and B."""
@@ -86,11 +90,11 @@ class Fit:
         linked = Guarded.of(images, guard, by_camera=centred) if found.gate > 0 else Plain(images)
         return State(linked, Fitted(centres, None, found, said, images.n))
 
-    def _across(self, compared: Compared, centres: Centres, found: Evidence | None) -> State:
+    def _across(self, centred: Compared, centres: Centres, found: Evidence | None) -> State:
         """C1."""
-        matrix = map_of(compared, self._cameras)
-        images, compared = self._searched(mapped(compared.rows, matrix))
-        linked = Contrasting.of(images, Searched(compared, self._cameras), self._num_cameras)
+        matrix = map_of(centred, self._cameras)
+        images, searched = self._searched(centres, matrix)
+        linked = Contrasting.of(images, Searched(searched, self._cameras), self._num_cameras)
         return State(linked, Fitted(centres, matrix, found, reason("cameras", self._num_cameras, found), images.n))
 
 

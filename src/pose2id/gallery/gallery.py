@@ -37,6 +37,7 @@ from pose2id.io.checks import (
     checked_number,
     first_few,
 )
+from pose2id.io.images import COLORS
 from pose2id.io.rows import Rows, as_container
 from pose2id.io.whole_files import new_file
 
@@ -207,6 +208,62 @@ class Gallery:
                 self._put(raw, names, cameras, labels or [None] * len(raw))
                 self._next = max([self._next - 1, *(name for name in names if isinstance(name, int))]) + 1
             return self._as_ids(names)
+
+    def add_images(
+        self,
+        images: Any,
+        ids: Any = None,
+        camids: Any = None,
+        labels: Any = None,
+        *,
+        colors: str = "rgb",
+        group_by: Any = None,
+        quality: Any = None,
+        side_inputs: Mapping[str, Any] | None = None,
+    ) -> NDArray[Any]:
+        """Add crops: their features by the centralizer's extractor, as `add` takes them.
+
+        Args:
+            images: as in `Extractor.__call__`, or [] for none.
+            ids: as in `add`, and so are camids, labels, group_by and quality.
+            camids: (N,) cameras.
+            labels: N names or numbers.
+            colors: "rgb" or "bgr", the order of the colours of arrays, as in `Extractor.__call__`.
+            group_by: (N,) track ids.
+            quality: (N,) weights of frames.
+            side_inputs: keywords for the model, as in `Extractor.__call__`.
+
+        Returns:
+            The ids of the images that were added.
+        """
+        features = self._extracted(images, colors, side_inputs or {})
+        return self.add(features, ids, camids, labels, group_by=group_by, quality=quality)
+
+    def search_images(
+        self,
+        images: Any,
+        k: int = 10,
+        *,
+        colors: str = "rgb",
+        side_inputs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> SearchResult:
+        """Search for the people on crops.
+
+        Args:
+            images: as in `add_images`.
+            k: as in `search`.
+            colors: as in `add_images`.
+            side_inputs: as in `add_images`.
+            **options: of `search`.
+        """
+        return self.search(self._extracted(images, colors, side_inputs or {}), k, **options)
+
+    def _extracted(self, images: Any, colors: str, side_inputs: Mapping[str, Any]) -> Any:
+        checked_choice(colors, "colors", COLORS)
+        if hasattr(images, "__len__") and not isinstance(images, (str, bytes)) and not len(images):
+            return []
+        return self.centralizer.extract(images, colors=colors, progress=False, **side_inputs)
 
     def remove(self, ids: Any) -> None:
         """Take images out.

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pose2id.gallery.columns import Columns
 from pose2id.gallery.engines import Asked, Images, Members, in_order
+from pose2id.io.checks import BLOCK_BYTES
+from pose2id.io.rows import blocks
 
 
 class Lists(Columns):
@@ -35,11 +37,15 @@ class Lists(Columns):
         self.indices = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.squares = torch.full(shape, torch.inf, dtype=torch.float32, device=device)
 
-    def fill(self, at: int, indices: Tensor, squares: Tensor) -> None:
-        """Take in the lists of all images in one view."""
+    def fill(self, at: int, indices: Tensor) -> None:
+        """Take in who is on the lists of all images in a view, -1 for nobody; distances are those of later searches."""
         length = min(self.lengths[at], indices.shape[1])
-        self.indices[: len(indices), at, :length] = indices[:, :length].int()
-        self.squares[: len(indices), at, :length] = squares[:, :length].float()
+        for some in blocks(len(indices), BLOCK_BYTES // (12 * length * self.images.compared.shape[1])):
+            found = indices[some, :length]
+            x = self.images.compared[some].repeat_interleave(length, 0)
+            squares = self.images.squares(x, found.clamp(min=0).flatten()).view(found.shape)
+            self.indices[some, at, :length] = found.int()
+            self.squares[some, at, :length] = squares.masked_fill_(found < 0, torch.inf)
 
     def count(self) -> None:
         """Find `sizes`, from nothing."""

@@ -6,6 +6,7 @@ What a method took from all images (`Strangers`, lists of cameras) stays until t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,9 +91,13 @@ class Linked(Columns):
 
     def link_all(self) -> None:
         """Link all images, after lists were filled."""
-        for some in blocks(self.images.n, _BLOCK):
-            rows = torch.arange(some.start, some.stop, device=self.weights.device)
+        for rows in self.in_blocks():
             self._weigh(rows, rows)
+
+    def in_blocks(self) -> Iterator[Tensor]:
+        """All places, some at a time."""
+        for some in blocks(self.images.n, _BLOCK):
+            yield torch.arange(some.start, some.stop, device=self.weights.device)
 
     def _link(self, changed: list[list[Tensor]], left: Tensor) -> None:
         """Weigh the links of images whose lists have changed, and of those that may be linked to them.
@@ -218,10 +223,10 @@ class Mutual(Linked):
         self.k1, self.k2 = k1, k2
 
     @staticmethod
-    def of(images: Images, indices: Tensor, similarities: Tensor, k1: int, k2: int) -> Mutual:
+    def of(images: Images, indices: Tensor, k1: int, k2: int) -> Mutual:
         """From each image's nearest others."""
         made = Mutual(images, k1, k2)
-        made.lists.fill(0, indices, 2 - 2 * similarities)
+        made.lists.fill(0, indices)
         made.link_all()
         return made
 
@@ -269,8 +274,11 @@ class Guarded(Linked):
         """As a guard of all images has them."""
         made, table = Guarded(images, guard.strangers, by_camera=by_camera), guard.table
         for at in range(len(made.lists.lengths)):
-            made.lists.fill(at, table.indices[at], table.squares[at])
+            made.lists.fill(at, table.indices[at].masked_fill(table.squares[at].isinf(), -1))
         made.scales[: images.n] = table.scales[guard.trial].T
+        # Of these very distances: how many links are as strong as one is a step at each link's strength.
+        strengths = [u for rows in made.in_blocks() for *_, u in made.found(rows)]
+        made.strangers = replace(guard.strangers, links=torch.cat(strengths).sort().values)
         made.link_all()
         return made
 
@@ -289,15 +297,19 @@ class Guarded(Linked):
         """As `Linked.weigh`."""
         weights = torch.zeros((len(rows), *self.weights.shape[1:]), dtype=torch.float64, device=rows.device)
         people = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-        table, places = self._table(), self.lists.view[rows]
-        for at in range(len(self.lists.lengths)):
-            own = self.lists.indices[rows, at], self.lists.squares[rows, at], self.scales[rows, at]
-            row, _, rank, u = table.two_sided(0, at, *own, places)
+        for at, (row, _, rank, u) in enumerate(self.found(rows)):
             weight = self.strangers.weights(u)
             people.index_add_(0, row, weight)
             weights[row, at, rank - 1] = gallery_sum(weight, rank)
         self.people[rows] = people
         return weights
+
+    def found(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """What `Table.two_sided` finds of some images, view by view."""
+        table, places = self._table(), self.lists.view[rows]
+        for at in range(len(self.lists.lengths)):
+            own = self.lists.indices[rows, at], self.lists.squares[rows, at], self.scales[rows, at]
+            yield table.two_sided(0, at, *own, places)
 
     def links_of_queries(self, asked: Asked, cameras: Tensor) -> Found:
         """As `Linked.links_of_queries`."""
@@ -357,10 +369,10 @@ class Contrasting(Linked):
         """As a search of all images found them."""
         made = Contrasting(images, searched.names, searched.numbers, int(searched.shared), num_cameras)
         if searched.length > 1:
-            made.lists.fill(0, searched.indices, 2 - 2 * searched.similarities)
+            made.lists.fill(0, searched.indices)
             for at, members in enumerate(searched.members):
                 known = searched.tables[at] if searched.tables else searched.compared.nearest(NEAREST + 1, members)
-                made.by_list.fill(at, known[0], 2 - 2 * known[1])
+                made.by_list.fill(at, known[0].masked_fill(known[1].isinf(), -1))
         made.link_all()
         return made
 
@@ -422,7 +434,7 @@ class Contrasting(Linked):
         return row, column, weight * factor
 
     def _contrast(self, indices: Tensor, squares: Tensor, lists: Tensor, ends: Any, *, same: bool) -> Found:
-        shape, similarities = indices.shape, 1 - squares.double() / 2
+        indices, shape, similarities = indices.clamp(min=0), indices.shape, 1 - squares.double() / 2
         length = min(OVERALL + 1, self.images.count - 1)
         squares = self.lists.squares[:, 0].index_select(0, indices.flatten())[:, [0, max(length, 1) - 1]]
         first, last = (1 - squares.double() / 2).view(*shape, 2).unbind(2)

@@ -55,13 +55,8 @@ class State:
         self._sample: Tensor | None = None
 
     def compared(self, raw: Tensor, cameras: Tensor) -> Tensor:
-        """(B, D) float32 unit rows as methods compare them, with what is frozen of cameras, as at a refit."""
-        x = _unit(raw.double())
-        if self.fitted.centres is not None:
-            x = _unit(x - self.fitted.centres.at(cameras))
-        if self.fitted.link_map is not None:
-            x = _unit(x @ self.fitted.link_map)
-        return x.float()
+        """(B, D) float32 unit rows as methods compare them, with what is frozen of cameras."""
+        return compared(raw, cameras, self.fitted.centres, self.fitted.link_map)
 
     def insert(self, raw: Tensor, cameras: Tensor, places: Tensor | None = None) -> None:
         """Images at new places, or at places that are free."""
@@ -154,6 +149,19 @@ class State:
         """Blocks of queries, centralized."""
         for some in blocks(len(raw), self.images.block):
             yield some, Asking(self, raw[some], cameras[some])
+
+
+def compared(raw: Tensor, cameras: Tensor, centres: Centres | None, link_map: Tensor | None) -> Tensor:
+    """(B, D) float32 unit rows, without their camera's mean, mapped: the same for an image alone and among others."""
+    result = torch.empty_like(raw)
+    for some in blocks(len(raw), BLOCK_BYTES // (32 * raw.shape[1])):
+        x = _unit(raw[some].double())
+        if centres is not None:
+            x = _unit(x - centres.at(cameras[some]))
+        if link_map is not None:
+            x = _unit(x @ link_map)
+        result[some] = x
+    return result
 
 
 def _unit(x: Tensor) -> Tensor:
