@@ -20,6 +20,7 @@ from pose2id.neighbors.engines import usable_faiss
 _MARGIN = 1e-5  # what rounding may do to a squared distance of unit rows that comes from a product
 _TEN, _SAMPLE, _RECALL = 10, 200, 0.95  # nearest of a sample, of which so many must be found
 _LISTS, _TRAINED, _PROBES = 4, 64, 8  # lists a root of n, rows a list to train with, lists that are looked at, at least
+_SEEN = 10  # images that are looked at for each that is wanted, at least
 _ADDED = 1 << 16  # rows that are encoded at a time
 _NEARER = 256  # candidates that may have a new image on their lists
 EXTRA = 8  # candidates beyond those wanted: a product may order near ties wrongly
@@ -213,7 +214,11 @@ class Inverted:
 
     def search(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
         """(B, k) places of candidates, -1 for none, among all or those in a mask (n,)."""
-        parameters = self._faiss.SearchParametersIVF(nprobe=self._index.nprobe)
+        share = 1.0 if mask is None else float(mask.sum()) / len(mask)
+        # Enough lists for k images, and for those in the mask as many as for all.
+        least = _SEEN * k * self._index.nlist / max(self._index.ntotal, 1)
+        probes = math.ceil(max(self._index.nprobe, least) / max(share, 1e-6))
+        parameters = self._faiss.SearchParametersIVF(nprobe=min(probes, self._index.nlist))
         if mask is not None:
             bits = np.packbits(mask.numpy(), bitorder="little")
             parameters.sel = self._faiss.IDSelectorBitmap(len(mask), self._faiss.swig_ptr(bits))

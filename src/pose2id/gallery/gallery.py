@@ -105,7 +105,7 @@ class Gallery:
         *,
         dim: int | None = None,
         metadata: Mapping[str, Any] | None = None,
-        refit_share: float | None = 0.2,
+        refit_share: float | None = 0.05,
         exact_up_to: int | None = EXACT_UP_TO,
     ) -> None:
         self.centralizer = Centralizer() if centralizer is None else centralizer

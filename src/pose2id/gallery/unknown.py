@@ -47,8 +47,8 @@ class Threshold:
 
 
 def scores(squares: Tensor) -> Tensor:
-    """(B,) scores of squared distances (B, L) to the nearest images, ascending; 0 where there are not two."""
-    known = squares.isfinite().sum(1)
+    """(B,) float64 scores of squared distances (B, L) to the nearest images, ascending; 0 where there are not two."""
+    squares, known = squares.double(), squares.isfinite().sum(1)
     last = squares.gather(1, (known.clamp(min=1, max=COHORT) - 1)[:, None])[:, 0]
     # Copies: all at no distance, or the nearest alone.
     ratio = torch.where(last > 0, squares[:, 0] / last.clamp(min=torch.finfo(squares.dtype).tiny), 1.0).sqrt()
