@@ -70,10 +70,25 @@ def people(rng):
 
 
 # f: features and distances; r: what belongs to them, labels and visibility.
+def live(feats, q_camids, g_camids, **options):
+    """Distances to a gallery that got its images in three steps, and its features."""
+    gallery, n = pose2id.Gallery(refit_share=None), len(feats["g"])
+    for some in (slice(0, n - 6), slice(n - 6, n - 5), slice(n - 5, n)):
+        gallery.add(feats["g"][some], camids=None if g_camids is None else g_camids[some])
+    gallery.remove([3])
+    gallery.update([5], feats["g"][6:7])
+    gallery.calibrate(impostor=feats["q"])
+    found = gallery.search(feats["q"], 4, query_camids=q_camids, **options)
+    return found.distances, gallery.features()
+
+
 CALLS = {
     "aqe": lambda f, r: pose2id.aqe(f["q"], f["g"], qe_times=2),
     "centre_cameras": lambda f, r: pose2id.centre_cameras(f["q"], f["g"], *r["labels"][2:]),
     "database_augmentation": lambda f, r: pose2id.database_augmentation(f["g"], qe_times=2),
+    "Gallery": lambda f, r: live(f, None, None),
+    "Gallery, cameras": lambda f, r: live(f, *r["labels"][2:]),
+    "Gallery, re-ranked": lambda f, r: live(f, *r["labels"][2:], rerank="camera"),
     "evaluate": lambda f, r: pose2id.evaluate(f["q"], f["g"], *r["labels"]),
     "evaluate, parts": lambda f, r: pose2id.evaluate(
         f["q_parts"], f["g_parts"], *r["labels"], q_visibility=r["visible"][0], g_visibility=r["visible"][1]
@@ -216,7 +231,7 @@ def test_every_precision(name, dtype, rng):
     found = CALLS[name](changed(feats, on("cuda")), inputs["rest"])
     # Features are rounded to the dtype that they came in; in between it is float32 at least, in re-ranking at most.
     tolerance = 2 * torch.finfo(dtype).eps if name in ARRAYS else 0
-    double = dtype == torch.float64 and not name.startswith(("k_reciprocal", "Centralizer.rerank"))
+    double = dtype == torch.float64 and not name.startswith(("k_reciprocal", "Centralizer.rerank", "Gallery"))
     check(found, expected, "cuda", max(tolerance, 1e-12 if double else 1e-5))
 
 

@@ -30,14 +30,18 @@ METHODS = {
 class Drawn:
     """Images of people in cameras, as many as are asked for."""
 
-    def __init__(self, seed, people=30, noise=0.5):
+    def __init__(self, seed, people=30, noise=0.5, rare=0.0):
         self.rng = np.random.default_rng(seed)
         self.people = self.rng.normal(size=(people, DIM))
         self.biases = 0.5 * self.rng.normal(size=(CAMERAS + 1, DIM))
-        self.noise = noise
+        self.noise, self.rare = noise, rare
 
-    def images(self, n, cameras=CAMERAS):
-        who, camids = self.rng.integers(0, len(self.people), n), self.rng.integers(0, cameras, n)
+    def images(self, n):
+        who, camids = self.rng.integers(0, len(self.people), n), self.rng.integers(0, CAMERAS, n)
+        # Some of a camera that has too few images for lists, and some of unknown ones.
+        if self.rare:
+            rare = self.rng.integers(-1, 1, n) * (CAMERAS + 1) + CAMERAS
+            camids = np.where(self.rng.random(n) < self.rare, rare, camids)
         x = self.people[who] + self.biases[camids] + self.noise * self.rng.normal(size=(n, DIM))
         return x.astype(np.float32), camids, who
 
@@ -156,7 +160,7 @@ class Life(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 10_000), copies=st.booleans())
     def start(self, seed, copies):
-        self.drawn, self.copies = Drawn(seed), copies
+        self.drawn, self.copies = Drawn(seed, rare=0.1), copies
         self.known = METHODS[self.name][1]
         x, camids, who = self.images(110)
         self.gallery = Gallery(Centralizer(method=METHODS[self.name][0]), refit_share=0.5)

@@ -247,7 +247,11 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
     refused = (
         (lambda: gallery.add(bad, ids=["a", "b"]), ValueError, "features must be finite; 1 of 2 rows are not"),
         (lambda: gallery.add(x[:1, :9], ids=["a"]), ValueError, "features must have the gallery's 16 columns, got 9"),
-        (lambda: gallery.add(0 * x[:2], ids=["a", "b"]), ValueError, "features must not hold zero rows, which resemble nothing .row 0, 1"),
+        (
+            lambda: gallery.add(0 * x[:2], ids=["a", "b"]),
+            ValueError,
+            "features must not hold zero rows, .* .row 0, 1",
+        ),
         (lambda: gallery.add(x[:1]), ValueError, "ids must be given"),
         (lambda: gallery.add(x[:1], ids=[5]), TypeError, "ids must all be integers, or all strings"),
         (lambda: gallery.add(x[:1], ids=["i3"]), ValueError, "ids must be new, each once, got i3"),

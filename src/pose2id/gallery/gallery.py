@@ -94,7 +94,8 @@ class Gallery:
         dim: columns of a feature; None: those of the first that are added.
         metadata: facts about the gallery, such as the model's name: a mapping that JSON can hold, saved with it.
         refit_share: refit when so large a share of the gallery has changed (came, went or was updated) since the last
-            refit; galleries of fewer than 64 images are refitted at each change. None: only when `refit` is called.
+            refit; galleries of fewer than 64 images are refitted at each change. None: when `refit` is called. A camera
+            that has lost so many images, or got its first few, that lists no longer do, asks for a refit, too.
         exact_up_to: galleries of more images, on the CPU, are searched approximately, from the next refit on: faiss's
             inverted lists find candidates, which are scored exactly (`recall`). None: never.
     """
