@@ -82,7 +82,8 @@ def read(path: Path, *, mmap: bool) -> tuple[State | None, dict[str, Any], dict[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, another kind of file, or of a later version. With mmap, arrays are not checked, names are.
+        ValueError: it is damaged, another kind of file, or of a later version. With mmap, arrays but those
+            of names are not checked.
     """
     facts, tensors, header = _opened(path, arrays=True)
     if facts.get("format") != FORMAT:
