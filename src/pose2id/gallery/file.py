@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,13 +32,14 @@ _DTYPES = {
 }
 _PIECE = 32 << 20  # bytes that are written at a time
 _NAMES = "names"  # the array that holds JSON
+_UNSIGNED = b'"crc32": "00000000"'  # in the header, where its own checksum will be
 
 
 def is_gallery(path: Path) -> bool:
     """Whether a file says that it is a gallery."""
     try:
-        return _facts(path)["format"] == FORMAT
-    except ValueError:
+        return _opened(path, arrays=False)[0].get("format") == FORMAT
+    except (FileNotFoundError, ValueError):  # a folder, or anything else
         return False
 
 
@@ -50,10 +52,11 @@ def write(path: Path, state: State | None, facts: Mapping[str, Any], names: Mapp
     tensors, of_state = ({}, None) if state is None else _taken_apart(state)
     packed = json.dumps(names).encode()
     tensors[_NAMES] = torch.from_numpy(np.frombuffer(packed, dtype=np.uint8).copy())
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # each array is aligned
     arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
     about = {**facts, "format": FORMAT, "version": VERSION, "state": of_state}
     about["crc32"] = {name: _crc32(array) for name, array in arrays.items()}
-    header: dict[str, Any] = {"__metadata__": {"pose2id": json.dumps(about)}}
+    header: dict[str, Any] = {"__metadata__": {"crc32": "00000000", "pose2id": json.dumps(about)}}
     start = 0
     for name, tensor in tensors.items():
         stop = start + arrays[name].nbytes
@@ -64,7 +67,8 @@ def write(path: Path, state: State | None, facts: Mapping[str, Any], names: Mapp
         }
         start = stop
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # arrays are aligned
+    text += b" " * (-len(text) % 8)
+    text = text.replace(_UNSIGNED, _signed(zlib.crc32(text)), 1)
     with whole_file(path) as unfinished, unfinished.open("xb") as file:
         # By hand, because the library copies all arrays first.
         file.write(len(text).to_bytes(8, "little") + text)
@@ -78,24 +82,23 @@ def read(path: Path, *, mmap: bool) -> tuple[State | None, dict[str, Any], dict[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, another kind of file, or of a later version. With mmap, arrays are not checked.
+        ValueError: it is damaged, another kind of file, or of a later version. With mmap, arrays but those
+            of names are not checked.
     """
-    from safetensors import safe_open  # noqa: PLC0415 - slow to import
-
-    facts = _facts(path)
+    facts, tensors, header = _opened(path, arrays=True)
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path} must be a gallery, written by Gallery.save, got {facts.get('format')!r}.")
     if facts.get("version") != VERSION:
         given = f"got version {facts.get('version')!r}"
         raise ValueError(f"{path} must be of version {VERSION}, {given}. Read it with the pose2id that wrote it.")
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        _check_header(header)
         if not mmap:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            wrong = [name for name, tensor in tensors.items() if _crc32(tensor.numpy()) != facts["crc32"][name]]
-            if wrong:
-                raise ValueError(f"{', '.join(wrong)} changed since they were written")
+        checked = {_NAMES: tensors[_NAMES]} if mmap else tensors  # names are read at once in any case
+        wrong = [name for name, tensor in checked.items() if _crc32(tensor.numpy()) != facts["crc32"][name]]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} changed since they were written")
         names = json.loads(tensors.pop(_NAMES).numpy().tobytes())
         state = None if facts["state"] is None else _put_together(tensors, facts["state"])
     except Exception as error:  # a damaged file can fail in any way
@@ -103,17 +106,43 @@ def read(path: Path, *, mmap: bool) -> tuple[State | None, dict[str, Any], dict[
     return state, facts, names
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _opened(path: Path, *, arrays: bool) -> tuple[dict[str, Any], dict[str, Tensor], bytes]:
+    """Facts, arrays if they are asked for, and the header, all of one file, though others may replace it meanwhile."""
     from safetensors import safe_open  # noqa: PLC0415 - slow to import
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no gallery {path}.")
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("pose2id", "{}"))
-    except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{path} is damaged, or not a gallery ({error}).") from error
-    return facts if isinstance(facts, dict) else {}
+    while True:
+        failed, facts, tensors, header = None, {}, {}, b""
+        # While it is held open, no other file can get its inode.
+        with path.open("rb") as held:
+            try:
+                with safe_open(path, "pt") as file:
+                    facts = json.loads((file.metadata() or {}).get("pose2id", "{}"))
+                    if arrays:
+                        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                size = os.fstat(held.fileno()).st_size
+                header = held.read(min(int.from_bytes(held.read(8), "little"), size))
+            except Exception as error:  # a damaged file can fail in any way
+                failed = error
+            # The library opens a file by its name, and more than once.
+            if not os.path.samestat(os.fstat(held.fileno()), path.stat()):
+                continue
+        if failed is not None:
+            raise ValueError(f"{path} is damaged, or not a gallery ({failed}).") from failed
+        return (facts if isinstance(facts, dict) else {}), tensors, header
+
+
+def _signed(checksum: int) -> bytes:
+    return f'"crc32": "{checksum:08x}"'.encode()
+
+
+def _check_header(header: bytes) -> None:
+    """Raise a ValueError if the header is not as it was written."""
+    start = header.index(_UNSIGNED[:10])
+    written = header[start : start + len(_UNSIGNED)]
+    if written != _signed(zlib.crc32(header.replace(written, _UNSIGNED, 1))):
+        raise ValueError("the header changed since it was written")
 
 
 def _pieces(array: Any) -> Iterator[memoryview]:
