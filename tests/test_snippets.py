@@ -212,6 +212,15 @@ def test_example_of_generation(name, words, written, given, weights, hub, tmp_pa
             assert sheet.size == (9 * 128 + 8 * 4, 2 * 256 + 4)
 
 
+def test_example_of_a_live_gallery(capfd, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["live_gallery.py", "--tracker", "overlaps"])
+    runpy.run_path(str(ROOT / "examples" / "live_gallery.py"), run_name="__main__")
+    printed = capfd.readouterr().out
+    right = int(re.search(r"^(\d+) of 14 in camera 2 are right; Gallery\(27 images", printed, re.MULTILINE)[1])
+    assert right >= 9
+    assert "another process: 27 tracks on file" in printed
+
+
 def test_example_of_real_features(given, tmp_path, capsys, monkeypatch):
     queries = len(given["query_feats"])
     np.savez(

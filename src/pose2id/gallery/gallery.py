@@ -196,13 +196,13 @@ class Gallery:
                 added then.
         """
         rows = self._rows(features, "features")
-        cameras = self._cameras(camids, "camids", rows.n, new=True)
         labels = _listed(labels, "labels", rows.n)
         raw, chosen = self._pooled(rows, group_by, quality)
-        if chosen is not None:
-            cameras = torch.tensor(chosen.one_each(cameras.tolist(), "camids"), dtype=torch.int64)
-            labels = chosen.one_each(labels, "labels")
+        labels = labels if chosen is None else chosen.one_each(labels, "labels")
         with self._changing:
+            cameras = self._cameras(camids, "camids", rows.n, new=True)
+            if chosen is not None:
+                cameras = torch.tensor(chosen.one_each(cameras.tolist(), "camids"), dtype=torch.int64)
             names = self._new_ids(ids, len(raw))
             if len(raw):
                 self._like = rows.empty(0) if self._like is None else self._like
@@ -370,7 +370,7 @@ class Gallery:
             labels = [content.labels[place] if place >= 0 else None for place in flat]
             for query in torch.nonzero(~known).flatten().tolist():
                 labels[query * k : (query + 1) * k] = [UNKNOWN] * k
-        found = self._as_ids(ids).reshape(places.shape), _objects(labels).reshape(places.shape)
+            found = self._as_ids(ids).reshape(places.shape), _objects(labels).reshape(places.shape)
         return SearchResult(as_container(distances, rows.empty(0)), *found)
 
     def features(self, ids: Any = None, *, raw: bool = False) -> Any:
@@ -480,7 +480,7 @@ class Gallery:
                 "refit_share": self.refit_share,
                 "exact_up_to": self.exact_up_to,
                 "next": self._next,
-                "tensors": isinstance(self._like, Tensor),
+                "tensors": None if self._like is None else isinstance(self._like, Tensor),
                 "metadata": self.metadata,
             }
             json.dumps(facts)  # a TypeError before any work
@@ -514,8 +514,9 @@ class Gallery:
         places = {name: place for place, name in enumerate(names["ids"]) if name is not None}
         gallery._content = _Content(state, names["ids"], names["labels"], places)
         gallery._words, gallery._next = names["cameras"], facts["next"]
-        empty = np.empty((0, facts["dim"] or 1), dtype=np.float32)
-        gallery._like = torch.from_numpy(empty) if facts["tensors"] else empty
+        if facts["tensors"] is not None:
+            empty = np.empty((0, facts["dim"] or 1), dtype=np.float32)
+            gallery._like = torch.from_numpy(empty) if facts["tensors"] else empty
         return gallery
 
     def _put(self, raw: Tensor, names: list[Any], cameras: Tensor, labels: list[Any]) -> None:
