@@ -4,6 +4,7 @@
     python benchmarks/gallery.py --sizes 100000 1000000     # x 256, an hour
     python benchmarks/gallery.py --accuracy FOLDER          # real features, streamed image by image
     python benchmarks/gallery.py --unknown FOLDER           # people who are not in the gallery
+    python benchmarks/gallery.py --reranked FOLDER          # one query among its nearest images, and among all
 
 Milliseconds are medians of single calls, in turn with faiss's flat search of the same rows; memory is what the process
 grew by, beside the features (Linux). Drawn features have a spectrum that falls as 1 / i, as features of models have.
@@ -26,6 +27,7 @@ import numpy as np
 
 import pose2id
 from pose2id import Centralizer, Gallery
+from pose2id.gallery import state
 
 IMAGES, CAMERAS = 10, 6  # of a person; in all
 CASES = {"no cameras": "auto", "cameras": "auto", "guarded, cameras": "guarded"}
@@ -150,7 +152,7 @@ def streamed(folder: Path, name: str, model: str, known: bool, orders: int) -> d
     q_cams, g_cams = labels[2:]
     cams = {"query_camids": q_cams, "gallery_camids": g_cams} if known else {}
     batch = pose2id.evaluate(*Centralizer().enhance(q, g, **cams, camera_statistics="gallery"), *labels)
-    found, refitted, reranks = [], [], []
+    found, refitted = [], []
     for order in range(orders):
         gallery = Gallery()
         for at in np.random.default_rng(order).permutation(len(g)).tolist():
@@ -160,28 +162,43 @@ def streamed(folder: Path, name: str, model: str, known: bool, orders: int) -> d
         if order == 0:
             gallery.refit()
             refitted.append(pose2id.evaluate_rank(matrix(gallery.search(q, len(g), **asked), len(g)), *labels))
-            reranks.append(differing(gallery, q, q_cams if known else None))
     return {
         "enhance": figures(batch),
         "streamed": [figures(result) for result in found],
         "refitted": figures(refitted[0]),
-        "re-ranked otherwise than over the whole gallery (top 1, top 10)": reranks[0],
         "queries": len(q),
     }
 
 
-def differing(gallery: Gallery, q: Any, q_cams: Any) -> list[float]:
-    """Shares of queries whose first, and ten, images are others where all of the gallery is looked at."""
-    from pose2id.gallery import state  # noqa: PLC0415 - its bound is moved
+def reranked(folder: Path, name: str, model: str, known: bool, orders: int) -> dict[str, Any]:
+    """Re-ranking among the nearest 300 images beside that over all, in percent: up to 60 queries, other cameras.
 
-    how, asked = ("k-reciprocal", {}) if q_cams is None else ("camera", {"query_camids": q_cams})
-    near = gallery.search(q, 10, rerank=how, **asked).ids
+    Queries whose first image is another; how many of ten images are the same; Rank-1 and precision among ten of both.
+    """
+    data = np.load(folder / f"{name}.npz")
+    is_query = data["is_query"].astype(bool)
+    features = data[f"feat_{model}"].astype(np.float32)
+    q, q_pids, q_cams = (
+        x[is_query][:: max(1, int(is_query.sum()) // 60)] for x in (features, data["pids"], data["camids"])
+    )
+    gallery = Gallery()
+    gallery.add(features[~is_query], camids=data["camids"][~is_query] if known else None)
+    options: dict[str, Any] = {"rerank": "k-reciprocal"}
+    if known:
+        options = {"rerank": "camera", "query_camids": q_cams, "exclude_camera": True}
+    near = gallery.search(q, 10, **options).ids
     kept, state.NEARBY = state.NEARBY, len(gallery)
     try:
-        every = gallery.search(q, 10, rerank=how, **asked).ids
+        every = gallery.search(q, 10, **options).ids
     finally:
         state.NEARBY = kept
-    return [float((near[:, :k] != every[:, :k]).any(1).mean()) for k in (1, 10)]
+    same = [len({*a} & {*b}) / 10 for a, b in zip(near, every, strict=True)]
+    row = [float((near[:, 0] != every[:, 0]).mean()), float(np.mean(same))]
+    for ids in (near, every):
+        right = data["pids"][~is_query][ids] == q_pids[:, None]
+        row += [float(right[:, 0].mean()), float(right.mean())]
+    names = ("first differs", "ten the same", "Rank-1", "of ten", "Rank-1, all", "of ten, all")
+    return {key: round(100 * value, 1) for key, value in zip(names, row, strict=True)}
 
 
 def unknown(folder: Path, name: str, model: str, known: bool, splits: int) -> dict[str, Any]:
@@ -239,14 +256,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=60, help="single calls")
     parser.add_argument("--accuracy", type=Path, help="folder of real features")
     parser.add_argument("--unknown", type=Path, help="folder of real features")
+    parser.add_argument("--reranked", type=Path, help="folder of real features")
     parser.add_argument("--orders", type=int, default=3, help="random orders of images, or splits of people")
     options = parser.parse_args()
-    for measured, folder in ((streamed, options.accuracy), (unknown, options.unknown)):
+    measures = ((streamed, options.accuracy), (unknown, options.unknown), (reranked, options.reranked))
+    for measured, folder in measures:
         for name, model in SETS if folder is not None else ():
             for known in (False, True):
                 row = measured(folder, name, model, known, options.orders)
                 print(f"{name} {model}{', cameras' if known else ''}: {row}", flush=True)
-    if options.accuracy is not None or options.unknown is not None:
+    if any(folder is not None for _, folder in measures):
         return
     for n in options.sizes:
         dim = 512 if n <= 10_000 else 256

@@ -205,6 +205,7 @@ class Gallery:
                 cameras = torch.tensor(chosen.one_each(cameras.tolist(), "camids"), dtype=torch.int64)
             names = self._new_ids(ids, len(raw))
             if len(raw):
+                self._check_columns(raw.shape[1], "features")  # another thread may have been the first
                 self._like = rows.empty(0) if self._like is None else self._like
                 self._put(raw, names, cameras, labels or [None] * len(raw))
                 self._next = max([self._next - 1, *(name for name in names if isinstance(name, int))]) + 1
@@ -607,14 +608,18 @@ class Gallery:
         elif getattr(features, "shape", None) == (0,):
             features = features.reshape(0, self._dim or 1)
         rows = Rows(features, name, normalize=True)
-        if rows.n and self._dim is not None and rows.dim != self._dim:
-            raise ValueError(f"{name} must have the gallery's {self._dim} columns, got {rows.dim}.")
+        if rows.n:
+            self._check_columns(rows.dim, name)
         zero = torch.nonzero(rows.norms == 0).flatten().tolist()
         if zero:
             raise ValueError(
                 f"{name} must not hold zero rows, which resemble nothing (row {first_few(zero)}). Drop them."
             )
         return rows
+
+    def _check_columns(self, dim: int, name: str) -> None:
+        if self._dim is not None and dim != self._dim:
+            raise ValueError(f"{name} must have the gallery's {self._dim} columns, got {dim}.")
 
     def _pooled(self, rows: Rows, group_by: Any, quality: Any) -> tuple[Tensor, Tracks | None]:
         """(N, D) float32 features, or those of tracks."""
