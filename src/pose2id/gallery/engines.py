@@ -191,10 +191,10 @@ class Inverted:
         self._index = faiss.IndexIVFScalarQuantizer(self._quantizer, dim, lists, kind, faiss.METRIC_INNER_PRODUCT)
         self._index.cp.min_points_per_centroid = 1
         self._index.cp.max_points_per_centroid = _TRAINED
-        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        chosen = shuffled(n)
         self._index.train(rows[chosen[: _TRAINED * lists]].numpy())
         for some in blocks(n, _ADDED):
-            self.add(rows[some], torch.arange(some.start, some.stop))
+            self.add(rows[some], torch.arange(some.start, some.stop, device="cpu"))
         sample = rows[chosen[:_SAMPLE]]
         exact = products(sample, rows).topk(_TEN, dim=1).indices
         self.recall, self._index.nprobe = 0.0, _PROBES
@@ -232,6 +232,11 @@ def _scored(images: Images, x: Tensor, candidates: Tensor, k: int) -> tuple[Tens
     squares = squares.masked_fill_(candidates < 0, torch.inf)
     indices, squares = in_order(candidates.flatten(0, 1), squares.flatten(0, 1), k)
     return indices.view(*candidates.shape[:2], k), squares.view(*candidates.shape[:2], k)
+
+
+def shuffled(n: int) -> Tensor:
+    """0 to n - 1 in an order that is the same each time."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def products(x: Tensor, rows: Tensor) -> Tensor:

@@ -110,11 +110,11 @@ class _Probing(Compared):
         assert queries is None  # a gallery's own
         among = Members(None, asking[:1])
         if members is not None:
-            view = torch.zeros(self.rows.n, dtype=torch.int64)
+            view = torch.zeros(self.rows.n, dtype=torch.int64, device="cpu")
             view[members] = 1
-            among = Members(view, torch.ones(1, dtype=torch.int64))
-        indices = torch.empty((len(asking), k), dtype=torch.int64)
-        similarities = torch.empty((len(asking), k), dtype=torch.float64)
+            among = Members(view, torch.ones(1, dtype=torch.int64, device="cpu"))
+        indices = torch.empty((len(asking), k), dtype=torch.int64, device="cpu")
+        similarities = torch.empty((len(asking), k), dtype=torch.float64, device="cpu")
         for some in blocks(len(asking), BLOCK_BYTES // (64 * self.rows.dim)):
             x = self._images.compared.index_select(0, asking[some])
             (indices[some],), (squares,) = self._images.ask(x).nearest(k, among, asking[some])

@@ -202,7 +202,7 @@ class Gallery:
         with self._changing:
             cameras = self._cameras(camids, "camids", rows.n, new=True)
             if chosen is not None:
-                cameras = torch.tensor(chosen.one_each(cameras.tolist(), "camids"), dtype=torch.int64)
+                cameras = torch.tensor(chosen.one_each(cameras.tolist(), "camids"), dtype=torch.int64, device="cpu")
             names = self._new_ids(ids, len(raw))
             if len(raw):
                 self._check_columns(raw.shape[1], "features")  # another thread may have been the first
@@ -284,7 +284,7 @@ class Gallery:
                 return
             if self._due(len(places)):
                 kept = sorted(set(content.places.values()) - set(places.tolist()))
-                self._refit(torch.tensor(kept))
+                self._refit(torch.tensor(kept, device="cpu"))
                 return
             with self._lock.writing():
                 for place in places.tolist():
@@ -360,7 +360,7 @@ class Gallery:
         cameras = self._cameras(query_camids, "query_camids", rows.n, new=False)
         raw, tracks = self._pooled(rows, group_by, quality)
         if tracks is not None:
-            cameras = torch.tensor(tracks.one_each(cameras.tolist(), "query_camids"), dtype=torch.int64)
+            cameras = torch.tensor(tracks.one_each(cameras.tolist(), "query_camids"), dtype=torch.int64, device="cpu")
         if how == "camera" and not bool((cameras >= 0).all()):
             raise ValueError("query_camids must name a camera of the gallery for each query with rerank='camera'.")
         with self._lock.reading():
@@ -453,11 +453,11 @@ class Gallery:
         with self._lock.reading():
             state = self._content.state
             if state is None:
-                return torch.zeros(rows.n)
+                return torch.zeros(rows.n, device="cpu")
             device = state.images.raw.device
             asked = state.asking(_float32(rows).to(device), cameras.to(device))
             found = [asking.scores(centralized=True, exclude=exclude) for _, asking in asked]
-            return torch.cat(found).cpu() if found else torch.zeros(0)
+            return torch.cat(found).cpu() if found else torch.zeros(0, device="cpu")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to a .safetensors file, which appears whole or not at all; an older gallery is replaced.
@@ -584,9 +584,9 @@ class Gallery:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Places and distances of the nearest images, and which queries are somebody that the gallery knows."""
         state = self._content.state
-        places = torch.full((len(raw), k), -1, dtype=torch.int64)
-        distances = torch.full((len(raw), k), torch.inf)
-        known = torch.full((len(raw),), limit is None)
+        places = torch.full((len(raw), k), -1, dtype=torch.int64, device="cpu")
+        distances = torch.full((len(raw), k), torch.inf, dtype=torch.float32, device="cpu")
+        known = torch.full((len(raw),), limit is None, device="cpu")
         if state is None:
             return places, distances, known
         device = state.images.raw.device
@@ -672,7 +672,7 @@ class Gallery:
             raise KeyError(f"ids must be in the gallery, which has no {first_few(absent)}.")
         if len(set(names)) < len(names):
             raise ValueError("ids must name each image once.")
-        return torch.tensor([known[name] for name in names], dtype=torch.int64)
+        return torch.tensor([known[name] for name in names], dtype=torch.int64, device="cpu")
 
     def _as_ids(self, ids: list[Any]) -> NDArray[Any]:
         """Ids as an array: int64 with -1 for None, or objects."""

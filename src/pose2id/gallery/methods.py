@@ -176,7 +176,7 @@ class Linked(Columns):
             column = self.lists.indices[:n, :, : self.weights.shape[2]].flatten(1)[row, at].long()
             weight, matrix = weights[row, at], None
             if weight.device.type == "cpu":
-                start = torch.searchsorted(row, torch.arange(n + 1))  # ascending
+                start = torch.searchsorted(row, torch.arange(n + 1, device="cpu"))  # ascending
                 matrix = sparse.csr_array((weight.numpy(), column.numpy(), start.numpy()), shape=(n, n))
             self._sparse = row, column, weight, matrix
         return self._sparse

@@ -11,7 +11,7 @@ from torch import Tensor
 from pose2id.centralization.cameras import Centres
 from pose2id.centralization.guard import Evidence
 from pose2id.gallery.columns import roomier
-from pose2id.gallery.engines import EXTRA, Inverted, Members, Products, filled, in_order, products
+from pose2id.gallery.engines import EXTRA, Inverted, Members, Products, filled, in_order, products, shuffled
 from pose2id.gallery.methods import Linked
 from pose2id.gallery.unknown import COHORT, scores
 from pose2id.io.checks import BLOCK_BYTES
@@ -85,7 +85,9 @@ class State:
 
     def features(self, places: Tensor) -> Tensor:
         """(B, D) float32 centralized features."""
-        result = torch.empty((len(places), self.images.raw.shape[1]), device=self.images.raw.device)
+        result = torch.empty(
+            (len(places), self.images.raw.shape[1]), dtype=torch.float32, device=self.images.raw.device
+        )
         for some in blocks(len(places), BLOCK_BYTES // (128 * result.shape[1])):
             result[some] = self.linked.features(places[some])
         return result
@@ -105,7 +107,7 @@ class State:
         if images.index is not None:
             if self._sample is None:
                 present = torch.nonzero(images.alive).flatten()
-                chosen = torch.randperm(len(present), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+                chosen = shuffled(len(present))[:_SAMPLE]
                 self._sample = present[chosen.to(present.device)]
             return products(x, self.reranked_rows(how, self._sample))
         if how == "camera":
@@ -125,7 +127,7 @@ class State:
         """(B,) largest squared distance of images to any other, measured once between two refits."""
         kept = self._farthest.get(how)
         if kept is None or len(kept) < self.images.n:
-            grown = torch.full((len(self.images.raw),), torch.nan, device=features.device)
+            grown = torch.full((len(self.images.raw),), torch.nan, dtype=torch.float32, device=features.device)
             if kept is not None:
                 grown[: len(kept)] = kept
             self._farthest[how] = kept = grown
@@ -137,7 +139,7 @@ class State:
     def spacings(self) -> Tensor:
         """(B, 51) squared distances of a sample of images to their nearest others, before neighbours are added."""
         places = torch.nonzero(self.images.alive).flatten()
-        chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+        chosen = shuffled(len(places))[:_SAMPLE]
         places, found = places[chosen.to(places.device)], []
         for some in blocks(len(places), self.images.block):
             own = places[some]
@@ -223,7 +225,7 @@ class Asking:
     def reranked(self, how: str, k: int, *, exclude: bool = False) -> tuple[Tensor, Tensor]:
         """The same by re-ranked distances: "camera" from centralized features, "k-reciprocal" from those that came."""
         places = torch.full((len(self.x), k), -1, dtype=torch.int64, device=self.x.device)
-        distances = torch.full((len(self.x), k), torch.inf, device=self.x.device)
+        distances = torch.full((len(self.x), k), torch.inf, dtype=torch.float32, device=self.x.device)
         for query in range(len(self.x)):
             found, of_query = self._nearby(how, slice(query, query + 1), max(NEARBY, _TIMES * k))
             if exclude:

@@ -31,12 +31,14 @@ class Tracks:
         if None in values:
             raise ValueError(f"group_by must name a track for every row, got None at row {values.index(None)}.")
         numbers: dict[Any, int] = {}
-        self.of_row = torch.tensor([numbers.setdefault(value, len(numbers)) for value in values], dtype=torch.int64)
+        self.of_row = torch.tensor(
+            [numbers.setdefault(value, len(numbers)) for value in values], dtype=torch.int64, device="cpu"
+        )
         self.names = list(numbers)
         seen: dict[int, int] = {}
         for row, number in enumerate(self.of_row.tolist()):
             seen.setdefault(number, row)
-        self.first = torch.tensor(list(seen.values()), dtype=torch.int64)
+        self.first = torch.tensor(list(seen.values()), dtype=torch.int64, device="cpu")
 
     def one_each(self, values: Sequence[Any] | None, name: str) -> list[Any] | None:
         """The value of each track, which all of its rows must share."""
@@ -60,7 +62,9 @@ def pooled(rows: Rows, tracks: Tracks, quality: Any = None) -> Tensor:
         tracks: of the frames.
         quality: (N,) at least 0, such as a detector's confidence or a crop's sharpness; None: all alike.
     """
-    weights = torch.ones(rows.n, dtype=torch.float64) if quality is None else _checked_quality(quality, rows.n)
+    weights = (
+        torch.ones(rows.n, dtype=torch.float64, device="cpu") if quality is None else _checked_quality(quality, rows.n)
+    )
     result = torch.empty((len(tracks.names), rows.dim), dtype=torch.float32, device=rows.device)
     order = torch.argsort(tracks.of_row, stable=True)
     for track, frames in enumerate(order.split(torch.bincount(tracks.of_row).tolist())):
