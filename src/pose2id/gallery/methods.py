@@ -41,7 +41,7 @@ class Linked(Columns):
         shape = (len(images.raw), len(lists.lengths), width)
         self.weights = torch.zeros(shape, dtype=torch.float32, device=images.raw.device)
         self.lengths = self.weights.new_ones(shape[0])
-        self._sparse: tuple[Tensor, Tensor, Tensor, Any] | None = None
+        self._sparse: Any = None
 
     def grow(self, capacity: int) -> None:
         """As `Columns.grow`."""
@@ -157,28 +157,28 @@ class Linked(Columns):
 
     def scores(self, products: Tensor) -> Tensor:
         """(B, n) cosines of unit rows and all centralized features, from products with compared ones."""
-        of_images = products.T.contiguous()  # each image's products side by side
-        row, column, weight, matrix = self._links()
-        if matrix is not None:
-            sums = of_images + torch.from_numpy(matrix @ of_images.numpy())
-        else:
+        of_images, links = products.T.contiguous(), self._links()  # each image's products side by side
+        if isinstance(links, tuple):
+            row, column, weight = links
             sums = of_images.index_add(0, row, of_images.index_select(0, column).mul_(weight[:, None]))
+        else:
+            sums = of_images + torch.from_numpy(links @ of_images.numpy())
         return sums.div_(self.lengths[: self.images.n, None]).T.contiguous()
 
-    def _links(self) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """All links that weigh anything; on the CPU as a sparse matrix, too, whose products are much faster."""
+    def _links(self) -> Any:
+        """All links that weigh anything: rows, columns and weights; on the CPU as a sparse matrix, for its speed."""
         if self._sparse is None:
             from scipy import sparse  # noqa: PLC0415 - slow to import
 
             n = self.images.n
             weights = self.weights[:n].flatten(1)
             row, at = torch.nonzero(weights.masked_fill(~self.images.alive[:, None], 0), as_tuple=True)
-            column = self.lists.indices[:n, :, : self.weights.shape[2]].flatten(1)[row, at].long()
-            weight, matrix = weights[row, at], None
+            column, weight = self.lists.indices[:n, :, : self.weights.shape[2]].flatten(1)[row, at], weights[row, at]
             if weight.device.type == "cpu":
-                start = torch.searchsorted(row, torch.arange(n + 1, device="cpu"))  # ascending
-                matrix = sparse.csr_array((weight.numpy(), column.numpy(), start.numpy()), shape=(n, n))
-            self._sparse = row, column, weight, matrix
+                start = torch.searchsorted(row, torch.arange(n + 1, device="cpu")).int()  # rows are ascending
+                self._sparse = sparse.csr_array((weight.numpy(), column.numpy(), start.numpy()), shape=(n, n))
+            else:
+                self._sparse = row, column.long(), weight
         return self._sparse
 
 
