@@ -213,6 +213,16 @@ def test_a_large_gallery_is_searched_by_inverted_lists(name, capfd):
     assert "WARNING" not in capfd.readouterr().err  # of faiss, that there is little to train with
 
 
+def test_inverted_lists_that_miss_too_much_are_not_used(monkeypatch, caplog):
+    monkeypatch.setattr("pose2id.gallery.engines.RECALL", 0.0)  # the first try will do
+    monkeypatch.setattr("pose2id.gallery.fitting.RECALL", 1.1)
+    x, camids, _ = Drawn(15).images(400)
+    gallery = built("cameras", x, camids, exact_up_to=100)
+    assert gallery.recall == 1
+    assert "all images are compared" in caplog.text
+    np.testing.assert_array_equal(gallery.features(), built("cameras", x, camids).features())
+
+
 def test_nothing_is_valid_everywhere():
     gallery = Gallery()
     for empty in ([], (), np.empty((0, 4), np.float32), np.empty(0, np.float32), torch.empty(0, 4)):

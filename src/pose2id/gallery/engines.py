@@ -18,7 +18,7 @@ from pose2id.neighbors.distance import full_precision
 from pose2id.neighbors.engines import usable_faiss
 
 _MARGIN = 1e-5  # what rounding may do to a squared distance of unit rows that comes from a product
-_TEN, _SAMPLE, _RECALL = 10, 200, 0.95  # nearest of a sample, of which so many must be found
+_TEN, _SAMPLE, RECALL = 10, 200, 0.95  # nearest of a sample, of which so many must be found
 _LISTS, _TRAINED, _PROBES = 4, 64, 8  # lists a root of n, rows a list to train with, lists that are looked at, at least
 _SEEN = 10  # images that are looked at for each that is wanted, at least
 _ADDED = 1 << 16  # rows that are encoded at a time
@@ -198,7 +198,7 @@ class Inverted:
         sample = rows[chosen[:_SAMPLE]]
         exact = products(sample, rows).topk(_TEN, dim=1).indices
         self.recall, self._index.nprobe = 0.0, _PROBES
-        while self.recall < _RECALL and self._index.nprobe < lists:
+        while self.recall < RECALL and self._index.nprobe < lists:
             self._index.nprobe *= 2
             found = self.search(sample, _TEN + EXTRA, None)
             self.recall = float((exact[..., None] == found[:, None]).any(2).double().mean())
@@ -221,7 +221,7 @@ class Inverted:
         parameters = self._faiss.SearchParametersIVF(nprobe=min(probes, self._index.nlist))
         if mask is not None:
             bits = np.packbits(mask.numpy(), bitorder="little")
-            parameters.sel = self._faiss.IDSelectorBitmap(len(mask), self._faiss.swig_ptr(bits))
+            parameters.sel = self._faiss.IDSelectorBitmap(len(bits), self._faiss.swig_ptr(bits))
         return torch.from_numpy(self._index.search(x.numpy(), k, params=parameters)[1])
 
 

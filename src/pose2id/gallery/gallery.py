@@ -97,7 +97,8 @@ class Gallery:
             refit; galleries of fewer than 64 images are refitted at each change. None: when `refit` is called. A camera
             that has lost so many images, or got its first few, that lists no longer do, asks for a refit, too.
         exact_up_to: galleries of more images, on the CPU, are searched approximately, from the next refit on: faiss's
-            inverted lists find candidates, which are scored exactly (`recall`). None: never.
+            inverted lists find candidates, which are scored exactly (`recall`), unless they miss more than 5 % of the
+            nearest. None: never.
     """
 
     def __init__(
