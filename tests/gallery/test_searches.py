@@ -10,9 +10,11 @@ import torch
 from test_gallery import METHODS, Drawn, built
 
 from pose2id import Centralizer, Extractor, Gallery, Threshold, evaluate, evaluate_rank, k_reciprocal
+from pose2id.gallery import engines
 from pose2id.gallery import state as state_module
 from pose2id.gallery.tracklets import Tracks, pooled
 from pose2id.io.rows import Rows
+from pose2id.neighbors.engines import UnusableError
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -213,13 +215,28 @@ def test_a_large_gallery_is_searched_by_inverted_lists(name, capfd):
     assert "WARNING" not in capfd.readouterr().err  # of faiss, that there is little to train with
 
 
-def test_inverted_lists_that_miss_too_much_are_not_used(monkeypatch, caplog):
-    monkeypatch.setattr("pose2id.gallery.engines.RECALL", 0.0)  # the first try will do
-    monkeypatch.setattr("pose2id.gallery.fitting.RECALL", 1.1)
+def unusable(gpu):
+    raise UnusableError("it is broken")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("Inverted.recall", 0.9, "lists find 90 % of neighbours"),
+        ("usable_faiss", unusable, "faiss cannot be used (it is"),
+    ],
+)
+def test_where_inverted_lists_will_not_do_all_images_are_compared(name, value, said, monkeypatch, caplog):
+    if name == "Inverted.recall":
+        fixed = property(lambda self: value, lambda self, found: None)
+        monkeypatch.setattr(engines.Inverted, "recall", fixed, raising=False)
+        monkeypatch.setattr(engines, "_PROBES", 1 << 20)  # no further tries
+    else:
+        monkeypatch.setattr(engines, name, value)
     x, camids, _ = Drawn(15).images(400)
     gallery = built("cameras", x, camids, exact_up_to=100)
     assert gallery.recall == 1
-    assert "all images are compared" in caplog.text
+    assert said in caplog.text
     np.testing.assert_array_equal(gallery.features(), built("cameras", x, camids).features())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -15,8 +17,9 @@ from pose2id.gallery.columns import Columns
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import blocks, sum_last
 from pose2id.neighbors.distance import full_precision
-from pose2id.neighbors.engines import usable_faiss
+from pose2id.neighbors.engines import UnusableError, usable_faiss
 
+logger = logging.getLogger(__name__)
 _MARGIN = 1e-5  # what rounding may do to a squared distance of unit rows that comes from a product
 _TEN, _SAMPLE, RECALL = 10, 200, 0.95  # nearest of a sample, of which so many must be found
 _LISTS, _TRAINED, _PROBES = 4, 64, 8  # lists a root of n, rows a list to train with, lists that are looked at, at least
@@ -182,9 +185,8 @@ class Inverted:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        import faiss  # noqa: PLC0415 - slow to import
-
-        self._faiss, (n, dim) = usable_faiss(gpu=False), rows.shape
+        self._faiss = faiss = usable_faiss(gpu=False)
+        n, dim = rows.shape
         lists = int(_LISTS * math.sqrt(n))
         self._quantizer = faiss.IndexFlatIP(dim)  # kept: faiss does not own it
         kind = faiss.ScalarQuantizer.QT_8bit
@@ -223,6 +225,20 @@ class Inverted:
             bits = np.packbits(mask.numpy(), bitorder="little")
             parameters.sel = self._faiss.IDSelectorBitmap(len(bits), self._faiss.swig_ptr(bits))
         return torch.from_numpy(self._index.search(x.numpy(), k, params=parameters)[1])
+
+
+def inverted(rows: Tensor) -> Inverted | None:
+    """Inverted lists over rows; None, with a warning, where faiss cannot be used, or they find too little."""
+    try:
+        # On macOS and Windows faiss and torch bring an OpenMP runtime each, and the process may abort.
+        found = Inverted(rows) if sys.platform == "linux" else None
+    except UnusableError as error:
+        logger.warning("all images are compared: faiss cannot be used (%s)", error)
+        return None
+    if found is not None and found.recall < RECALL:  # a neighbour that is missed makes a stranger one
+        logger.warning("all images are compared: inverted lists find %.0f %% of neighbours", 100 * found.recall)
+        return None
+    return found
 
 
 def _scored(images: Images, x: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pose2id.centralization.cameras import Centres
 from pose2id.centralization.guard import Evidence, Strangers
 from pose2id.gallery.columns import Columns
-from pose2id.gallery.engines import Images, Inverted
+from pose2id.gallery.engines import Images, inverted
 from pose2id.gallery.methods import Contrasting, Guarded, Linked, Mutual, Plain
 from pose2id.gallery.state import Fitted, State
 from pose2id.io.whole_files import whole_file
@@ -220,8 +220,9 @@ def _put_together(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> St
     for lists in linked.every_list():
         lists.count()
     if facts["indexed"]:  # made again: quicker than to check what another library reads
-        images.index = Inverted(images.compared)
-        images.index.remove(torch.nonzero(~images.alive).flatten())
+        images.index = inverted(images.compared)
+        if images.index is not None:
+            images.index.remove(torch.nonzero(~images.alive).flatten())
     return state
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from pose2id.centralization.cameras import Centres
 from pose2id.centralization.enhancement import OPEN, known_of, reason
 from pose2id.centralization.guard import Evidence, Guard
 from pose2id.centralization.links import Searched, map_of
-from pose2id.gallery.engines import RECALL, Images, Inverted, Members
+from pose2id.gallery.engines import Images, Members, inverted
 from pose2id.gallery.methods import Contrasting, Guarded, Mutual, Plain
 from pose2id.gallery.state import Fitted, State, compared
 from pose2id.io.checks import BLOCK_BYTES
@@ -20,7 +19,6 @@ from pose2id.io.rows import Rows, blocks
 from pose2id.neighbors.members import Compared
 
 EXACT_UP_TO = 50_000
-logger = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
@@ -70,16 +68,12 @@ class Fit:
         x = compared(self._raw, self._cameras, centres, link_map)
         present = torch.ones(len(x), dtype=torch.bool, device=x.device)
         images, rows = Images(self._raw, x, self._cameras, present), Rows(x, "features")
-        exact = Compared(rows, None, self._settings.backend, self._settings.max_memory)
         most = self._settings.exact_up_to
-        if most is None or rows.n <= most or rows.device.type != "cpu":
-            return images, exact
-        index = Inverted(x)
-        if index.recall < RECALL:  # a neighbour that is missed makes a stranger one
-            logger.warning("inverted lists find %.0f %% of neighbours: all images are compared", 100 * index.recall)
-            return images, exact
-        images.index = index
-        return images, _Probing(rows, images)
+        if most is not None and rows.n > most and rows.device.type == "cpu":
+            images.index = inverted(x)
+        if images.index is not None:
+            return images, _Probing(rows, images)
+        return images, Compared(rows, None, self._settings.backend, self._settings.max_memory)
 
     def _mutual(self) -> State:
         k1, k2 = self._settings.k1, self._settings.k2
