@@ -6,7 +6,7 @@ python examples/live_gallery.py --save frames  # look at the video
 Drawn people walk through two cameras, one after the other; the last one was never in the first. A stand-in for a
 detector gives their boxes, a little off. Tracks are those of Roboflow's `trackers` where it is installed (run with
 2.6.1), else of the few lines below. A track that ends is searched for, then added. In the end the gallery is saved, and
-another process answers a query from the file.
+another process answers a query from the file; tracks that ended long ago are left out.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PEOPLE, STEPS, TOGETHER = 14, 10, 2  # people, frames that each is seen in, peop
 HEIGHT, WIDTH = 160, 360
 STRANGERS = range(101, 141)  # people on file who are not in the video, to set a threshold with
 OVERLAP, PATIENCE = 0.3, 2  # of boxes of one track; frames without a detection that end it
+LONG_AGO = 100  # frames after which a track is removed
 ANSWER = """
 import sys
 import numpy as np
@@ -182,10 +183,13 @@ def _tracker(kind: str) -> Any:
         return Overlaps()
 
 
-def strangers() -> list[NDArray[np.uint8]]:
-    """Crops of people on file, in camera 2, blue first."""
-    drawn = SyntheticPedestrians(max(STRANGERS), num_cameras=2, seed=3)
-    return [drawn.render(person, 2, 0).image[..., ::-1] for person in STRANGERS]
+def strangers(model: Extractor) -> NDArray[np.float32]:
+    """(N, D) features of the tracks of people on file, in camera 2: tracks, since tracks are what is searched for."""
+    drawn, file = SyntheticPedestrians(max(STRANGERS), num_cameras=2, seed=3), Gallery(Centralizer(model))
+    for person in STRANGERS:
+        crops = [drawn.render(person, 2, step).image[..., ::-1] for step in range(STEPS)]
+        file.add_images(crops, colors="bgr", group_by=[person] * STEPS)
+    return file.features(raw=True)
 
 
 def main() -> None:
@@ -199,14 +203,17 @@ def main() -> None:
     model = Extractor(colour_stripes, inputs="images")
     gallery = Gallery(Centralizer(model), metadata={"model": "colour_stripes"})
     threshold, right, came_back = None, 0, 0
+    ended: dict[int, int] = {}  # id to time
     for time, track in tracks(options.tracker, options.save):
         person = max(set(track.people), key=track.people.count)
         same: dict[str, Any] = {"group_by": [track.number] * len(track.crops), "quality": track.quality}
         cameras = [track.camera] * len(track.crops)
         if track.camera == 2:
             if threshold is None:  # everybody of camera 1 is there
-                file = model(strangers(), colors="bgr", progress=False)
-                threshold = gallery.calibrate(impostor=file, impostor_camids=[2] * len(file), fpr=0.1)
+                file = strangers(model)
+                threshold = gallery.calibrate(
+                    impostor=file, impostor_camids=[2] * len(file), fpr=0.1, exclude_camera=True
+                )
             found = gallery.search_images(
                 track.crops, 1, colors="bgr", query_camids=cameras, exclude_camera=True, threshold=threshold, **same
             )
@@ -214,10 +221,16 @@ def main() -> None:
             truth = f"person {person}" if person < PEOPLE else "unknown"
             came_back, right = came_back + 1, right + (name == truth)
             print(f"{time:4} camera 2, track {track.number}: {name}, distance {found.distances[0, 0]:.2f} ({truth})")
-        gallery.add_images(
+        added = gallery.add_images(
             track.crops, colors="bgr", camids=cameras, labels=[f"person {person}"] * len(cameras), **same
         )
+        ended[int(added[0])] = time
     print(f"{right} of {came_back} in camera 2 are right; {gallery}")
+
+    # Not sooner: the threshold is for a gallery about as large as the one that it was set on.
+    old = [number for number, last in ended.items() if time - last > LONG_AGO]
+    gallery.remove(old)
+    print(f"{len(old)} tracks that ended more than {LONG_AGO} frames ago are removed")
 
     with tempfile.TemporaryDirectory() as folder:
         file, query = Path(folder, "gallery.safetensors"), Path(folder, "query.npy")

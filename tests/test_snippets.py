@@ -218,7 +218,9 @@ def test_example_of_a_live_gallery(capfd, monkeypatch):
     printed = capfd.readouterr().out
     right = int(re.search(r"^(\d+) of 14 in camera 2 are right; Gallery\(27 images", printed, re.MULTILINE)[1])
     assert right >= 9
-    assert "another process: 27 tracks on file" in printed
+    assert re.search(r": unknown, distance [\d.]+ \(unknown\)$", printed, re.MULTILINE)  # the newcomer
+    assert "\n12 tracks that ended more than 100 frames ago are removed" in printed
+    assert "another process: 15 tracks on file, nearest is person 14" in printed
 
 
 def test_example_of_real_features(given, tmp_path, capsys, monkeypatch):
