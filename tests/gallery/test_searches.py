@@ -287,6 +287,12 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
         (lambda: gallery.add(x[:1], ids=["a"], camids=[-3]), ValueError, "camids must be at least 0, or -1"),
         (lambda: gallery.add(x[:1], ids=["a"], labels=[{}]), TypeError, "labels must hold names or numbers, got dict"),
         (lambda: gallery.add(x[:1], ids=["a"], labels=[1, 2]), ValueError, "labels must hold one per row, 1, got 2"),
+        (
+            lambda: gallery.add(x[:4], ids=[*"abcd"], labels="Anna"),
+            TypeError,
+            "labels must be a sequence with one per row",
+        ),
+        (lambda: gallery.search(x[:1], group_by=3), TypeError, "group_by must hold one track id per row, got 3"),
         (lambda: gallery.remove(["i1", "nobody"]), KeyError, "has no nobody"),
         (lambda: gallery.remove(["i1", "i1"]), ValueError, "ids must name each image once"),
         (lambda: gallery.update(["i1"], x[:2]), ValueError, "features must hold one row per id, 1, got 2"),

@@ -347,7 +347,7 @@ class Gallery:
             exclude_camera: leave out images of the query's own camera.
             threshold: what `calibrate` returns, or a score in [0, 1] of centralized features
                 (`pose2id.gallery.unknown`): a query below it is nobody that the gallery knows, so that all its ids are
-                those of none and its labels "unknown"; distances stay.
+                those of none (-1 or None) and its labels "unknown"; distances stay.
             group_by: (Q,) track ids: one query a track, in the order of first frames, as in `add`.
             quality: (Q,) as in `add`.
 
@@ -700,6 +700,8 @@ def _objects(values: list[Any]) -> NDArray[Any]:
 def _listed(values: Any, name: str, n: int) -> list[Any] | None:
     if values is None:
         return None
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence with one per row, got {values!r}. Put it into a list.")
     given = as_numpy(values).tolist() if isinstance(values, Tensor) else list(values)
     listed = [value.item() if isinstance(value, np.generic) else value for value in given]
     if len(listed) != n:

@@ -25,6 +25,8 @@ class Tracks:
     """
 
     def __init__(self, group_by: Any, n: int) -> None:
+        if isinstance(group_by, (str, bytes)) or not hasattr(group_by, "__iter__"):
+            raise TypeError(f"group_by must hold one track id per row, got {group_by!r}. Put it into a list.")
         values = as_numpy(group_by).tolist() if isinstance(group_by, Tensor) else list(group_by)
         if len(values) != n:
             raise ValueError(f"group_by must hold one track id per row, {n}, got {len(values)}.")
