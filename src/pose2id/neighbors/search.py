@@ -324,7 +324,7 @@ def plan_memory(rows: RowSource, k: int, max_memory: int | Memory | None, *, lis
     # A part, because several blocks may be alive, and the allocator keeps some.
     if room - copies >= least:
         return Memory(min((room - copies) // 4, BLOCK_BYTES), copies=True)
-    return Memory(min(room // 3, 8 * BLOCK_BYTES), copies=False)
+    return Memory(min(room // 4, 8 * BLOCK_BYTES), copies=False)
 
 
 def _check_room(memory: Memory, backend: Any, max_memory: int | Memory | None) -> None:
