@@ -351,7 +351,7 @@ class _LocalDistances:
         return self._relative[a, b].cpu().numpy()
 
     def to_gallery(self, queries: slice) -> Tensor:
-        return self._relative[queries, 1:]
+        return self._relative[queries, 1:].clone()
 
 
 def k_reciprocal_nearby(
@@ -361,7 +361,6 @@ def k_reciprocal_nearby(
     k1: int = 20,
     k2: int = 6,
     cameras: Tensor | None = None,
-    lists: CameraLists | None = None,
     lambda_value: float = 0.3,
 ) -> Tensor:
     """Re-ranked distances (m - 1,) of one query to images nearby: `k_reciprocal` where their lists lie among them.
@@ -371,8 +370,7 @@ def k_reciprocal_nearby(
         largest: (m,) of each, over all images.
         k1: as in `k_reciprocal`.
         k2: as in `k_reciprocal`.
-        cameras: (m,) int64, for lists of the own and of other cameras instead.
-        lists: how long these are.
+        cameras: (m,) int64, for lists of the own and of other cameras instead, as long as `CameraLists` says.
         lambda_value: as in `k_reciprocal`.
     """
     if cameras is None:
@@ -380,7 +378,7 @@ def k_reciprocal_nearby(
         ranking = _nearest_of(squares, everyone, max(k1 + 1, k2))
         members, averaged = _expanded_reciprocal(ranking, k1), ranking[:, :k2]
     else:
-        lists, same = lists or CameraLists(), cameras[:, None] == cameras
+        lists, same = CameraLists(), cameras[:, None] == cameras
         own = torch.eye(len(squares), dtype=torch.bool, device=squares.device)
         within = _nearest_of(squares, same & ~own, max(lists.k1_within, lists.k2_within - 1))
         across = _nearest_of(squares, ~same, max(lists.k1_across + 1, lists.k2_across))
