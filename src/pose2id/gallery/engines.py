@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from pose2id.neighbors.engines import UnusableError, usable_faiss
 logger = logging.getLogger(__name__)
 _MARGIN = 1e-5  # what rounding may do to a squared distance of unit rows that comes from a product
 _TEN, _SAMPLE, RECALL = 10, 200, 0.95  # nearest of a sample, of which so many must be found
-_LISTS, _TRAINED, _PROBES = 4, 64, 8  # lists a root of n, rows a list to train with, lists that are looked at, at least
+_ALONE = 1000  # images of a camera that has inverted lists of its own
+_LISTS, _TRAINED, _ROUNDS = 4, 64, 10  # lists a root of n, rows a list to train with, and how often
+_PROBES = 8  # lists that are looked at, at least
 _SEEN = 10  # images that are looked at for each that is wanted, at least
 _ADDED = 1 << 16  # rows that are encoded at a time
 _NEARER = 256  # candidates that may have a new image on their lists
@@ -55,14 +57,14 @@ class Images(Columns):
         self.present[places] = True
         self.count += len(places)
         if self.index is not None:
-            self.index.add(self.compared.index_select(0, places), places)
+            self.index.add(self.compared.index_select(0, places), places, self.cameras[places])
 
     def go(self, places: Tensor) -> None:
         """Images leave a gap."""
         self.present[places] = False
         self.count -= len(places)
         if self.index is not None:
-            self.index.remove(places)
+            self.index.remove(places, self.cameras[places])
 
     @property
     def block(self) -> int:
@@ -93,10 +95,12 @@ class Members(NamedTuple):
     Attributes:
         view: (N,) int64, in which set an image is; None: all are in the one set.
         numbers: (V,) int64, the sets.
+        parts: how many of each set are in each of the inverted lists, by number; None: to be counted.
     """
 
     view: Tensor | None
     numbers: Tensor
+    parts: Tensor | None = None
 
     def masks(self, images: Images) -> Tensor:
         """(V, n) which images there are in each."""
@@ -106,6 +110,16 @@ class Members(NamedTuple):
         """(V, n) the same of gaps, too."""
         assert self.view is not None
         return self.view[:n] == self.numbers[:, None]
+
+    def in_parts(self, images: Images, number: int) -> tuple[Callable[[], Tensor], Tensor]:
+        """A mask of one set, to be made, and how many of it are in each of the inverted lists."""
+        assert self.view is not None
+        assert images.index is not None
+        view = self.view[: images.n]
+        if self.parts is not None:
+            return lambda: view == number, self.parts[number]
+        mask = (view == number) & images.alive
+        return lambda: mask, images.index.sizes(images.cameras[: images.n][mask])
 
 
 class Asked(Protocol):
@@ -159,16 +173,19 @@ class Probed:
 
     def nearest(self, k: int, members: Members, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `Asked.nearest`."""
-        masks = [None] if members.view is None else members.of_view(self._images.n)
         wanted = k + EXTRA + (own is not None)
-        candidates = torch.stack([self._index.search(self._x, wanted, mask) for mask in masks])
+        if members.view is None:
+            candidates = self._index.search(self._x, wanted)[None]
+        else:
+            sets = (members.in_parts(self._images, number) for number in members.numbers.tolist())
+            candidates = torch.stack([self._index.search(self._x, wanted, *of_set) for of_set in sets])
         if own is not None:
             candidates.masked_fill_(candidates == own[:, None], -1)
         return _scored(self._images, self._x, candidates, k)
 
     def nearer(self, which: Tensor, than: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """As `Asked.nearer`; of an image's candidates alone: who has it on a list is mostly near to it."""
-        candidates = self._index.search(self._x[which], _NEARER, None)
+        candidates = self._index.search(self._x[which], _NEARER)
         at, column = torch.nonzero(candidates >= 0, as_tuple=True)
         rows = candidates[at, column]
         squares = self._images.squares(self._x[which[at]], rows)
@@ -180,30 +197,94 @@ class Probed:
 class Inverted:
     """faiss's inverted lists over 8-bit codes of unit rows, for candidates by cosine.
 
+    Every large camera has lists of its own, where neighbours in one camera are sought without a look at the others.
+
     Attributes:
-        recall: share of a sample's ten nearest that it finds.
+        recall: share of a sample's ten nearest that are found, where it is least.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, cameras: Tensor | None) -> None:
+        usable_faiss(gpu=False)
+        names, counts = torch.unique(rows.new_empty(0) if cameras is None else cameras, return_counts=True)
+        self._names = names[(counts >= _ALONE) & (names >= 0)].long()
+        part = self.part(torch.full((len(rows),), -1, device="cpu") if cameras is None else cameras)
+        self._parts = [_Part(rows, torch.nonzero(part == at).flatten()) for at in range(len(self._names) + 1)]
+        self.recall = min(part.recall for part in self._parts)
+
+    def part(self, cameras: Tensor) -> Tensor:
+        """(B,) which lists hold images of these cameras: their own, or those that all others share."""
+        own = (cameras[:, None] == self._names).long()
+        return torch.where(own.any(1), own.argmax(1), len(self._names)) if len(self._names) else own.sum(1)
+
+    def sizes(self, cameras: Tensor) -> Tensor:
+        """(P,) how many of some images are in each of the lists."""
+        return torch.bincount(self.part(cameras), minlength=len(self._parts))
+
+    def add(self, rows: Tensor, places: Tensor, cameras: Tensor) -> None:
+        """Take in rows."""
+        part = self.part(cameras)
+        for at in part.unique().tolist():
+            self._parts[at].add(rows[part == at], places[part == at])
+
+    def remove(self, places: Tensor, cameras: Tensor) -> None:
+        """Take out the images at some places."""
+        part = self.part(cameras)
+        for at in part.unique().tolist():
+            self._parts[at].remove(places[part == at])
+
+    def search(self, x: Tensor, k: int, mask: Callable[[], Tensor] | None = None, sizes: Any = None) -> Tensor:
+        """(B, k) places of candidates, -1 for none, among all.
+
+        Or among those in a mask (n,), which is made where it is needed, with how many of them are in each of the lists.
+        """
+        wanted = [part.size for part in self._parts] if sizes is None else sizes.tolist()
+        found = [
+            part.search(x, k, k * count / max(sum(wanted), 1), None if count == part.size else mask, count)
+            for part, count in zip(self._parts, wanted, strict=True)
+            if count
+        ]
+        if not found:
+            return torch.full((len(x), k), -1, dtype=torch.int64, device="cpu")
+        similarities, places = (torch.cat(values, 1) for values in zip(*found, strict=True))
+        return places if len(found) == 1 else places.gather(1, similarities.topk(k, dim=1).indices)
+
+
+class _Part:
+    """Inverted lists of the images at some places of all rows."""
+
+    def __init__(self, rows: Tensor, places: Tensor) -> None:
         self._faiss = faiss = usable_faiss(gpu=False)
-        n, dim = rows.shape
-        lists = int(_LISTS * math.sqrt(n))
+        dim = rows.shape[1]
+        lists = int(_LISTS * math.sqrt(max(len(places), _LISTS**2)))
         self._quantizer = faiss.IndexFlatIP(dim)  # kept: faiss does not own it
         kind = faiss.ScalarQuantizer.QT_8bit
         self._index = faiss.IndexIVFScalarQuantizer(self._quantizer, dim, lists, kind, faiss.METRIC_INNER_PRODUCT)
+        self._index.cp.niter = _ROUNDS
         self._index.cp.min_points_per_centroid = 1
         self._index.cp.max_points_per_centroid = _TRAINED
-        chosen = shuffled(n)
-        self._index.train(rows[chosen[: _TRAINED * lists]].numpy())
-        for some in blocks(n, _ADDED):
-            self.add(rows[some], torch.arange(some.start, some.stop, device="cpu"))
-        sample = rows[chosen[:_SAMPLE]]
-        exact = products(sample, rows).topk(_TEN, dim=1).indices
-        self.recall, self._index.nprobe = 0.0, _PROBES
+        own = places[shuffled(len(places))[: _TRAINED * lists]]
+        self._index.train(rows[own if len(own) >= lists else shuffled(len(rows))[: _TRAINED * lists]].numpy())
+        chosen = shuffled(len(rows))[:_SAMPLE]
+        sample = rows[chosen]
+        exact = torch.empty((len(sample), 0), dtype=torch.int64, device="cpu")
+        nearest = sample.new_empty((len(sample), 0))
+        for some in blocks(len(places), _ADDED):
+            at = places[some]
+            self.add(rows[at], at)
+            cosines = products(sample, rows[at]).masked_fill_(chosen[:, None] == at, -torch.inf)
+            cosines, exact = torch.cat([nearest, cosines], 1), torch.cat([exact, at.expand(len(sample), -1)], 1)
+            nearest, best = cosines.topk(min(_TEN, cosines.shape[1]), dim=1)
+            exact = exact.gather(1, best)
+        self.recall, self._index.nprobe = float(not exact.numel()), _PROBES
         while self.recall < RECALL and self._index.nprobe < lists:
             self._index.nprobe *= 2
-            found = self.search(sample, _TEN + EXTRA, None)
+            found = self.search(sample, _TEN + EXTRA, _TEN, None, self.size)[1]
             self.recall = float((exact[..., None] == found[:, None]).any(2).double().mean())
+
+    @property
+    def size(self) -> int:
+        """How many images there are."""
+        return int(self._index.ntotal)
 
     def add(self, rows: Tensor, places: Tensor) -> None:
         """Take in rows."""
@@ -214,24 +295,31 @@ class Inverted:
         array = places.numpy()
         self._index.remove_ids(self._faiss.IDSelectorBatch(len(array), self._faiss.swig_ptr(array)))
 
-    def search(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
-        """(B, k) places of candidates, -1 for none, among all or those in a mask (n,)."""
-        share = 1.0 if mask is None else float(mask.sum()) / len(mask)
-        # Enough lists for k images, and for those in the mask as many as for all.
-        least = _SEEN * k * self._index.nlist / max(self._index.ntotal, 1)
-        probes = math.ceil(max(self._index.nprobe, least) / max(share, 1e-6))
+    def search(
+        self, x: Tensor, k: int, expected: float, mask: Callable[[], Tensor] | None, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B, k) similarities, about, and places of candidates: of `count` in a mask, `expected` are wanted."""
+        # Enough lists for those expected, and for those in the mask as many as for all.
+        probes = max(self._index.nprobe, _SEEN * expected * self._index.nlist / self.size)
+        probes = math.ceil(probes * self.size / count)
         parameters = self._faiss.SearchParametersIVF(nprobe=min(probes, self._index.nlist))
         if mask is not None:
-            bits = np.packbits(mask.numpy(), bitorder="little")
+            bits = np.packbits(mask().numpy(), bitorder="little")
             parameters.sel = self._faiss.IDSelectorBitmap(len(bits), self._faiss.swig_ptr(bits))
-        return torch.from_numpy(self._index.search(x.numpy(), k, params=parameters)[1])
+        similarities, places = self._index.search(x.numpy(), k, params=parameters)
+        return torch.from_numpy(similarities), torch.from_numpy(places)
 
 
-def inverted(rows: Tensor) -> Inverted | None:
-    """Inverted lists over rows; None, with a warning, where faiss cannot be used, or they find too little."""
+def inverted(rows: Tensor, cameras: Tensor | None) -> Inverted | None:
+    """Inverted lists over rows; None, with a warning, where faiss cannot be used, or they find too little.
+
+    Args:
+        rows: (N, D) float32 unit rows.
+        cameras: (N,) int64, where neighbours are sought in cameras; else None.
+    """
     try:
         # On macOS and Windows faiss and torch bring an OpenMP runtime each, and the process may abort.
-        found = Inverted(rows) if sys.platform == "linux" else None
+        found = Inverted(rows, cameras) if sys.platform == "linux" else None
     except UnusableError as error:
         logger.warning("all images are compared: faiss cannot be used (%s)", error)
         return None
@@ -243,9 +331,8 @@ def inverted(rows: Tensor) -> Inverted | None:
 
 def _scored(images: Images, x: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of candidates (V, B, C), -1 for none, by differences."""
-    of_rows = x[None, :, None].expand(*candidates.shape, -1).flatten(0, 2)
-    squares = images.squares(of_rows, candidates.clamp(min=0).flatten()).view(candidates.shape)
-    squares = squares.masked_fill_(candidates < 0, torch.inf)
+    found = images.compared.index_select(0, candidates.clamp(min=0).flatten()).view(*candidates.shape, -1)
+    squares = sum_last(found.sub_(x[:, None]).square_()).masked_fill_(candidates < 0, torch.inf)
     indices, squares = in_order(candidates.flatten(0, 1), squares.flatten(0, 1), k)
     return indices.view(*candidates.shape[:2], k), squares.view(*candidates.shape[:2], k)
 

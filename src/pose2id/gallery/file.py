@@ -217,12 +217,13 @@ def _put_together(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> St
     found = None if facts["evidence"] is None else Evidence(**facts["evidence"])
     state = State(linked, Fitted(centres, tensors.get("link_map"), found, facts["reason"], facts["n"]))
     state.changes = facts["changes"]
+    if facts["indexed"]:  # made again: quicker than to check what another library reads
+        images.index = inverted(images.compared, None if centres is None else images.cameras)
+        if images.index is not None:
+            gone = torch.nonzero(~images.alive).flatten()
+            images.index.remove(gone, images.cameras[gone])
     for lists in linked.every_list():
         lists.count()
-    if facts["indexed"]:  # made again: quicker than to check what another library reads
-        images.index = inverted(images.compared)
-        if images.index is not None:
-            images.index.remove(torch.nonzero(~images.alive).flatten())
     return state
 
 

@@ -70,7 +70,7 @@ class Fit:
         images, rows = Images(self._raw, x, self._cameras, present), Rows(x, "features")
         most = self._settings.exact_up_to
         if most is not None and rows.n > most and rows.device.type == "cpu":
-            images.index = inverted(x)
+            images.index = inverted(x, None if centres is None else self._cameras)
         if images.index is not None:
             return images, _Probing(rows, images)
         return images, Compared(rows, None, self._settings.backend, self._settings.max_memory)

@@ -49,18 +49,30 @@ class Lists(Columns):
 
     def count(self) -> None:
         """Find `sizes`, from nothing."""
-        found = self.view[: self.images.n][self.images.alive]
-        self.sizes = torch.bincount(found[found >= 0], minlength=len(self.lengths))
+        index = self.images.index
+        self.sizes = torch.zeros(len(self.lengths), dtype=torch.int64, device=self.view.device)
+        self._parts = None if index is None else torch.stack([index.sizes(self.view[:0])] * len(self.lengths))
+        self.counted(torch.nonzero(self.images.alive).flatten(), 1)
 
     def counted(self, places: Tensor, step: int) -> None:
         """Images that come (1) or go (-1)."""
         found = self.view[places]
         self.sizes += step * torch.bincount(found[found >= 0], minlength=len(self.lengths))
+        if self._parts is not None:
+            assert self.images.index is not None
+            for number in found[found >= 0].unique().tolist():
+                cameras = self.images.cameras[places[found == number]]
+                self._parts[number] += step * self.images.index.sizes(cameras)
+
+    def place(self, new: Tensor, view: Tensor | int) -> None:
+        """New images are in some view."""
+        self.view[new] = view
+        self.counted(new, 1)
 
     def members(self, numbers: Tensor | None = None) -> Members:
         """Views, or some of them, to seek neighbours in."""
         every = torch.arange(len(self.lengths), device=self.view.device)
-        return Members(None if self._one else self.view, every if numbers is None else numbers)
+        return Members(None if self._one else self.view, every if numbers is None else numbers, self._parts)
 
     def near(self, rows: Tensor, at: int) -> Tensor:
         """The images on the lists of some in a view."""

@@ -72,8 +72,6 @@ class Linked(Columns):
     def insert(self, new: Tensor, asked: Asked) -> None:
         """Link new images, which are there, and those that they touch."""
         self.enter(new, asked)
-        for lists in self.every_list():
-            lists.counted(new, 1)
         changed, left = zip(*(lists.insert(new, asked) for lists in self.every_list()), strict=True)
         self._link(list(changed), torch.cat(left))
 
@@ -247,7 +245,7 @@ class Mutual(Linked):
 
     def enter(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.enter`."""
-        self.lists.view[new] = 0
+        self.lists.place(new, 0)
         self.lists.search_all(new, asked)
 
     def links_of_queries(self, asked: Asked, cameras: Tensor) -> Found:
@@ -297,7 +295,7 @@ class Guarded(Linked):
 
     def enter(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.enter`; scales are measured, too."""
-        self.lists.view[new] = self._places(self.images.cameras[new])
+        self.lists.place(new, self._places(self.images.cameras[new]))
         found = self.lists.search_all(new, asked, int(self.strangers.deepest.max()) + 1)
         for at, (_, scale) in enumerate(self._seen(*found)):
             self.scales[new, at] = scale
@@ -409,8 +407,8 @@ class Contrasting(Linked):
 
     def enter(self, new: Tensor, asked: Asked) -> None:
         """As `Linked.enter`."""
-        self.lists.view[new] = 0
-        self.by_list.view[new] = self._listed_images(self.images.cameras[new])
+        self.lists.place(new, 0)
+        self.by_list.place(new, self._listed_images(self.images.cameras[new]))
         for lists in self.every_list():
             lists.search_all(new, asked)
 

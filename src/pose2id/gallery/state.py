@@ -249,12 +249,13 @@ class Asking:
         """Of candidates, and of images that are linked to them."""
         found = []
         for query in range(len(self.x)):
-            mask = ~self._own_camera(slice(query, query + 1))[0] if exclude else None
-            near = index.search(self.x[query : query + 1], max(_CANDIDATES, _TIMES * k), mask)[0]
+            own = self._own_camera(slice(query, query + 1))[0].long()
+            others = Members(own, own[:1] * 0).in_parts(self._images, 0) if exclude else ()
+            near = index.search(self.x[query : query + 1], max(_CANDIDATES, _TIMES * k), *others)[0]
             near = near[near >= 0]
             near = torch.cat([near, self._state.linked.linked(near)]).unique()
-            if mask is not None:
-                near = near[mask[near]]
+            if exclude:
+                near = near[own[near] == 0]
             squares = sum_last(self._state.features(near).sub_(self.x[query]).square_())
             found.append(in_order(near[None], squares[None], k))
         places, squares = (torch.cat(values) for values in zip(*found, strict=True))
@@ -267,7 +268,7 @@ class Asking:
             x = Rows(self._raw[query], "features", normalize=True).read(slice(None))
         cosines = state.cosines(how, x)
         if self._images.index is not None:
-            near = self._images.index.search(state.compared(self._raw[query], self._cameras[query]), count, None)[0]
+            near = self._images.index.search(state.compared(self._raw[query], self._cameras[query]), count)[0]
             near = near[near >= 0].sort().values
         else:
             count = min(count, self._images.count)
