@@ -81,6 +81,23 @@ def test_the_own_camera_can_be_left_out():
         assert (gallery.search(q[:1], 100, query_camids=[camera], exclude_camera=True).ids >= 0).all()
 
 
+@pytest.mark.parametrize("exact_up_to", [None, 100])
+@pytest.mark.parametrize("how", ["k-reciprocal", "camera"])
+def test_re_ranking_finds_other_cameras_beyond_the_images_nearby(how, exact_up_to):
+    """The own camera's 400 images are all nearer than the others."""
+    x, _, _ = Drawn(16).images(800)
+    camids = np.repeat([0, 1], 400)
+    x[:, 0] += np.where(camids == 0, 10, -10)
+    gallery = Gallery(exact_up_to=exact_up_to, refit_share=None)
+    for start in (0, 400):  # the statistics know of no second camera: nothing is centred
+        gallery.add(x[start : start + 400], camids=camids[start : start + 400])
+    options = {"query_camids": [0, 0], "rerank": how}
+    assert (camids[gallery.search(x[:2], 5, **options).ids] == 0).all()
+    found = gallery.search(x[:2], 5, exclude_camera=True, **options)
+    assert (camids[found.ids] == 1).all()
+    assert (found.ids >= 0).all()
+
+
 def test_unknown_people_by_labelled_queries():
     drawn = Drawn(7, people=40, noise=0.3)
     x, camids, who = drawn.images(300)

@@ -342,8 +342,9 @@ class Gallery:
             query_camids: (Q,) cameras as in `add`; the gallery need not know them.
             rerank: return re-ranked distances, in their order: "k-reciprocal" of the features as they came (10 and 3
                 neighbours, weight 0.3; harms where people appear once), "camera" (CA-Jaccard) of centralized ones.
-                Computed among the nearest 300 images, or 4 k if that is more, for each query alone: as over the whole
-                gallery, where the lists of those that are returned lie among them. None: centralized features alone.
+                Computed among the nearest 300 images, or 4 k if that is more (and, with exclude_camera, the nearest 4 k
+                of other cameras), for each query alone: as over the whole gallery, where the lists of those that are
+                returned lie among them. None: centralized features alone.
             exclude_camera: leave out images of the query's own camera.
             threshold: what `calibrate` returns, or a score in [0, 1] of centralized features
                 (`pose2id.gallery.unknown`): a query below it is nobody that the gallery knows, so that all its ids are
