@@ -220,10 +220,12 @@ class Inverted:
         # Enough lists for k images, and for those in the mask as many as for all.
         least = _SEEN * k * self._index.nlist / max(self._index.ntotal, 1)
         probes = math.ceil(max(self._index.nprobe, least) / max(share, 1e-6))
-        parameters = self._faiss.SearchParametersIVF(nprobe=min(probes, self._index.nlist))
+        options = {"nprobe": min(probes, self._index.nlist)}
         if mask is not None:
             bits = np.packbits(mask.numpy(), bitorder="little")
-            parameters.sel = self._faiss.IDSelectorBitmap(len(bits), self._faiss.swig_ptr(bits))
+            options["sel"] = self._faiss.IDSelectorBitmap(len(bits), self._faiss.swig_ptr(bits))
+        # All at once: faiss 1.8 keeps what is handed over here, and not what is set later.
+        parameters = self._faiss.SearchParametersIVF(**options)
         return torch.from_numpy(self._index.search(x.numpy(), k, params=parameters)[1])
 
 
