@@ -337,6 +337,44 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
             call()
 
 
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (None, TypeError, "ids must be a sequence of integers or strings, got None"),
+        (np.array(1), TypeError, "ids must be a sequence"),
+        (torch.tensor(1), TypeError, "ids must be a sequence"),
+        (b"\x01", TypeError, "ids must be a sequence"),
+        (np.array([[1, 2]]), ValueError, r"ids must have one dimension, got shape \(1, 2\)"),
+        (np.array([[1], [2]]), ValueError, "ids must have one dimension"),
+    ],
+)
+def test_ids_are_integers_or_strings_in_a_row(ids, error, message):
+    gallery = Gallery()
+    gallery.add(Drawn(17).images(5)[0])
+    with pytest.raises(error, match=message):
+        gallery.remove(ids)
+    assert len(gallery) == 5
+
+
+def test_no_image_needs_no_id():
+    x, _, _ = Drawn(17).images(1)
+    gallery = Gallery()
+    gallery.add(x, ids=["a"])
+    assert gallery.add([]).shape == (0,)
+
+
+def test_the_next_integers_fit_into_64_bits():
+    x, _, _ = Drawn(17).images(2)
+    gallery = Gallery()
+    gallery.add(x[:1], ids=[2**63 - 2])
+    with pytest.raises(ValueError, match="ids must be given: the next integers, from 9223372036854775807 on"):
+        gallery.add(x)
+    assert gallery.add(x[:1]).tolist() == [2**63 - 1]
+    with pytest.raises(ValueError, match="ids must be given"):
+        gallery.add(x[:1])
+    assert gallery.ids.tolist() == [2**63 - 2, 2**63 - 1]
+
+
 def test_cameras_are_the_same_in_every_call():
     x, camids, _ = Drawn(13).images(160)
     words = np.array(["north", "south", "7"])[camids]
