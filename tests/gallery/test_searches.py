@@ -81,6 +81,23 @@ def test_the_own_camera_can_be_left_out():
         assert (gallery.search(q[:1], 100, query_camids=[camera], exclude_camera=True).ids >= 0).all()
 
 
+@pytest.mark.parametrize("exact_up_to", [None, 100])
+@pytest.mark.parametrize("how", ["k-reciprocal", "camera"])
+def test_re_ranking_finds_other_cameras_beyond_the_images_nearby(how, exact_up_to):
+    """The own camera's 400 images are all nearer than the others."""
+    x, _, _ = Drawn(16).images(800)
+    camids = np.repeat([0, 1], 400)
+    x[:, 0] += np.where(camids == 0, 10, -10)
+    gallery = Gallery(exact_up_to=exact_up_to, refit_share=None)
+    for start in (0, 400):  # the statistics know of no second camera: nothing is centred
+        gallery.add(x[start : start + 400], camids=camids[start : start + 400])
+    options = {"query_camids": [0, 0], "rerank": how}
+    assert (camids[gallery.search(x[:2], 5, **options).ids] == 0).all()
+    found = gallery.search(x[:2], 5, exclude_camera=True, **options)
+    assert (camids[found.ids] == 1).all()
+    assert (found.ids >= 0).all()
+
+
 def test_unknown_people_by_labelled_queries():
     drawn = Drawn(7, people=40, noise=0.3)
     x, camids, who = drawn.images(300)
@@ -318,6 +335,44 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (None, TypeError, "ids must be a sequence of integers or strings, got None"),
+        (np.array(1), TypeError, "ids must be a sequence"),
+        (torch.tensor(1), TypeError, "ids must be a sequence"),
+        (b"\x01", TypeError, "ids must be a sequence"),
+        (np.array([[1, 2]]), ValueError, r"ids must have one dimension, got shape \(1, 2\)"),
+        (np.array([[1], [2]]), ValueError, "ids must have one dimension"),
+    ],
+)
+def test_ids_are_integers_or_strings_in_a_row(ids, error, message):
+    gallery = Gallery()
+    gallery.add(Drawn(17).images(5)[0])
+    with pytest.raises(error, match=message):
+        gallery.remove(ids)
+    assert len(gallery) == 5
+
+
+def test_no_image_needs_no_id():
+    x, _, _ = Drawn(17).images(1)
+    gallery = Gallery()
+    gallery.add(x, ids=["a"])
+    assert gallery.add([]).shape == (0,)
+
+
+def test_the_next_integers_fit_into_64_bits():
+    x, _, _ = Drawn(17).images(2)
+    gallery = Gallery()
+    gallery.add(x[:1], ids=[2**63 - 2])
+    with pytest.raises(ValueError, match="ids must be given: the next integers, from 9223372036854775807 on"):
+        gallery.add(x)
+    assert gallery.add(x[:1]).tolist() == [2**63 - 1]
+    with pytest.raises(ValueError, match="ids must be given"):
+        gallery.add(x[:1])
+    assert gallery.ids.tolist() == [2**63 - 2, 2**63 - 1]
 
 
 def test_cameras_are_the_same_in_every_call():

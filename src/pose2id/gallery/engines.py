@@ -84,6 +84,11 @@ class Images(Columns):
         """(B, n) cosines of unit rows (B, D) with all."""
         return products(x, self.compared[: self.n])
 
+    def in_parts(self, mask: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
+        """A mask (n,), to be had, and how many images of it are in each of the inverted lists."""
+        assert self.index is not None
+        return lambda: mask, self.index.sizes(self.cameras[: self.n][mask & self.alive])
+
     def squares(self, x: Tensor, rows: Tensor) -> Tensor:
         """(B,) squared distances of unit rows (B, D) to images, from differences: the same from both sides."""
         return sum_last(self.compared.index_select(0, rows).sub_(x).square_())
@@ -114,12 +119,8 @@ class Members(NamedTuple):
     def in_parts(self, images: Images, number: int) -> tuple[Callable[[], Tensor], Tensor]:
         """A mask of one set, to be made, and how many of it are in each of the inverted lists."""
         assert self.view is not None
-        assert images.index is not None
         view = self.view[: images.n]
-        if self.parts is not None:
-            return lambda: view == number, self.parts[number]
-        mask = (view == number) & images.alive
-        return lambda: mask, images.index.sizes(images.cameras[: images.n][mask])
+        return images.in_parts(view == number) if self.parts is None else (lambda: view == number, self.parts[number])
 
 
 class Asked(Protocol):
@@ -302,10 +303,12 @@ class _Part:
         # Enough lists for those expected, and for those in the mask as many as for all.
         probes = max(self._index.nprobe, _SEEN * expected * self._index.nlist / self.size)
         probes = math.ceil(probes * self.size / count)
-        parameters = self._faiss.SearchParametersIVF(nprobe=min(probes, self._index.nlist))
+        options = {"nprobe": min(probes, self._index.nlist)}
         if mask is not None:
             bits = np.packbits(mask().numpy(), bitorder="little")
-            parameters.sel = self._faiss.IDSelectorBitmap(len(bits), self._faiss.swig_ptr(bits))
+            options["sel"] = self._faiss.IDSelectorBitmap(len(bits), self._faiss.swig_ptr(bits))
+        # All at once: faiss 1.8 keeps what is handed over here, and not what is set later.
+        parameters = self._faiss.SearchParametersIVF(**options)
         similarities, places = self._index.search(x.numpy(), k, params=parameters)
         return torch.from_numpy(similarities), torch.from_numpy(places)
 

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 RERANK = ("k-reciprocal", "camera")
 _UNKNOWN, _ABSENT = -1, -2  # no camera; a camera that no image of the gallery has
 UNKNOWN = "unknown"
+_MAX_ID = 2**63 - 1
 _ALWAYS = 64  # galleries of fewer images are refitted at each change: it costs little, and lists are short
 
 
@@ -342,8 +343,9 @@ class Gallery:
             query_camids: (Q,) cameras as in `add`; the gallery need not know them.
             rerank: return re-ranked distances, in their order: "k-reciprocal" of the features as they came (10 and 3
                 neighbours, weight 0.3; harms where people appear once), "camera" (CA-Jaccard) of centralized ones.
-                Computed among the nearest 300 images, or 4 k if that is more, for each query alone: as over the whole
-                gallery, where the lists of those that are returned lie among them. None: centralized features alone.
+                Computed among the nearest 300 images, or 4 k if that is more (and, with exclude_camera, the nearest 4 k
+                of other cameras), for each query alone: as over the whole gallery, where the lists of those that are
+                returned lie among them. None: centralized features alone.
             exclude_camera: leave out images of the query's own camera.
             threshold: what `calibrate` returns, or a score in [0, 1] of centralized features
                 (`pose2id.gallery.unknown`): a query below it is nobody that the gallery knows, so that all its ids are
@@ -651,8 +653,12 @@ class Gallery:
         known = self._content.places
         of_gallery = list(islice(known, 1))
         if ids is None:
-            if of_gallery and isinstance(of_gallery[0], str):
+            if n and of_gallery and isinstance(of_gallery[0], str):
                 raise ValueError("ids must be given: those that the gallery has are strings.")
+            if self._next + n > _MAX_ID + 1:
+                raise ValueError(
+                    f"ids must be given: the next integers, from {self._next} on, do not fit into 64 bits."
+                )
             return list(range(self._next, self._next + n))
         names = _checked_ids(ids)
         if len(names) != n:
@@ -716,11 +722,15 @@ def _checked_ids(ids: Any) -> list[Any]:
     """Ids as Python's integers or strings."""
     if isinstance(ids, (int, str, np.integer)):
         ids = [ids]
+    if isinstance(ids, bytes) or not np.iterable(ids):
+        raise TypeError(f"ids must be a sequence of integers or strings, got {ids!r}. Put it into a list.")
+    if getattr(ids, "ndim", 1) != 1:
+        raise ValueError(f"ids must have one dimension, got shape {tuple(getattr(ids, 'shape', ()))}.")
     values = as_numpy(ids).tolist() if isinstance(ids, Tensor) else [x.item() if hasattr(x, "item") else x for x in ids]
     wrong = [x for x in values if isinstance(x, bool) or not isinstance(x, (int, str))]
     if wrong:
         raise TypeError(f"ids must be integers or strings, got {first_few(map(repr, wrong))}.")
-    negative = [x for x in values if isinstance(x, int) and not 0 <= x < 2**63]
+    negative = [x for x in values if isinstance(x, int) and not 0 <= x <= _MAX_ID]
     if negative:
         raise ValueError(f"ids must be at least 0 and fit into 64 bits, got {first_few(negative)}.")
     return values

@@ -227,10 +227,10 @@ class Asking:
         places = torch.full((len(self.x), k), -1, dtype=torch.int64, device=self.x.device)
         distances = torch.full((len(self.x), k), torch.inf, dtype=torch.float32, device=self.x.device)
         for query in range(len(self.x)):
-            found, of_query = self._nearby(how, slice(query, query + 1), max(NEARBY, _TIMES * k))
-            if exclude:
-                kept = ~self._own_camera(slice(query, query + 1))[0, found]
-                found, of_query = found[kept], of_query[kept]
+            others = ~self._own_camera(slice(query, query + 1))[0] if exclude else None
+            found, of_query = self._nearby(how, slice(query, query + 1), k, others)
+            if others is not None:
+                found, of_query = found[others[found]], of_query[others[found]]
             order = of_query.argsort(stable=True)[:k]
             places[query, : len(order)], distances[query, : len(order)] = found[order], of_query[order]
         return places, distances
@@ -249,30 +249,37 @@ class Asking:
         """Of candidates, and of images that are linked to them."""
         found = []
         for query in range(len(self.x)):
-            own = self._own_camera(slice(query, query + 1))[0].long()
-            others = Members(own, own[:1] * 0).in_parts(self._images, 0) if exclude else ()
-            near = index.search(self.x[query : query + 1], max(_CANDIDATES, _TIMES * k), *others)[0]
+            others = ~self._own_camera(slice(query, query + 1))[0]
+            mask = self._images.in_parts(others) if exclude else ()
+            near = index.search(self.x[query : query + 1], max(_CANDIDATES, _TIMES * k), *mask)[0]
             near = near[near >= 0]
             near = torch.cat([near, self._state.linked.linked(near)]).unique()
             if exclude:
-                near = near[own[near] == 0]
+                near = near[others[near]]
             squares = sum_last(self._state.features(near).sub_(self.x[query]).square_())
             found.append(in_order(near[None], squares[None], k))
         places, squares = (torch.cat(values) for values in zip(*found, strict=True))
         return places, squares
 
-    def _nearby(self, how: str, query: slice, count: int) -> tuple[Tensor, Tensor]:
-        """Places of the images near to a query, ascending, and re-ranked distances to them."""
+    def _nearby(self, how: str, query: slice, k: int, others: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Places of the images near to a query, ascending, and re-ranked distances to them.
+
+        With `others` (n,) bool, the nearest of these are there, too: images of the own camera may be nearer than all.
+        """
         state, x = self._state, self.x[query]
+        wanted = [(max(NEARBY, _TIMES * k), None)] + ([] if others is None else [(_TIMES * k, others)])
         if how != "camera":
             x = Rows(self._raw[query], "features", normalize=True).read(slice(None))
         cosines = state.cosines(how, x)
         if self._images.index is not None:
-            near = self._images.index.search(state.compared(self._raw[query], self._cameras[query]), count)[0]
-            near = near[near >= 0].sort().values
+            rows, index = state.compared(self._raw[query], self._cameras[query]), self._images.index
+            among = [() if mask is None else self._images.in_parts(mask) for _, mask in wanted]
+            near = torch.cat([index.search(rows, count, *of)[0] for (count, _), of in zip(wanted, among, strict=True)])
+            near = near[near >= 0].unique()
         else:
-            count = min(count, self._images.count)
-            near = cosines[0].masked_fill(~self._images.alive, -torch.inf).topk(count).indices.sort().values
+            alive = self._images.alive
+            masks = [(count, alive if mask is None else alive & mask) for count, mask in wanted]
+            near = torch.cat([_nearest_in(cosines[0], mask, count) for count, mask in masks]).unique()
         rows = state.reranked_rows(how, near)
         features = torch.cat([x, rows])
         with full_precision(x.device):
@@ -282,3 +289,8 @@ class Asking:
             cameras = torch.cat([self._cameras[query], self._images.cameras[near]])
             return near, k_reciprocal_nearby(squares, largest, cameras=cameras, lambda_value=_LAMBDA)
         return near, k_reciprocal_nearby(squares, largest, k1=PLAIN_K1, k2=PLAIN_K2)
+
+
+def _nearest_in(cosines: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Places of the nearest in a mask (n,), at most `count`."""
+    return cosines.masked_fill(~mask, -torch.inf).topk(min(count, int(mask.sum()))).indices
