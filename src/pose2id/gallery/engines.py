@@ -257,9 +257,8 @@ class _Part:
         self._faiss = faiss = usable_faiss(gpu=False)
         dim = rows.shape[1]
         lists = int(_LISTS * math.sqrt(max(len(places), _LISTS**2)))
-        self._quantizer = faiss.IndexFlatIP(dim)  # kept: faiss does not own it
-        kind = faiss.ScalarQuantizer.QT_8bit
-        self._index = faiss.IndexIVFScalarQuantizer(self._quantizer, dim, lists, kind, faiss.METRIC_INNER_PRODUCT)
+        quantizer, kind = faiss.IndexFlatIP(dim), faiss.ScalarQuantizer.QT_8bit
+        self._index = faiss.IndexIVFScalarQuantizer(quantizer, dim, lists, kind, faiss.METRIC_INNER_PRODUCT)
         self._index.cp.niter = _ROUNDS
         self._index.cp.min_points_per_centroid = 1
         self._index.cp.max_points_per_centroid = _TRAINED
@@ -276,6 +275,8 @@ class _Part:
             cosines, exact = torch.cat([nearest, cosines], 1), torch.cat([exact, at.expand(len(sample), -1)], 1)
             nearest, best = cosines.topk(min(_TEN, cosines.shape[1]), dim=1)
             exact = exact.gather(1, best)
+        # Lists that grew have room for up to as many rows again; those of a copy have none.
+        self._index = faiss.clone_index(self._index)
         self.recall, self._index.nprobe = float(not exact.numel()), _PROBES
         while self.recall < RECALL and self._index.nprobe < lists:
             self._index.nprobe *= 2
