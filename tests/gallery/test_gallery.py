@@ -192,9 +192,13 @@ class Life(RuleBasedStateMachine):
     @rule(n=st.integers(1, 3))
     def update(self, n):
         ids = self.some_ids(n)
-        x, _, _ = self.images(len(ids))
-        self.gallery.update(ids, x)
-        self.model |= {name: (row, self.model[name][1]) for name, row in zip(ids, x, strict=True)}
+        x, camids, who = self.images(len(ids))
+        if self.drawn.rng.random() < 0.5:
+            self.gallery.update(ids, x)
+            who = [self.model[name][1] for name in ids]
+        else:
+            self.gallery.update(ids, x, camids, who)
+        self.model |= {name: known for name, *known in zip(ids, x, who, strict=True)}
 
     @precondition(lambda self: len(self.model) > 70)
     @rule()

@@ -76,9 +76,99 @@ def test_the_own_camera_can_be_left_out():
     for row, camera in enumerate(q_cams):
         kept = [image for image in everything.ids[row] if camids[image] != camera]
         np.testing.assert_array_equal(found.ids[row][: len(kept)], kept)
-    # A query of an unknown camera, or of one that the gallery lacks, leaves nothing out.
-    for camera in (-1, 77):
-        assert (gallery.search(q[:1], 100, query_camids=[camera], exclude_camera=True).ids >= 0).all()
+    # A query of a camera that the gallery lacks leaves nothing out; one of an unknown camera would be an accident.
+    assert (gallery.search(q[:1], 100, query_camids=[77], exclude_camera=True).ids >= 0).all()
+    for camids in (None, [0, -1]):
+        for ask in (gallery.search, gallery.scores):
+            with pytest.raises(ValueError, match="query_camids must name a camera for each query with exclude_camera"):
+                ask(q[:2], query_camids=camids, exclude_camera=True)
+
+
+def test_one_camera_label_and_track_for_all_rows():
+    x, _, _ = Drawn(7).images(12)
+    one, other = Gallery(), Gallery()
+    one.add(x[:4], camids=3, labels="Anna")
+    one.add(x[4:8], camids="door", labels=7, group_by="t", quality=[1, 2, 3, 4])
+    other.add(x[:4], camids=[3] * 4, labels=["Anna"] * 4)
+    other.add(x[4:8], camids=["door"] * 4, labels=[7] * 4, group_by=["t"] * 4, quality=[1, 2, 3, 4])
+    np.testing.assert_array_equal(one.features(raw=True), other.features(raw=True))
+    assert one.camids().tolist() == other.camids().tolist() == [3, 3, 3, 3, "door"]
+    assert one.labels().tolist() == other.labels().tolist() == ["Anna"] * 4 + [7]
+    found, expected = (g.search(x[8:], 3, query_camids=c, exclude_camera=True) for g, c in ((one, 3), (other, [3] * 4)))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    assert (found.ids[:, 0] == 4).all()
+
+
+def test_what_is_known_of_images_by_id():
+    x, _, _ = Drawn(8).images(6)
+    gallery = Gallery()
+    assert gallery.labels().tolist() == gallery.camids().tolist() == []
+    gallery.add(x[:4], [*"abcd"], [0, None, "hall", 2], ["Anna", None, "Ben", 4])
+    gallery.remove("b")
+    assert gallery.labels().tolist() == ["Anna", "Ben", 4]
+    assert gallery.labels(["d", "a"]).tolist() == [4, "Anna"]
+    assert gallery.camids(["d", "c", "a"]).tolist() == [2, "hall", 0]
+    for known in (gallery.labels, gallery.camids):
+        with pytest.raises(KeyError, match="has no b"):
+            known(["b"])
+
+
+def test_cameras_labels_and_tracks_can_be_updated():
+    drawn = Drawn(9)
+    x, camids, who = drawn.images(120)
+    more, _, _ = drawn.images(4)
+    gallery, whole = (Gallery(Centralizer(method="cameras"), refit_share=None) for _ in range(2))
+    gallery.add(x, camids=camids, labels=who)
+    gallery.update([3, 70], labels=["Ada", None])
+    gallery.update([5, 6], camids=[1 - camids[5], 9])
+    gallery.update([8, 2], more, camids=4, labels="Eve", group_by=["s", "r", "r", "s"])
+    assert gallery.labels([3, 70, 8, 2, 5]).tolist() == ["Ada", None, "Eve", "Eve", who[5]]
+    assert gallery.camids([5, 6, 8, 2, 3]).tolist() == [1 - camids[5], 9, 4, 4, camids[3]]
+    pooled = Gallery()
+    pooled.add(more, group_by=["s", "r", "r", "s"])
+    now, seen_by = x.copy(), camids.copy()
+    now[[8, 2]] = pooled.features(raw=True)
+    seen_by[[5, 6, 8, 2]] = [1 - camids[5], 9, 4, 4]
+    np.testing.assert_array_equal(gallery.features(raw=True), now)
+    gallery.refit()
+    whole.add(now, camids=seen_by)
+    np.testing.assert_allclose(gallery.features(), whole.features(), atol=1e-6)
+    before = gallery.features()
+    for options, error, said in (
+        ({"ids": [1, 500], "labels": "x"}, KeyError, "has no 500"),
+        ({"ids": [1], "labels": ["x", "y"]}, ValueError, "labels must hold one per row, 1, got 2"),
+        ({"ids": [1], "group_by": ["t"]}, ValueError, "features must be given with group_by or quality"),
+        ({"ids": [1], "features": more, "group_by": [1, 2, 1, 1]}, ValueError, "one track per id, 1, got 2"),
+    ):
+        with pytest.raises(error, match=said):
+            gallery.update(**options)
+    np.testing.assert_array_equal(gallery.features(), before)
+    assert gallery.labels([1]).tolist() == [who[1]]
+
+
+def test_scores_are_what_thresholds_are_compared_with():
+    drawn = Drawn(10)
+    x, camids, _ = drawn.images(150)
+    q, q_cams, _ = drawn.images(20)
+    gallery = built("guarded", x, camids)
+    for centralized in (True, False):
+        scores = gallery.scores(q, query_camids=q_cams, centralized=centralized)
+        assert scores.shape == (20,)
+        for row in (0, 7, 19):
+            for score, known in ((scores[row], True), (np.nextafter(scores[row], 2), False)):
+                options = {"query_camids": q_cams[row : row + 1], "threshold": Threshold(score, centralized)}
+                assert (gallery.search(q[row : row + 1], 1, **options).labels[0, 0] != "unknown") == known
+    nearest = gallery.search(q, 11, query_camids=q_cams).distances.astype(np.float64)
+    scores = gallery.scores(q, query_camids=q_cams)
+    np.testing.assert_allclose(scores, 1 - np.sqrt(nearest[:, 0] / nearest[:, 10]), atol=1e-6)
+    of_track = gallery.scores(q[:2], query_camids=q_cams[[0, 0]], group_by="t")
+    assert of_track.shape == (1,)
+    assert isinstance(gallery.scores(torch.from_numpy(q)), torch.Tensor)
+    assert Gallery().scores(q).tolist() == [0] * 20
+    assert gallery.scores([]).shape == (0,)
+    by_track = gallery.calibrate(q, q, genuine_group_by=q_cams, impostor_group_by="t", fpr=0.5)
+    assert by_track.fpr == 0  # of one track
+    assert by_track.tpr in set(np.arange(5) / len({*q_cams}))
 
 
 @pytest.mark.parametrize("exact_up_to", [None, 100])
@@ -203,8 +293,10 @@ def test_images_in_either_order_of_colours():
         gallery.search_images(crops[:1], colors="gbr")
 
 
+@pytest.mark.parametrize("alone", [100, 1000], ids=["cameras apart", "all together"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_large_gallery_is_searched_by_inverted_lists(name, capfd):
+def test_a_large_gallery_is_searched_by_inverted_lists(name, alone, capfd, monkeypatch):
+    monkeypatch.setattr(engines, "_ALONE", alone)
     drawn, (_, known) = Drawn(11, people=100), METHODS[name]
     x, camids, _ = drawn.images(1200)
     q, q_cams, _ = drawn.images(30)
@@ -305,11 +397,20 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
         (lambda: gallery.add(x[:1], ids=["a"], labels=[{}]), TypeError, "labels must hold names or numbers, got dict"),
         (lambda: gallery.add(x[:1], ids=["a"], labels=[1, 2]), ValueError, "labels must hold one per row, 1, got 2"),
         (
-            lambda: gallery.add(x[:4], ids=[*"abcd"], labels="Anna"),
+            lambda: gallery.add(x[:4], ids=[*"abcd"], labels=1.5),
             TypeError,
             "labels must be a sequence with one per row",
         ),
-        (lambda: gallery.search(x[:1], group_by=3), TypeError, "group_by must hold one track id per row, got 3"),
+        (lambda: gallery.add(x[:2], ids=["a", "b"], group_by=[1, 1]), ValueError, "ids must hold one id per track, 1"),
+        (lambda: gallery.search(x[:1], group_by=0.5), TypeError, "group_by must hold one track id per row"),
+        (lambda: gallery.search(x[:3], group_by=[2, -1, None]), ValueError, "got None or -1 at rows 1, 2. Leave boxes"),
+        (
+            lambda: Gallery(metadata={"mean": x[0]}),
+            TypeError,
+            "metadata must hold what JSON can, got ndarray for 'mean'",
+        ),
+        (lambda: Gallery(metadata={1: 2}), TypeError, "metadata must have strings as keys, got 1"),
+        (lambda: gallery.calibrate(fpr=1), ValueError, "fpr must be above 0 and below 1, got 1"),
         (lambda: gallery.remove(["i1", "nobody"]), KeyError, "has no nobody"),
         (lambda: gallery.remove(["i1", "i1"]), ValueError, "ids must name each image once"),
         (lambda: gallery.update(["i1"], x[:2]), ValueError, "features must hold one row per id, 1, got 2"),
@@ -320,7 +421,7 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
         (lambda: gallery.search(x[:1], group_by=["t", "u"]), ValueError, "group_by must hold one track id per row"),
         (lambda: gallery.calibrate(x[:4]), ValueError, "impostor must be given with genuine"),
         (lambda: gallery.calibrate(impostor=[]), ValueError, "impostor must hold at least one query"),
-        (lambda: gallery.calibrate(fpr=0), ValueError, "fpr must be in"),
+        (lambda: gallery.calibrate(fpr=0), ValueError, "fpr must be above 0 and below 1, got 0"),
     )
     for call, error, message in refused:
         with pytest.raises(error, match=message):

@@ -25,7 +25,7 @@ from pose2id.gallery.file import is_gallery, read, write
 from pose2id.gallery.fitting import EXACT_UP_TO, Fit, Settings
 from pose2id.gallery.locks import SharedLock
 from pose2id.gallery.state import State
-from pose2id.gallery.tracklets import Tracks, pooled
+from pose2id.gallery.tracklets import Tracks, for_all, pooled
 from pose2id.gallery.unknown import LEAST, Threshold, from_impostors, from_spacings
 from pose2id.io.checks import (
     FIRST_WORD,
@@ -118,6 +118,7 @@ class Gallery:
             raise ValueError("centralizer must be without neighbors=: a gallery has a search of its own.")
         self._dim = None if dim is None else checked_count(dim, "dim")
         self.metadata = dict(metadata or {})
+        _check_metadata(self.metadata)
         self.refit_share = None if refit_share is None else checked_number(refit_share, "refit_share", 0, 1e6)
         self.exact_up_to = None if exact_up_to is None else checked_count(exact_up_to, "exact_up_to")
         self._content = _Content()
@@ -184,10 +185,13 @@ class Gallery:
             features: (N, D) float16 to float64 features, raw or normalised, numpy array or torch tensor; kept as
                 float32. N may be 0, and [] is no image.
             ids: N integers of at least 0, or N strings, that no other image has; None: the next integers.
-            camids: (N,) cameras: integers, whole floats or strings; -1 or None, or None for all: unknown.
-            labels: N names or numbers, of people for example; returned by `search`, never used to centralize.
-            group_by: (N,) track ids: the frames of a track become one image (`pose2id.gallery.tracklets.pooled`), with
-                one id, camera and label; tracks come in the order of their first frames.
+            camids: (N,) cameras: integers, whole floats or strings; -1 or None, or None for all: unknown. One integer
+                or string is the camera of all.
+            labels: N names or numbers, of people for example, or one for all; returned by `search`, never used to
+                centralize.
+            group_by: (N,) track ids, integers or strings, or one for all: the frames of a track become one image, with
+                one id, camera and label; tracks come in the order of their first frames. The image's feature is a
+                weighted mean, in which frames that are nearly copies count once.
             quality: (N,) at least 0, weights of frames in their track.
 
         Returns:
@@ -199,13 +203,11 @@ class Gallery:
         """
         rows = self._rows(features, "features")
         labels = _listed(labels, "labels", rows.n)
-        raw, chosen = self._pooled(rows, group_by, quality)
-        labels = labels if chosen is None else chosen.one_each(labels, "labels")
+        raw, tracks = self._pooled(rows, group_by, quality)
+        labels = labels if tracks is None else tracks.one_each(labels, "labels")
         with self._changing:
-            cameras = self._cameras(camids, "camids", rows.n, new=True)
-            if chosen is not None:
-                cameras = torch.tensor(chosen.one_each(cameras.tolist(), "camids"), dtype=torch.int64, device="cpu")
-            names = self._new_ids(ids, len(raw))
+            cameras = self._cameras(camids, "camids", rows.n, tracks, new=True)
+            names = self._new_ids(ids, len(raw), "image" if tracks is None else "track")
             if len(raw):
                 self._check_columns(raw.shape[1], "features")  # another thread may have been the first
                 self._like = rows.empty(0) if self._like is None else self._like
@@ -295,32 +297,63 @@ class Gallery:
                 state.remove(places.to(state.images.raw.device))
             self._refit_if_short()
 
-    def update(self, ids: Any, features: Any) -> None:
-        """Give images new features; their ids, cameras and labels stay.
+    def update(
+        self,
+        ids: Any,
+        features: Any = None,
+        camids: Any = None,
+        labels: Any = None,
+        *,
+        group_by: Any = None,
+        quality: Any = None,
+    ) -> None:
+        """Give images new features, cameras or labels; what is not given stays.
 
         Args:
-            ids: of images, each once.
+            ids: of N images, each once; with `group_by` of T tracks, in the order of their first frames.
             features: (N, D) as in `add`.
+            camids: (N,) cameras as in `add`.
+            labels: N labels as in `add`.
+            group_by: as in `add`, of the rows of features, camids and labels.
+            quality: as in `add`.
 
         Raises:
-            KeyError: an id that the gallery does not have.
+            KeyError: an id that the gallery does not have; nothing changes then.
         """
-        rows = self._rows(features, "features")
+        names = _checked_ids(ids)
+        if features is None:
+            if group_by is not None or quality is not None:
+                raise ValueError("features must be given with group_by or quality: these are of their rows.")
+            raw, tracks, n = None, None, len(names)
+        else:
+            rows = self._rows(features, "features")
+            (raw, tracks), n = self._pooled(rows, group_by, quality), rows.n
+        listed = _listed(labels, "labels", n)
+        listed = listed if tracks is None else tracks.one_each(listed, "labels")
         with self._changing:
-            places = self._places(ids)
-            if len(places) != rows.n:
-                raise ValueError(f"features must hold one row per id, {len(places)}, got {rows.n}.")
+            places = self._places(names)
+            if raw is not None and len(places) != len(raw):
+                what = "row per id" if tracks is None else "track per id"
+                raise ValueError(f"features must hold one {what}, {len(places)}, got {len(raw)}.")
+            cameras = None if camids is None else self._cameras(camids, "camids", n, tracks, new=True)
             state = self._content.state
-            if state is None or not rows.n:
+            if state is None or not len(places):
                 return
-            raw, device = _float32(rows), state.images.raw.device
+            if listed is not None:
+                with self._lock.writing():
+                    for place, label in zip(places.tolist(), listed, strict=True):
+                        self._content.labels[place] = label
+            if raw is None and cameras is None:
+                return
+            places = places.to(state.images.raw.device)
+            raw = state.images.raw[places] if raw is None else raw.to(places.device)
+            cameras = state.images.cameras[places] if cameras is None else cameras.to(places.device)
             if self._due(len(places)):
-                self._refit(None, {int(place): raw[at] for at, place in enumerate(places)})
+                self._refit(None, updated=(places, raw, cameras))
                 return
             with self._lock.writing():
-                places = places.to(device)
                 state.remove(places)
-                state.insert(raw.to(device), state.images.cameras[places], places)
+                state.insert(raw, cameras, places)
             self._refit_if_short()
 
     def search(
@@ -340,18 +373,21 @@ class Gallery:
         Args:
             query_feats: (Q, D) features as in `add`; Q may be 0.
             k: how many images, at least 1.
-            query_camids: (Q,) cameras as in `add`; the gallery need not know them.
+            query_camids: (Q,) cameras as in `add`, or one for all; the gallery need not know them.
             rerank: return re-ranked distances, in their order: "k-reciprocal" of the features as they came (10 and 3
                 neighbours, weight 0.3; harms where people appear once), "camera" (CA-Jaccard) of centralized ones.
                 Computed among the nearest 300 images, or 4 k if that is more (and, with exclude_camera, the nearest 4 k
                 of other cameras), for each query alone: as over the whole gallery, where the lists of those that are
                 returned lie among them. None: centralized features alone.
-            exclude_camera: leave out images of the query's own camera.
+            exclude_camera: leave out images of the query's own camera, which must be known.
             threshold: what `calibrate` returns, or a score in [0, 1] of centralized features
                 (`pose2id.gallery.unknown`): a query below it is nobody that the gallery knows, so that all its ids are
                 those of none (-1 or None) and its labels "unknown"; distances stay.
             group_by: (Q,) track ids: one query a track, in the order of first frames, as in `add`.
             quality: (Q,) as in `add`.
+
+        Raises:
+            ValueError: a query of unknown camera with exclude_camera, or with rerank="camera".
 
         Returns:
             A `SearchResult`, a named tuple (distances, ids, labels).
@@ -360,10 +396,9 @@ class Gallery:
         k, exclude_camera = checked_count(k, "k"), checked_flag(exclude_camera, "exclude_camera")
         how = None if rerank is None else checked_choice(rerank, "rerank", RERANK)
         limit = threshold if threshold is None or isinstance(threshold, Threshold) else _score(threshold)
-        cameras = self._cameras(query_camids, "query_camids", rows.n, new=False)
         raw, tracks = self._pooled(rows, group_by, quality)
-        if tracks is not None:
-            cameras = torch.tensor(tracks.one_each(cameras.tolist(), "query_camids"), dtype=torch.int64, device="cpu")
+        cameras = self._cameras(query_camids, "query_camids", rows.n, tracks, new=False)
+        _check_known(cameras, "query_camids", exclude_camera)
         if how == "camera" and not bool((cameras >= 0).all()):
             raise ValueError("query_camids must name a camera of the gallery for each query with rerank='camera'.")
         with self._lock.reading():
@@ -400,6 +435,29 @@ class Gallery:
             found = state.images.raw[places] if raw else state.features(places)
             return as_container(found, self._like)
 
+    def labels(self, ids: Any = None) -> NDArray[Any]:
+        """Labels of images: (N,) object array, None for none; of all, in the order of `ids`, or of some.
+
+        Raises:
+            KeyError: an id that the gallery does not have.
+        """
+        with self._lock.reading():
+            content = self._content
+            places = list(content.places.values()) if ids is None else self._places(ids).tolist()
+            return _objects([content.labels[place] for place in places])
+
+    def camids(self, ids: Any = None) -> NDArray[Any]:
+        """Cameras of images: (N,) object array of integers and strings, None for unknown; as `labels`.
+
+        Raises:
+            KeyError: an id that the gallery does not have.
+        """
+        with self._lock.reading():
+            content, words = self._content, {number: word for word, number in self._words.items()}
+            places = list(content.places.values()) if ids is None else self._places(ids).tolist()
+            numbers = [] if content.state is None else content.state.images.cameras[places].tolist()
+            return _objects([None if number < 0 else words.get(number, number) for number in numbers])
+
     def refit(self) -> None:
         """Take camera means, maps, evidence and scales from the gallery as it is now. Searches go on meanwhile."""
         with self._changing:
@@ -413,6 +471,8 @@ class Gallery:
         *,
         genuine_camids: Any = None,
         impostor_camids: Any = None,
+        genuine_group_by: Any = None,
+        impostor_group_by: Any = None,
         fpr: float = 0.01,
         exclude_camera: bool = False,
     ) -> Threshold:
@@ -428,18 +488,23 @@ class Gallery:
             impostor: (Q, D) features of queries of people who are not.
             genuine_camids: (Q,) their cameras, as in `search`.
             impostor_camids: (Q,) likewise.
+            genuine_group_by: (Q,) their track ids, as in `search`: queries are tracks, if those that are to come are.
+            impostor_group_by: (Q,) likewise.
             fpr: the wanted share of strangers who are taken for somebody, in (0, 1).
             exclude_camera: as in the searches that are to come.
 
         Raises:
             ValueError: genuine without impostor, or, without both, a gallery of fewer than 48 images.
         """
-        fpr = checked_number(fpr, "fpr", 1e-12, 1 - 1e-12)
+        if not 0 < (fpr := checked_number(fpr, "fpr", 0, 1)) < 1:
+            raise ValueError(f"fpr must be above 0 and below 1, got {fpr:g}.")
         if impostor is not None:
-            against = self._scores(impostor, impostor_camids, "impostor", exclude_camera)
+            options: dict[str, Any] = {"group_by": impostor_group_by, "exclude_camera": exclude_camera}
+            against = self._scores(impostor, "impostor", impostor_camids, **options)
             if not len(against):
                 raise ValueError("impostor must hold at least one query, got none.")
-            of_known = None if genuine is None else self._scores(genuine, genuine_camids, "genuine", exclude_camera)
+            options["group_by"] = genuine_group_by
+            of_known = None if genuine is None else self._scores(genuine, "genuine", genuine_camids, **options)
             return from_impostors(against, of_known, fpr)
         if genuine is not None:
             raise ValueError("impostor must be given with genuine: strangers set the threshold.")
@@ -449,18 +514,62 @@ class Gallery:
                 raise ValueError(f"the gallery must hold {LEAST} images to calibrate without labels, got {len(self)}.")
             return from_spacings(state.spacings(), len(self), fpr)
 
-    def _scores(self, feats: Any, camids: Any, name: str, exclude: bool) -> Tensor:
-        """(Q,) scores of centralized queries."""
+    def scores(
+        self,
+        query_feats: Any,
+        *,
+        query_camids: Any = None,
+        exclude_camera: bool = False,
+        centralized: bool = True,
+        group_by: Any = None,
+        quality: Any = None,
+    ) -> Any:
+        """How near queries are to the gallery's people: the scores that thresholds are compared with.
+
+        1 - d_1 / d_11, of Euclidean distances to the nearest and the eleventh image (`pose2id.gallery.unknown`).
+
+        Args:
+            query_feats: (Q, D) as in `search`, and so are query_camids, exclude_camera, group_by and quality.
+            query_camids: (Q,) cameras.
+            exclude_camera: leave out images of the query's own camera.
+            centralized: of centralized features, as thresholds that `calibrate` finds with `impostor`; False: of
+                features before neighbours are added, as those that it finds without.
+            group_by: (Q,) track ids.
+            quality: (Q,) weights of frames.
+
+        Returns:
+            (Q,) float64 in [0, 1], in the container of the queries; 0 in a gallery of fewer than two images.
+        """
+        options: dict[str, Any] = {"group_by": group_by, "quality": quality, "exclude_camera": exclude_camera}
+        found = self._scores(query_feats, "query_feats", query_camids, centralized=centralized, **options)
+        return as_container(found, query_feats if hasattr(query_feats, "dtype") else np.empty(0))
+
+    def _scores(
+        self,
+        feats: Any,
+        name: str,
+        camids: Any,
+        *,
+        exclude_camera: bool,
+        centralized: bool = True,
+        group_by: Any = None,
+        quality: Any = None,
+    ) -> Tensor:
         rows = self._rows(feats, name)
-        cameras = self._cameras(camids, f"{name}_camids", rows.n, new=False)
+        checked_flag(exclude_camera, "exclude_camera")
+        checked_flag(centralized, "centralized")
+        raw, tracks = self._pooled(rows, group_by, quality)
+        of_cameras = "query_camids" if name == "query_feats" else f"{name}_camids"
+        cameras = self._cameras(camids, of_cameras, rows.n, tracks, new=False)
+        _check_known(cameras, of_cameras, exclude_camera)
         with self._lock.reading():
             state = self._content.state
             if state is None:
-                return torch.zeros(rows.n, device="cpu")
+                return torch.zeros(len(raw), dtype=torch.float64, device="cpu")
             device = state.images.raw.device
-            asked = state.asking(_float32(rows).to(device), cameras.to(device))
-            found = [asking.scores(centralized=True, exclude=exclude) for _, asking in asked]
-            return torch.cat(found).cpu() if found else torch.zeros(0, device="cpu")
+            asked = state.asking(raw.to(device), cameras.to(device))
+            found = [asking.scores(centralized=centralized, exclude=exclude_camera) for _, asking in asked]
+            return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery to a .safetensors file, which appears whole or not at all; an older gallery is replaced.
@@ -469,7 +578,7 @@ class Gallery:
 
         Raises:
             FileExistsError: the file is not a gallery.
-            TypeError: metadata that JSON cannot hold.
+            TypeError, ValueError: metadata that JSON cannot hold.
         """
         target = new_file(path, overwrite=True, suffixes=(".safetensors",))
         if target.exists() and not is_gallery(target):
@@ -487,7 +596,7 @@ class Gallery:
                 "tensors": None if self._like is None else isinstance(self._like, Tensor),
                 "metadata": self.metadata,
             }
-            json.dumps(facts)  # a TypeError before any work
+            _check_metadata(self.metadata)  # before any work
             names = {"ids": content.ids, "labels": content.labels, "cameras": self._words}
             write(target, content.state, facts, names)
 
@@ -554,7 +663,7 @@ class Gallery:
     def _refit(
         self,
         kept: Tensor | None,
-        updated: Mapping[int, Tensor] | None = None,
+        updated: tuple[Tensor, Tensor, Tensor] | None = None,
         added: tuple[Tensor, Tensor, list[Any], list[Any]] | None = None,
     ) -> None:
         """A new state of images at the places `kept`, with new features, and of further ones."""
@@ -563,10 +672,9 @@ class Gallery:
         images = content.state.images
         places = torch.nonzero(images.alive).flatten() if kept is None else kept.to(images.raw.device)
         raw, cameras = images.raw[places], images.cameras[places]
-        if updated:
-            for at, place in enumerate(places.tolist()):
-                if place in updated:
-                    raw[at] = updated[place].to(raw.device)
+        if updated is not None:
+            at = torch.searchsorted(places, updated[0])  # ascending
+            raw[at], cameras[at] = updated[1:]
         ids, labels = ([values[place] for place in places.tolist()] for values in (content.ids, content.labels))
         if added is not None:
             raw, cameras = torch.cat([raw, added[0]]), torch.cat([cameras, added[1]])
@@ -633,8 +741,9 @@ class Gallery:
         tracks = Tracks(group_by, rows.n)
         return pooled(rows, tracks, quality), tracks
 
-    def _cameras(self, camids: Any, name: str, n: int, *, new: bool) -> Tensor:
-        """(N,) int64 numbers of cameras, which are the same in every call."""
+    def _cameras(self, camids: Any, name: str, n: int, tracks: Tracks | None, *, new: bool) -> Tensor:
+        """(N,) int64 numbers of cameras, or of tracks, which are the same in every call."""
+        camids = for_all(camids, n)
         numbers = camera_numbers({name: (camids, n)})[0]
         if bool((numbers < _UNKNOWN).any()):
             raise ValueError(f"{name} must be at least 0, or -1 for unknown, got {int(numbers.min())}.")
@@ -646,9 +755,11 @@ class Gallery:
             if known == _ABSENT and new:
                 known = self._words.setdefault(word, FIRST_WORD + len(self._words))
             numbers[row] = known
-        return numbers
+        if tracks is None:
+            return numbers
+        return torch.tensor(tracks.one_each(numbers.tolist(), name), dtype=torch.int64, device="cpu")
 
-    def _new_ids(self, ids: Any, n: int) -> list[Any]:
+    def _new_ids(self, ids: Any, n: int, what: str) -> list[Any]:
         """Ids of n new images."""
         known = self._content.places
         of_gallery = list(islice(known, 1))
@@ -662,7 +773,7 @@ class Gallery:
             return list(range(self._next, self._next + n))
         names = _checked_ids(ids)
         if len(names) != n:
-            raise ValueError(f"ids must hold one id per image, {n}, got {len(names)}.")
+            raise ValueError(f"ids must hold one id per {what}, {n}, got {len(names)}.")
         kinds = {type(name) for name in (*names, *of_gallery)}
         if len(kinds) > 1:
             raise TypeError("ids must all be integers, or all strings, as those that the gallery has.")
@@ -688,6 +799,26 @@ class Gallery:
         return np.array([-1 if name is None else name for name in ids], dtype=np.int64)
 
 
+def _check_known(cameras: Tensor, name: str, exclude: bool) -> None:
+    unknown = torch.nonzero(cameras == _UNKNOWN).flatten().tolist() if exclude else []
+    if unknown:
+        raise ValueError(
+            f"{name} must name a camera for each query with exclude_camera=True, got none at row {first_few(unknown)}."
+        )
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str):
+            raise TypeError(f"metadata must have strings as keys, got {key!r}.")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"metadata must hold what JSON can, got {type(value).__name__} for {key!r} ({error})."
+            ) from error
+
+
 def _score(threshold: Any) -> Threshold:
     return Threshold(checked_number(threshold, "threshold", 0, 1))
 
@@ -706,8 +837,9 @@ def _objects(values: list[Any]) -> NDArray[Any]:
 def _listed(values: Any, name: str, n: int) -> list[Any] | None:
     if values is None:
         return None
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name} must be a sequence with one per row, got {values!r}. Put it into a list.")
+    values = for_all(values, n)
+    if isinstance(values, bytes) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence with one per row, or one string or integer, got {values!r}.")
     given = as_numpy(values).tolist() if isinstance(values, Tensor) else list(values)
     listed = [value.item() if isinstance(value, np.generic) else value for value in given]
     if len(listed) != n:

@@ -25,13 +25,16 @@ class Tracks:
     """
 
     def __init__(self, group_by: Any, n: int) -> None:
-        if isinstance(group_by, (str, bytes)) or not hasattr(group_by, "__iter__"):
-            raise TypeError(f"group_by must hold one track id per row, got {group_by!r}. Put it into a list.")
+        group_by = for_all(group_by, n)
+        if isinstance(group_by, bytes) or not hasattr(group_by, "__iter__"):
+            raise TypeError(f"group_by must hold one track id per row, or be one integer or string, got {group_by!r}.")
         values = as_numpy(group_by).tolist() if isinstance(group_by, Tensor) else list(group_by)
         if len(values) != n:
             raise ValueError(f"group_by must hold one track id per row, {n}, got {len(values)}.")
-        if None in values:
-            raise ValueError(f"group_by must name a track for every row, got None at row {values.index(None)}.")
+        nowhere = [row for row, value in enumerate(values) if value is None or value == -1]
+        if nowhere:
+            given = f"None or -1 at rows {first_few(nowhere)}"
+            raise ValueError(f"group_by must name a track for every row, got {given}. Leave boxes without a track out.")
         numbers: dict[Any, int] = {}
         self.of_row = torch.tensor(
             [numbers.setdefault(value, len(numbers)) for value in values], dtype=torch.int64, device="cpu"
@@ -52,6 +55,11 @@ class Tracks:
             rows = first_few([f"row {row}" for row in other])
             raise ValueError(f"{name} must be one for all frames of a track, got others at {rows}. Split the track.")
         return chosen
+
+
+def for_all(value: Any, n: int) -> Any:
+    """One integer or string is that of all rows."""
+    return [value] * n if isinstance(value, (int, np.integer, str)) and not isinstance(value, bool) else value
 
 
 def pooled(rows: Rows, tracks: Tracks, quality: Any = None) -> Tensor:
