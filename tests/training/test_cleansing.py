@@ -1,0 +1,250 @@
+"""Tests of data cleansing, on features, and of the command that cleanses a table."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import numpy as np
+import onnx_files
+import pytest
+import torch
+from PIL import Image
+
+from pose2id.cli import main
+from pose2id.training import clean, read_table
+from pose2id.training.cleansed_table import SHEET_PAIRS, contact_sheet
+from pose2id.training.cleansing import COVARIANCES, Cleansing
+from pose2id.training.table import PersonImage
+
+pytest.importorskip("sklearn", reason="needs scikit-learn")
+SKLEARN_COVARIANCES = [name for name in COVARIANCES if name != "spherical"]
+EACH = pytest.mark.parametrize("covariance", COVARIANCES)
+
+
+def people(rng, counts, dim=12, spread=1.0):
+    """Features around a centre for each identity, and who each is of, in random order."""
+    centres = 5 * rng.standard_normal((len(counts), dim))
+    who = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    shape = rng.standard_normal((dim, dim))  # directions of different, correlated variances
+    return centres[who] + spread * rng.standard_normal((len(who), dim)) @ shape, who
+
+
+def literal_distances(features, who, covariance, normalize):
+    """Row by row, with scikit-learn's covariance matrix and a linear solve."""
+    from sklearn.covariance import LedoitWolf  # noqa: PLC0415
+
+    rows = [row / np.linalg.norm(row) if normalize else row for row in np.asarray(features, np.float64)]
+    residuals = {}
+    for i, row in enumerate(rows):
+        own = [rows[j] for j in range(len(rows)) if who[j] == who[i]]
+        if len(own) >= (3 if covariance == "ledoit-wolf" else 2):
+            others = (sum(own) - row) / (len(own) - 1)
+            # The mean of the others varies by 1 / (N - 1) of an image's variance, the image itself by all of it.
+            residuals[i] = (row - others) / np.sqrt(1 + 1 / (len(own) - 1))
+    found = np.zeros(len(rows))
+    for i, residual in residuals.items():
+        near = [j for j in residuals if who[j] == who[i] or covariance != "ledoit-wolf"]
+        stack = np.stack([residuals[j] for j in near])
+        if covariance == "spherical":
+            matrix = np.eye(stack.shape[1]) * np.mean(stack**2)
+            found[i] = np.sqrt(residual @ np.linalg.solve(matrix, residual))
+            continue
+        matrix = LedoitWolf(assume_centered=True).fit(stack).covariance_
+        found[i] = np.sqrt(residual @ np.linalg.solve(matrix, residual))
+        if covariance == "ledoit-wolf":
+            found[i] /= np.sqrt(np.mean([row @ np.linalg.solve(matrix, row) for row in stack]))
+    return found
+
+
+def literal_reasons(distances, who, covariance, quantiles, p):
+    least = 3 if covariance == "ledoit-wolf" else 2
+    judged = [i for i in range(len(who)) if sum(other == who[i] for other in who) >= least]
+    reasons = [""] * len(who)
+    for i in judged:
+        among = sorted(distances[j] for j in judged if quantiles == "pooled" or who[j] == who[i])
+        low, high = (np.interp(q * (len(among) - 1), range(len(among)), among) for q in (p, 1 - p))  # as numpy.quantile
+        reasons[i] = "far" if distances[i] > high + 1e-9 else "near" if distances[i] < low - 1e-9 else ""
+    return tuple(reasons)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("quantiles", ["pooled", "identity"])
+@pytest.mark.parametrize("dim", [3, 40])
+@EACH
+def test_a_literal_restatement_agrees(covariance, dim, quantiles, normalize, rng):
+    features, who = people(rng, [1, 2, 3, 4, 9, 15, 2, 1], dim)
+    found = clean(features, who, covariance=covariance, quantiles=quantiles, quantile=0.1, normalize=normalize)
+    expected = literal_distances(features, who, covariance, normalize)
+    np.testing.assert_allclose(found.distances, expected, rtol=1e-8)
+    assert found.reasons == literal_reasons(expected, who, covariance, quantiles, 0.1)
+    assert {"far", "near", ""} == set(found.reasons)
+    assert found.kept.tolist() == [not reason for reason in found.reasons]
+
+
+def test_distances_by_hand():
+    """Of two people in the plane: residuals (-1, 0), (1, 0) times sqrt 2, and (0, -2), (0, 2), (0, 0) times sqrt 1.5."""
+    features = np.array([[4.0, 3], [6, 3], [0, 5], [0, 9], [0, 7]])
+    found = clean(features, ["a", "a", "b", "b", "b"], normalize=False, quantile=0.1)
+    # Variances: 2 (1 + 1) / 5 and 1.5 (4 + 4) / 5, of which the mean is 1.6.
+    expected = np.sqrt(np.array([2, 2, 6, 6, 0]) / 1.6)
+    np.testing.assert_allclose(found.distances, expected)
+    # The lower quantile, at 0.4 of five, is 0.4 of the second; the upper one is the last.
+    assert found.reasons == ("", "", "", "", "near")
+    assert str(found) == (
+        "dropped 1 of 5 images: 0 far from their person's mean, 1 near it; "
+        "0 not judged, of people with fewer than 2 images"
+    )
+
+
+def test_a_pooled_covariance_by_hand():
+    """Without shrinkage, in one dimension, it is the variance: 4 and 6 are one standard deviation off, others none."""
+    features = np.array([[4.0], [6.0], [1.0], [1.0]])
+    found = clean(features, [7, 7, 8, 8], covariance="pooled", normalize=False)
+    np.testing.assert_allclose(found.distances, [np.sqrt(2), np.sqrt(2), 0, 0])
+
+
+@EACH
+def test_wrong_people_are_far(covariance, rng):
+    features, who = people(rng, [12] * 30, 64, spread=0.1)
+    labels = who.copy()
+    wrong = rng.choice(len(who), 7, replace=False)
+    labels[wrong] = (labels[wrong] + 1 + rng.integers(28, size=7)) % 30
+    found = clean(features, labels, covariance=covariance, quantile=7 / 360)
+    assert set(np.flatnonzero([reason == "far" for reason in found.reasons])) == set(wrong.tolist())
+    assert not {i for i, reason in enumerate(found.reasons) if reason == "near"} & set(wrong.tolist())
+
+
+def test_sizes_of_identities_are_comparable(rng):
+    """The squared distance of an image of few is, on average, that of an image of many."""
+    counts = [2] * 300 + [30] * 20
+    who = np.repeat(np.arange(len(counts)), counts)
+    found = clean(rng.standard_normal((len(who), 8)), who, normalize=False)
+    few, many = (np.mean(found.distances[mask] ** 2) for mask in (who < 300, who >= 300))
+    assert few == pytest.approx(many, rel=0.1)  # without the factor it is half
+
+
+@pytest.mark.parametrize("quantiles", ["pooled", "identity"])
+@EACH
+def test_few_images_in_many_dimensions(covariance, quantiles, rng):
+    """Warnings are errors here: not a single division by zero."""
+    who = ["one", "two", "two", "three", "three", "three", "copies", "copies", "copies", "copies"]
+    features = rng.standard_normal((10, 512)).astype(np.float16)
+    features[6:] = features[6]
+    found = clean(features, who, covariance=covariance, quantiles=quantiles, quantile=0.2)
+    assert np.isfinite(found.distances).all()
+    assert found.distances[0] == 0
+    assert found.distances[1] == pytest.approx(found.distances[2])
+    assert found.distances[6:].tolist() == [0] * 4
+    assert (found.distances[3:6] > 0).all()
+    assert found.reasons[0] == found.reasons[6] == ""
+    assert found.reasons[1] == found.reasons[2]
+    assert found.num_unjudged == (3 if covariance == "ledoit-wolf" else 1)
+
+
+@EACH
+@pytest.mark.parametrize("scale", [1, 1e-160, 1e160])
+def test_a_pair_alone_has_a_singular_covariance(covariance, scale, rng):
+    found = clean(scale * rng.standard_normal((2, 512)), [3, 3], covariance=covariance, normalize=False)
+    # Each is one standard deviation from the mean in a single direction of 512, or sqrt(512) in units of all.
+    wanted = {"spherical": np.sqrt(512), "pooled": 1, "ledoit-wolf": 0}[covariance]
+    np.testing.assert_allclose(found.distances, wanted, rtol=1e-6)
+    assert found.kept.all()
+
+
+@EACH
+def test_nobody_to_judge(covariance, rng):
+    found = clean(rng.standard_normal((4, 5)), ["a", "b", "c", "d"], covariance=covariance)
+    assert found.kept.all()
+    assert (found.num_unjudged, found.distances.tolist()) == (4, [0] * 4)
+    equal = clean(np.ones((6, 5)) / 3, [1, 1, 1, 2, 2, 2], covariance=covariance, normalize=False)
+    assert equal.kept.all()
+    assert (equal.num_unjudged, equal.distances.tolist()) == (0, [0] * 6)
+
+
+@pytest.mark.parametrize("quantiles", ["pooled", "identity"])
+@EACH
+def test_order_and_names_do_not_matter(covariance, quantiles, rng):
+    features, who = people(rng, [1, 2, 3, 5, 8, 20], 30)
+    options = {"covariance": covariance, "quantiles": quantiles, "quantile": 0.05}
+    expected = clean(features, who, **options)
+    assert 0 < (~expected.kept).sum() < len(who)
+    order = rng.permutation(len(who))
+    moved = clean(features[order], who[order], **options)
+    np.testing.assert_allclose(moved.distances, expected.distances[order], rtol=1e-9)
+    assert moved.kept.tolist() == expected.kept[order].tolist()
+    renamed = clean(features, rng.permutation(6)[who], **options)
+    np.testing.assert_allclose(renamed.distances, expected.distances, rtol=1e-9)
+    assert renamed.kept.tolist() == expected.kept.tolist()
+    named = clean(torch.from_numpy(features), [f"person {i}" for i in who], **options)
+    assert named.reasons == expected.reasons
+
+
+def test_texts_are_identities_as_they_stand(rng):
+    features = rng.standard_normal((4, 3))
+    assert clean(features, ["7", "007", "7", "007"]).num_unjudged == 0
+    assert clean(features, ["7", "007", "07", "0007"]).num_unjudged == 4
+    assert clean(features, torch.tensor([7, 7, 8, 9])).num_unjudged == 2
+
+
+def test_the_lower_quantile_and_none(rng):
+    features, who = people(rng, [10] * 10)
+    both, upper = (clean(features, who, quantile=0.05, lower=lower) for lower in (True, False))
+    assert (both.reasons.count("far"), both.reasons.count("near")) == (5, 5)
+    assert (upper.reasons.count("far"), upper.reasons.count("near")) == (5, 0)
+    assert clean(features, who, quantile=0).kept.all()
+    each = clean(features, who, quantiles="identity")  # the default quantile
+    assert (each.reasons.count("far"), each.reasons.count("near")) == (10, 10)
+
+
+BAD = {
+    "quantile": ({"quantile": 0.5}, ValueError, r"quantile must be in \[0, 0.49\], got 0.5"),
+    "covariance": (
+        {"covariance": "plain"},
+        ValueError,
+        "covariance must be one of 'spherical', 'pooled', 'ledoit-wolf'",
+    ),
+    "quantiles": ({"quantiles": "camera"}, ValueError, "quantiles must be one of 'pooled', 'identity', got 'camera'"),
+    "lower": ({"lower": 1}, TypeError, "lower must be True or False, got 1"),
+    "normalize": ({"normalize": "yes"}, TypeError, "normalize must be True or False"),
+    "identities": (
+        {"identities": ["a"]},
+        ValueError,
+        r"identities must have shape \(3,\), one label per row, got \(1,\)",
+    ),
+    "no identities": ({"identities": None}, TypeError, "identities must hold integers, got None"),
+    "features": ({"features": np.ones((3, 2, 2, 2))}, ValueError, r"features must have shape \(N, D\)"),
+    "nan": ({"features": np.full((3, 2), np.nan)}, ValueError, "features must be finite"),
+    "empty": ({"features": np.ones((0, 2)), "identities": []}, ValueError, "features must hold at least one row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, error, message = BAD[case]
+    given = {"features": np.ones((3, 2)), "identities": [1, 1, 2], **change}
+    with pytest.raises(error, match=message):
+        clean(given.pop("features"), given.pop("identities"), **given)
+
+
+@pytest.mark.parametrize("covariance", SKLEARN_COVARIANCES)
+def test_without_scikit_learn(covariance, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=rf"covariance '{covariance}' needs scikit-learn: pip install"):
+        clean(np.ones((3, 2)), [1, 1, 1], covariance=covariance)
+    assert clean(np.ones((3, 2)), [1, 1, 1]).kept.all()
+
+
+def test_real_people_under_wrong_names(real_features):
+    data, draws = real_features("val100"), np.random.default_rng(0)
+    features, who = data["feat_osnet_msmt17"], data["pids"].astype(np.int64)
+    wrong = draws.choice(len(who), 47, replace=False)
+    labels = who.copy()
+    labels[wrong] = who[(wrong + len(who) // 2) % len(who)]
+    wrong = np.flatnonzero(labels != who)
+    assert len(wrong) > 40
+    found = clean(features, labels, quantile=len(wrong) / len(who))
+    far = np.flatnonzero([reason == "far" for reason in found.reasons])
+    near = np.flatnonzero([reason == "near" for reason in found.reasons])
+    assert len(set(far) & set(wrong)) > 0.8 * len(wrong)
+    assert not set(near) & set(wrong)
