@@ -83,7 +83,7 @@ def test_a_literal_restatement_agrees(covariance, dim, quantiles, normalize, rng
 
 
 def test_distances_by_hand():
-    """Of two people in the plane: residuals (-1, 0), (1, 0) times sqrt 2, and (0, -2), (0, 2), (0, 0) times sqrt 1.5."""
+    """Residuals are (-1, 0), (1, 0) times sqrt 2, and (0, -2), (0, 2), (0, 0) times sqrt 1.5."""
     features = np.array([[4.0, 3], [6, 3], [0, 5], [0, 9], [0, 7]])
     found = clean(features, ["a", "a", "b", "b", "b"], normalize=False, quantile=0.1)
     # Variances: 2 (1 + 1) / 5 and 1.5 (4 + 4) / 5, of which the mean is 1.6.
@@ -98,7 +98,7 @@ def test_distances_by_hand():
 
 
 def test_a_pooled_covariance_by_hand():
-    """Without shrinkage, in one dimension, it is the variance: 4 and 6 are one standard deviation off, others none."""
+    """In one dimension nothing is shrunk: residuals are -1, 1 times sqrt 2, and two zeros, of variance 1."""
     features = np.array([[4.0], [6.0], [1.0], [1.0]])
     found = clean(features, [7, 7, 8, 8], covariance="pooled", normalize=False)
     np.testing.assert_allclose(found.distances, [np.sqrt(2), np.sqrt(2), 0, 0])
@@ -248,3 +248,154 @@ def test_real_people_under_wrong_names(real_features):
     near = np.flatnonzero([reason == "near" for reason in found.reasons])
     assert len(set(far) & set(wrong)) > 0.8 * len(wrong)
     assert not set(near) & set(wrong)
+
+
+MODEL = """
+import torch
+from pose2id.extractor import Extractor, Preprocess
+
+class Colours(torch.nn.Module):
+    def forward(self, batch):
+        return batch.mean(3)[:, :, ::4].flatten(1)
+
+def model():
+    return Extractor(Colours(), transform=Preprocess((16, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+"""
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "näher": (40, 50, 220)}
+WRONG = "red_4.png"
+
+
+@pytest.fixture
+def cameras(rng, tmp_path, monkeypatch):
+    """A table of three people in shirts of one colour each, a green one among the reds, and somebody seen once."""
+    (tmp_path / "colours_of_crops.py").write_text(MODEL, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines = ["path,identity,camera,keypoints,comment"]
+    for name, colour in COLOURS.items():
+        for i in range(6):
+            shown = COLOURS["green"] if f"{name}_{i}.png" == WRONG else colour
+            noise = rng.normal(0, 4, (32, 16, 3)) + rng.normal(0, 6, 3)
+            pixels = np.clip(shown + noise, 0, 255).astype(np.uint8)
+            (tmp_path / "images").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{name}_{i}.png")
+            lines.append(f"images/{name}_{i}.png,{name},c{i % 2},,left out")
+    Image.new("RGB", (16, 32), (90, 90, 90)).save(tmp_path / "images" / "once.png")
+    lines.append("images/once.png,once,,,")
+    (tmp_path / "people.csv").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+COMMAND = ["clean", "people.csv", "--model", "colours_of_crops:model", "--workers", "0", "--device", "cpu", "--out"]
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir() if path.suffix in (".csv", ".png") or path.name.startswith(".")}
+
+
+def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys):
+    (cameras / "new").mkdir()
+    assert main([*COMMAND, "new/kept.csv", "--quantile", "0.05", "--sheet", "sheet.png"]) == 0
+    told = capsys.readouterr()
+    assert told.out == (
+        "wrote new/kept.csv: dropped 2 of 19 images: 1 far from their person's mean, 1 near it; "
+        "1 not judged, of people with fewer than 2 images\n"
+    )
+    assert told.err == ""
+    assert files(cameras) == {"people.csv", "sheet.png"}
+    assert files(cameras / "new") == {"kept.csv", "kept.dropped.csv"}
+    with open(cameras / "new" / "kept.dropped.csv", encoding="utf-8", newline="") as file:
+        far, near = csv.DictReader(file)
+    wrong = {"path": str(cameras / "images" / WRONG), "identity": "red", "camera": "c0", "reason": "far"}
+    assert {name: far[name] for name in wrong} == wrong
+    assert near["reason"] == "near"
+    assert float(far["distance"]) > float(near["distance"]) > 0
+    before, after = read_table(cameras / "people.csv"), read_table(cameras / "new" / "kept.csv")
+    dropped = {far["path"], near["path"]}
+    assert after == [image for image in before if str(cameras / image.path) not in dropped]
+    assert len(after) == 17
+
+
+def test_the_sheet_shows_a_dropped_crop_beside_a_kept_one(cameras):
+    assert main([*COMMAND, "kept.csv", "--quantile", "0.05", "--keep-near", "--sheet", "sheet.png"]) == 0
+    with Image.open(cameras / "sheet.png") as sheet:
+        assert sheet.size == (136, 156)
+        crop, beside = (np.asarray(sheet.convert("RGB").crop(box)) for box in ((4, 0, 68, 128), (68, 0, 132, 128)))
+    assert np.abs(crop.mean((0, 1)) - COLOURS["green"]).max() < 25
+    assert np.abs(beside.mean((0, 1)) - COLOURS["red"]).max() < 25
+
+
+def test_a_sheet_of_many_and_of_people_of_whom_none_is_kept(cameras):
+    crop = cameras / "images" / "once.png"
+    images = [PersonImage(crop, f"person {i}") for i in range(SHEET_PAIRS + 50)]
+    n = len(images)
+    found = Cleansing(np.zeros(n, bool), np.arange(n, dtype=float), ("far",) * n, 0, 2)
+    sheet = contact_sheet(images, found)
+    assert sheet.size == (8 * 136, SHEET_PAIRS // 8 * 156)
+    assert sheet.getpixel((10, 10)) == (90, 90, 90)
+    assert sheet.getpixel((100, 10)) == (200, 200, 200)
+    nothing = Cleansing(np.ones(n, bool), np.arange(n, dtype=float), ("",) * n, 0, 2)
+    assert contact_sheet(images, nothing).getextrema() == ((255, 255),) * 3
+
+
+def test_nothing_is_replaced_unasked(cameras, capsys):
+    for name in ("kept.csv", "kept.dropped.csv", "sheet.png"):
+        (cameras / name).write_text("mine", encoding="utf-8")
+        before = files(cameras)
+        assert main([*COMMAND, "kept.csv", "--sheet", "sheet.png"]) == 2
+        assert f"{name} exists. Choose another name, or overwrite it." in capsys.readouterr().err
+        assert files(cameras) == before
+        assert main([*COMMAND, "kept.csv", "--sheet", "sheet.png", "--overwrite"]) == 0
+        assert b"mine" not in (cameras / name).read_bytes()
+        for path in ("kept.csv", "kept.dropped.csv", "sheet.png"):
+            (cameras / path).unlink()
+    # The table itself may be replaced by what is kept of it.
+    assert main([*COMMAND, "people.csv", "--quantile", "0.05", "--overwrite"]) == 0
+    assert len(read_table(cameras / "people.csv")) == 17
+
+
+def test_all_files_or_none(cameras, capsys, monkeypatch):
+    def full(images, path, *, overwrite):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pose2id.training.cleansed_table.write_table", full)
+    before = files(cameras)
+    assert main([*COMMAND, "kept.csv", "--sheet", "sheet.png"]) == 2
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert files(cameras) == before
+
+
+ERRORS = {
+    "no model": (["clean", "people.csv", "--out", "kept.csv"], "--model must be given"),
+    "quantile": ([*COMMAND, "kept.csv", "--quantile", "0.7"], "--quantile must be in [0, 0.49], got 0.7"),
+    "ending": ([*COMMAND, "kept.txt"], "kept.txt must end in .csv"),
+    "sheet": ([*COMMAND, "kept.csv", "--sheet", "sheet.jpg"], "sheet.jpg must end in .png"),
+    "folder": ([*COMMAND, "nowhere/kept.csv"], "There is no folder nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_the_command_names_what_is_wrong_before_any_work(case, cameras, capsys, monkeypatch):
+    monkeypatch.setattr("pose2id.extraction.extract", None)
+    words, message = ERRORS[case]
+    before = files(cameras)
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert files(cameras) == before
+
+
+def test_a_missing_image_is_named(cameras, capsys):
+    (cameras / "images" / "green_2.png").unlink()
+    assert main([*COMMAND, "kept.csv"]) == 2
+    assert "green_2.png" in capsys.readouterr().err
+    assert files(cameras) == {"people.csv"}
+
+
+def test_an_onnx_model_without_a_transform_is_refused_as_in_extract(cameras, capsys):
+    pytest.importorskip("onnxruntime")
+    (cameras / "model.onnx").write_bytes(onnx_files.stripes())
+    words = ["clean", "people.csv", "--model", "onnx:model.onnx", "--workers", "0", "--out", "kept.csv"]
+    assert main(words) == 2
+    assert "--transform must be given" in capsys.readouterr().err
+    assert main([*words, "--transform", "torchreid"]) == 0
+    assert len(read_table(cameras / "kept.csv")) == 17
