@@ -1,9 +1,10 @@
 """Data cleansing: how many images under a wrong name do the distances find, on real features?
 
-    OMP_NUM_THREADS=1 python benchmarks/cleansing.py DATA_DIR [--share 0.05] [--seeds 3]
+    OMP_NUM_THREADS=1 python benchmarks/cleansing.py DATA_DIR [--share 0.05] [--together 1] [--seeds 3]
 
 DATA_DIR holds the sets of `SETS`, one array (N, D) of features of all images beside pids. A share of the images gets
-the name of somebody else, drawn anew for each seed; figures are means over seeds, in %:
+the name of somebody else, drawn anew for each seed; with --together K, K images of a person the same name. Figures are
+means over seeds, in %:
 
     AUC         how often an image under a wrong name is farther than one under its own
     found       wrong ones among as many farthest images as there are wrong ones: precision, and recall as well
@@ -46,6 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DATA_DIR")
     parser.add_argument("--share", type=float, default=0.05, help="of images under a wrong name (%(default)s)")
+    parser.add_argument(
+        "--together", type=int, default=1, help="images of one person under one wrong name (%(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     args = parser.parse_args()
     print(f"{args.share:.0%} under a wrong name, {args.seeds} seeds; AUC, found, far, near in %\n")
@@ -59,22 +63,22 @@ def main() -> None:
         counts = np.unique(pids, return_counts=True)[1]
         print(f"{name}: {len(pids)} images of {len(counts)} people, {counts.min()} to {counts.max()} each")
         for rule, options, power in RULES:
-            trials = [figures(features, pids, options, power, args.share, seed) for seed in range(args.seeds)]
+            trials = [figures(features, pids, options, power, args, seed) for seed in range(args.seeds)]
             print(f"  {rule:30}" + "".join(f"{value:7.1f}" for value in 100 * np.mean(trials, 0)), flush=True)
         print()
 
 
 def figures(
-    features: NDArray[Any], pids: NDArray[np.int64], options: dict[str, Any], power: float, share: float, seed: int
+    features: NDArray[Any],
+    pids: NDArray[np.int64],
+    options: dict[str, Any],
+    power: float,
+    args: argparse.Namespace,
+    seed: int,
 ) -> list[float]:
     """AUC, found, far, near of one draw."""
-    draws = np.random.default_rng(seed)
-    wrong = np.zeros(len(pids), dtype=bool)
-    wrong[draws.choice(len(pids), round(share * len(pids)), replace=False)] = True
-    names = np.unique(pids)
-    moved = (np.searchsorted(names, pids) + draws.integers(1, len(names), len(pids))) % len(names)
-    labels = np.where(wrong, names[moved], pids)
-
+    labels = under_wrong_names(pids, round(args.share * len(pids)), args.together, np.random.default_rng(seed))
+    wrong = labels != pids
     found = clean(features, labels, **options)
     _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
     n = counts[group]
@@ -87,6 +91,21 @@ def figures(
     auc = (ranks[wrong].sum() - wrong.sum() * (wrong.sum() - 1) / 2) / (wrong.sum() * right)
     farthest = ranks >= len(pids) - wrong.sum()
     return [float(auc), *(float(wrong[mask].mean()) for mask in (farthest, reasons == FAR, reasons == NEAR))]
+
+
+def under_wrong_names(
+    pids: NDArray[np.int64], count: int, together: int, draws: np.random.Generator
+) -> NDArray[np.int64]:
+    """The same labels, but for `count` images, some of one person together, that have somebody else's."""
+    labels, names = pids.copy(), np.unique(pids)
+    for person in draws.permutation(np.tile(names, len(pids))):
+        left = count - int((labels != pids).sum())
+        if left == 0:
+            break
+        own = np.flatnonzero((pids == person) & (labels == pids))
+        chosen = draws.permutation(own)[: min(together, left)]
+        labels[chosen] = draws.choice(names[names != person])
+    return labels
 
 
 if __name__ == "__main__":

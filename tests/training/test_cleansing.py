@@ -13,7 +13,7 @@ from PIL import Image
 
 from pose2id.cli import main
 from pose2id.training import clean, read_table
-from pose2id.training.cleansed_table import SHEET_PAIRS, contact_sheet
+from pose2id.training.cleansed_table import SHEET_PAIRS, contact_sheet, farthest_dropped
 from pose2id.training.cleansing import COVARIANCES, Cleansing
 from pose2id.training.table import PersonImage
 
@@ -157,9 +157,10 @@ def test_nobody_to_judge(covariance, rng):
     found = clean(rng.standard_normal((4, 5)), ["a", "b", "c", "d"], covariance=covariance)
     assert found.kept.all()
     assert (found.num_unjudged, found.distances.tolist()) == (4, [0] * 4)
-    equal = clean(np.ones((6, 5)) / 3, [1, 1, 1, 2, 2, 2], covariance=covariance, normalize=False)
+    copies = np.repeat(rng.standard_normal((2, 50)), 7, axis=0)  # whose means are not always equal to them
+    equal = clean(copies, np.arange(14) // 7, covariance=covariance, normalize=False)
     assert equal.kept.all()
-    assert (equal.num_unjudged, equal.distances.tolist()) == (0, [0] * 6)
+    assert (equal.num_unjudged, equal.distances.tolist()) == (0, [0] * 14)
 
 
 @pytest.mark.parametrize("quantiles", ["pooled", "identity"])
@@ -330,12 +331,25 @@ def test_a_sheet_of_many_and_of_people_of_whom_none_is_kept(cameras):
     images = [PersonImage(crop, f"person {i}") for i in range(SHEET_PAIRS + 50)]
     n = len(images)
     found = Cleansing(np.zeros(n, bool), np.arange(n, dtype=float), ("far",) * n, 0, 2)
+    assert farthest_dropped(found) == list(reversed(range(n)))
     sheet = contact_sheet(images, found)
     assert sheet.size == (8 * 136, SHEET_PAIRS // 8 * 156)
     assert sheet.getpixel((10, 10)) == (90, 90, 90)
     assert sheet.getpixel((100, 10)) == (200, 200, 200)
     nothing = Cleansing(np.ones(n, bool), np.arange(n, dtype=float), ("",) * n, 0, 2)
     assert contact_sheet(images, nothing).getextrema() == ((255, 255),) * 3
+
+
+def test_the_sheet_shows_the_most_typical_crop_that_is_kept(tmp_path):
+    images = []
+    for shade in (10, 80, 150, 220):
+        Image.new("RGB", (16, 32), (shade,) * 3).save(tmp_path / f"{shade}.png")
+        images.append(PersonImage(tmp_path / f"{shade}.png", "a"))
+    distances = np.array([9.0, 4.0, 2.0, 1.0])  # the nearest is dropped, too
+    found = Cleansing(np.array([False, True, True, False]), distances, ("far", "", "", "near"), 0, 2)
+    sheet = contact_sheet(images, found)
+    shown = [sheet.getpixel((x, 64))[0] for x in (20, 100, 156, 236)]
+    assert shown == [10, 150, 220, 150]
 
 
 def test_nothing_is_replaced_unasked(cameras, capsys):
