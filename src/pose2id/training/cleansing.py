@@ -84,7 +84,7 @@ def clean(
         quantiles: "pooled": of the distances of all identities together; 2 p N images are dropped, wherever they are.
             "identity": of each identity by itself: for p = 0.005 this drops the farthest and the nearest image of every
             identity with 3 to 200 images.
-        lower: drop the nearest, too, as the paper does. With the default covariance none had a wrong label on real data.
+        lower: drop the nearest, too, as the paper does. In our tests none of them had a wrong label.
         normalize: L2-normalise the features.
 
     Returns:
