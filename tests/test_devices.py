@@ -25,6 +25,7 @@ from pose2id.neighbors.search import exact_neighbors
 from pose2id.poses import standard
 from pose2id.retrieval import protocols
 from pose2id.retrieval.verification import open_set_rank, verification_rank
+from pose2id.training import clean
 
 Q, G, P, D, M = 20, 90, 4, 16, 3
 # Random features: nobody repeats.
@@ -85,6 +86,9 @@ def live(feats, q_camids, g_camids, **options):
 CALLS = {
     "aqe": lambda f, r: pose2id.aqe(f["q"], f["g"], qe_times=2),
     "centre_cameras": lambda f, r: pose2id.centre_cameras(f["q"], f["g"], *r["labels"][2:]),
+    "clean": lambda f, r: clean(f["g"], r["labels"][1]).distances,
+    "clean, pooled": lambda f, r: clean(f["g"], r["labels"][1], covariance="pooled").distances,
+    "clean, ledoit-wolf": lambda f, r: clean(f["g"], r["labels"][1], covariance="ledoit-wolf").distances,
     "database_augmentation": lambda f, r: pose2id.database_augmentation(f["g"], qe_times=2),
     "Gallery": lambda f, r: live(f, None, None),
     "Gallery, cameras": lambda f, r: live(f, *r["labels"][2:]),

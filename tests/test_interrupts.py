@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import onnx_files
 import pytest
 import torch
 from conftest import ROOT
@@ -110,6 +111,7 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     people(folder / "people", 2)
     miniature().save_pretrained(folder / "weights")
+    (folder / "stripes.onnx").write_bytes(onnx_files.stripes())
     rng, pids = np.random.default_rng(0), np.repeat(np.arange(1, 7), 4)
     feats = rng.standard_normal((6, 8))[pids - 1] + rng.standard_normal((24, 8))
     labels = {"q_pids": pids, "g_pids": pids, "q_camids": np.tile([1, 2], 12), "g_camids": np.tile([2, 3], 12)}
@@ -132,6 +134,10 @@ GENERATE = (
     "generate {given}/people/images --out {out}/pictures --weights {given}/weights --steps 2 --size 16x8 "
     "--batch-size 4 --device cpu --grid"
 )
+CLEAN = (
+    "clean {given}/people/table.csv --out {out}/kept.csv --sheet {out}/dropped.png --model onnx:{given}/stripes.onnx "
+    "--transform torchreid --workers 0"
+)
 # A command, the function in which it is interrupted, and at which of its calls: where files are half-written.
 COMMANDS = {
     "generate": (GENERATE, "putchunk", 42),
@@ -142,6 +148,7 @@ COMMANDS = {
     "convert": ("convert {given}/weights {out}/converted", "save_file", 3),
     "draw-people": ("draw-people {out}/people --people 2 --cameras 1", "putchunk", 8),
     "table": ("table {given}/people/images {out}/table.csv", "write_bytes", 1),
+    "clean": (CLEAN, "write_bytes", 2),
     "demo": ("demo --no-generation --people 12 --picture {out}/demo.png", "putchunk", 3),
     "demo, generated": ("demo --people 3 --no-picture", "generate_iter", 2),
 }

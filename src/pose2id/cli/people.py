@@ -1,22 +1,32 @@
-"""`pose2id table` and `pose2id draw-people`: images to train with, and their table."""
+"""`pose2id table`, `pose2id clean` and `pose2id draw-people`: images to train with, and their table."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pose2id.cli.options import command
+from pose2id.cli.extract import loaded_model
+from pose2id.cli.options import add_model, command
 
 _TABLE = """The table has a line for each image: path (from the table's folder), identity, camera, keypoints.
   --identity name    names are identity, _c and camera: 0002_c1s1_000451_03.jpg
   --identity folder  every person has one folder, with images right in it
 Identities -1 (junk) and 0000 (distractors) are left out; a folder 0 is a person's.
 """
+_CLEAN = """Dropped are images whose feature is farther from the mean of their person's than 1 - P of all distances are,
+or nearer than P of them are. NEWTABLE.csv has the other lines' path, identity, camera and keypoints; what was dropped
+is in NEWTABLE.dropped.csv, with distance and reason.
+  --covariance spherical    Euclidean distance: it found most wrong labels
+  --covariance pooled       one covariance of all people, shrunk (extra "train")
+  --covariance ledoit-wolf  each person's own, shrunk (extra "train")
+"""
 
 
 def add_commands(commands: Any) -> None:
-    """Both commands with their options."""
+    """The commands with their options."""
     table = command(commands, "table", "list the people of a folder of images, to train with", _table, _TABLE)
     table.add_argument("folder", metavar="FOLDER", help="directory with images at any depth")
     table.add_argument("output", metavar="OUT.csv", help="table to write")
@@ -25,6 +35,19 @@ def add_commands(commands: Any) -> None:
     poses.add_argument("--keypoints", metavar="DIR", help="NAME.json for each image NAME: OpenPose, COCO, ControlNet")
     poses.add_argument("--detect", action="store_true", help='find keypoints with rtmlib (extra "pose")')
     table.add_argument("--overwrite", action="store_true", help="replace OUT.csv if it exists")
+
+    cleaned = command(commands, "clean", "leave images out of a table that may show somebody else", _clean, _CLEAN)
+    cleaned.add_argument("table", metavar="TABLE", help="table of images, as pose2id table writes it")
+    add_model(cleaned)
+    cleaned.add_argument("--out", metavar="NEWTABLE.csv", required=True, help="table to write")
+    cleaned.add_argument("--quantile", type=float, default=0.005, metavar="P", help="(%(default)s)")
+    kinds = ("spherical", "pooled", "ledoit-wolf")
+    cleaned.add_argument("--covariance", choices=kinds, default=kinds[0], help="(%(default)s)")
+    whose = "of the distances of all people, or of each person's (%(default)s)"
+    cleaned.add_argument("--quantiles", choices=("pooled", "identity"), default="pooled", help=whose)
+    cleaned.add_argument("--keep-near", action="store_true", help="drop no images for being near")
+    cleaned.add_argument("--sheet", metavar="FILE.png", help="the dropped crops, each beside a kept one")
+    cleaned.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     draw = command(commands, "draw-people", "write drawn pedestrians and their table, to try training", _draw_people)
     draw.add_argument("folder", metavar="DIR", help="directory to write: new or empty")
@@ -47,6 +70,29 @@ def _table(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}: {_counted(images)}")
     if not any(image.pose for image in images):
         print("To train on them, some need keypoints: --keypoints DIR or --detect.")
+
+
+def _clean(args: argparse.Namespace) -> None:
+    import numpy as np  # noqa: PLC0415
+
+    from pose2id.extraction import extract  # noqa: PLC0415
+    from pose2id.training.cleansed_table import CleansedTable  # noqa: PLC0415
+    from pose2id.training.cleansing import check_rule, clean  # noqa: PLC0415
+    from pose2id.training.table import read_table  # noqa: PLC0415
+
+    if args.model is None:
+        raise ValueError("--model must be given.")
+    table = CleansedTable(args.out, args.sheet, overwrite=args.overwrite)
+    images = read_table(args.table)
+    options = {name: getattr(args, name) for name in ("quantile", "covariance", "quantiles")}
+    check_rule(**options)
+    model, paths = loaded_model(args), [image.path for image in images]
+    with tempfile.TemporaryDirectory() as folder:
+        given = extract(model.extractor, paths, Path(folder) / "features.npy", workers=args.workers, amp=args.amp)
+        features = np.array(given)  # in memory: the file goes
+    cleansing = clean(features, [image.identity for image in images], lower=not args.keep_near, **options)
+    table.write(images, cleansing)
+    print(f"wrote {args.out}: {cleansing}")
 
 
 def _draw_people(args: argparse.Namespace) -> None:

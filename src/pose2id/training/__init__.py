@@ -9,13 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pose2id.training.cleansing import Cleansing, clean
     from pose2id.training.run import TrainingResult, train
     from pose2id.training.settings import TrainingSettings
     from pose2id.training.table import PersonImage, read_table, table_of_folder, write_table
 
-__all__ = ["PersonImage", "TrainingResult", "TrainingSettings", "read_table", "table_of_folder", "train", "write_table"]
+__all__ = [
+    "Cleansing",
+    "PersonImage",
+    "TrainingResult",
+    "TrainingSettings",
+    "clean",
+    "read_table",
+    "table_of_folder",
+    "train",
+    "write_table",
+]
 
 _MODULES = {
+    "cleansing": ("Cleansing", "clean"),
     "table": ("PersonImage", "read_table", "table_of_folder", "write_table"),
     "run": ("TrainingResult", "train"),
     "settings": ("TrainingSettings",),

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,10 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
         OSError: the file cannot be written.
         ValueError: no images, one of them twice, a text that UTF-8 has no bytes for.
     """
-    folder = Path(os.path.abspath(path)).parent
     rows: dict[str, list[str]] = {}
     check_people(images)
     for i, image in enumerate(images):
-        absolute = Path(os.path.abspath(image.path))
-        written = (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
+        written = path_from(path, image.path)
         if written in rows:
             raise ValueError(f"images must hold each image once, got {image.path} again as images[{i}].")
         # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
@@ -144,15 +142,26 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
         rows[written] = [written, image.identity, image.camera, entries or ""]
     if not rows:
         raise ValueError("images must hold at least one image, got none.")
+    content = csv_content([_COLUMNS, *rows.values()])
+    with whole_file(new_file(path, overwrite=overwrite), replace=overwrite) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def path_from(table: str | os.PathLike[str], image: Path) -> str:
+    """An image's path as a table holds it: from the table's folder if it is below that, else absolute."""
+    folder, absolute = Path(os.path.abspath(table)).parent, Path(os.path.abspath(image))
+    return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
+
+
+def csv_content(rows: Iterable[Sequence[object]]) -> bytes:
+    """Rows as CSV in UTF-8; a ValueError for a text that it has no bytes for."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([_COLUMNS, *rows.values()])
+    csv.writer(text).writerows(rows)
     try:
-        content = text.getvalue().encode()
+        return text.getvalue().encode()
     except UnicodeEncodeError as error:  # a file name in another encoding
         around = error.object[max(0, error.start - _SHOWN_LENGTH) : error.end]
         raise ValueError(f"images must have names that UTF-8 can hold, got {around!r}. Rename the file.") from error
-    with whole_file(new_file(path, overwrite=overwrite), replace=overwrite) as unfinished:
-        unfinished.write_bytes(content)
 
 
 def table_of_folder(
