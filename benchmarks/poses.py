@@ -48,8 +48,8 @@ def _upside_down(pose: NDArray[np.float64], _: NDArray[np.float64], __: np.rando
 
 
 def _long_limb(pose: NDArray[np.float64], _: NDArray[np.float64], draws: np.random.Generator) -> NDArray[np.float64]:
-    """An arm or a leg, of which something is visible, twice as long."""
-    limbs = [limb for limb in _LIMBS if not np.isnan(pose[list(limb[:2]), 0]).any()]
+    """A whole arm or leg, if one is visible, twice as long."""
+    limbs = [limb for limb in _LIMBS if not np.isnan(pose[list(limb), 0]).any()] or _LIMBS
     root, *others = limbs[draws.integers(len(limbs))]
     pose[others] = 2 * pose[others] - pose[root]
     return pose
