@@ -75,8 +75,8 @@ class Rule:
         kind: "occlusion", "positions", "angles", "limb proportions" or "symmetry".
         what: is measured, in words.
         unit: of the bounds.
-        low: the least valid value.
-        high: the greatest valid value.
+        low: the least valid value, or minus infinity.
+        high: the greatest valid value, or infinity.
         measure: "left" or "right", or "" for the whole body, and the value there; nothing where joints are missing.
     """
 
@@ -254,28 +254,28 @@ RULES = (
     Rule("neck", "occlusion", "the neck", _VISIBLE, 1, _ANY, _count("neck")),
     Rule("hips", "occlusion", "the hips", _VISIBLE, 1, _ANY, _count(*_HIPS)),
     Rule("keypoints", "occlusion", "all 18", _VISIBLE, 11, _ANY, _count(*KEYPOINTS)),
-    Rule("keypoints of the side", "occlusion", "the 8 of one side", _VISIBLE, 4, _ANY, _count_of_sides),
-    Rule("torso", "positions", "neck to hips", "of the way to the farthest joint", 0.33, 1, _torso_share),
+    Rule("side", "occlusion", "the 8 of one side", _VISIBLE, 4, _ANY, _count_of_sides),
+    Rule("torso", "positions", "neck to hips", "of the way to the farthest joint", 0.33, _ANY, _torso_share),
     Rule("head height", "positions", "middle of nose, eyes and ears", _BELOW, -0.55, -0.1, _below("head")),
     Rule("shoulder height", "positions", "shoulders", _BELOW, -0.15, 0.15, _below("shoulder")),
     Rule("wrist height", "positions", "wrists", _BELOW, -0.5, 1.4, _below("wrist")),
     Rule("ankle height", "positions", "ankles", _BELOW, 1.4, 2.7, _below("ankle")),
-    Rule("torso lean", "angles", "neck to hips, from straight down", "degrees", 0, 25, _lean("neck", "hips")),
-    Rule("head lean", "angles", "head to neck, from straight down", "degrees", 0, 70, _lean("head", "neck")),
-    Rule("thigh lean", "angles", "hip to knee, from straight down", "degrees", 0, 105, _lean("hip", "knee")),
-    Rule("shin lean", "angles", "knee to ankle, from straight down", "degrees", 0, 75, _lean("knee", "ankle")),
-    Rule("knee angle", "angles", "at the knee; straight is 180", "degrees", 65, 180, _bend("hip", "knee", "ankle")),
-    Rule("shoulder", "limb proportions", "neck to shoulder", _LENGTHS, 0, 0.65, _length("neck", "shoulder")),
+    Rule("torso lean", "angles", "neck to hips, from straight down", "degrees", -_ANY, 25, _lean("neck", "hips")),
+    Rule("head lean", "angles", "head to neck, from straight down", "degrees", -_ANY, 70, _lean("head", "neck")),
+    Rule("thigh lean", "angles", "hip to knee, from straight down", "degrees", -_ANY, 105, _lean("hip", "knee")),
+    Rule("shin lean", "angles", "knee to ankle, from straight down", "degrees", -_ANY, 75, _lean("knee", "ankle")),
+    Rule("knee angle", "angles", "at the knee; straight is 180", "degrees", 65, _ANY, _bend("hip", "knee", "ankle")),
+    Rule("shoulder", "limb proportions", "neck to shoulder", _LENGTHS, -_ANY, 0.65, _length("neck", "shoulder")),
     Rule("upper arm", "limb proportions", "shoulder to elbow", _LENGTHS, 0.1, 0.9, _length("shoulder", "elbow")),
-    Rule("forearm", "limb proportions", "elbow to wrist", _LENGTHS, 0, 0.9, _length("elbow", "wrist")),
-    Rule("hip", "limb proportions", "middle of the hips to hip", _LENGTHS, 0, 0.38, _length("hips", "hip")),
+    Rule("forearm", "limb proportions", "elbow to wrist", _LENGTHS, -_ANY, 0.9, _length("elbow", "wrist")),
+    Rule("hip", "limb proportions", "middle of the hips to hip", _LENGTHS, -_ANY, 0.38, _length("hips", "hip")),
     Rule("thigh", "limb proportions", "hip to knee", _LENGTHS, 0.2, 1.15, _length("hip", "knee")),
     Rule("shin", "limb proportions", "knee to ankle", _LENGTHS, 0.17, 1.2, _length("knee", "ankle")),
     Rule("eye", "limb proportions", "nose to eye", _LENGTHS, 0.03, 0.3, _length("nose", "eye")),
-    Rule("upper arms", "symmetry", "lengths of both upper arms", _APART, 0, 0.35, _difference("shoulder", "elbow")),
-    Rule("forearms", "symmetry", "lengths of both forearms", _APART, 0, 0.6, _difference("elbow", "wrist")),
-    Rule("thighs", "symmetry", "lengths of both thighs", _APART, 0, 0.4, _difference("hip", "knee")),
-    Rule("shins", "symmetry", "lengths of both shins", _APART, 0, 0.45, _difference("knee", "ankle")),
+    Rule("upper arms", "symmetry", "lengths of both upper arms", _APART, -_ANY, 0.35, _difference("shoulder", "elbow")),
+    Rule("forearms", "symmetry", "lengths of both forearms", _APART, -_ANY, 0.6, _difference("elbow", "wrist")),
+    Rule("thighs", "symmetry", "lengths of both thighs", _APART, -_ANY, 0.4, _difference("hip", "knee")),
+    Rule("shins", "symmetry", "lengths of both shins", _APART, -_ANY, 0.45, _difference("knee", "ankle")),
     Rule("shoulders and hips", "symmetry", "left and right of both", _ALIKE, -0.1, _ANY, _twist("shoulder", "hip")),
     Rule("ears and shoulders", "symmetry", "left and right of both", _ALIKE, -0.1, _ANY, _twist("ear", "shoulder")),
     Rule("eyes and ears", "symmetry", "left and right of both", _ALIKE, -0.04, _ANY, _twist("eye", "ear")),
