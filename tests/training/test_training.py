@@ -1093,7 +1093,7 @@ def test_only_valid_poses_are_trained_on(run, images, tmp_path):
     ours, theirs = (weights(tmp_path / poses / "weights") for poses in ("valid", "all"))
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
     going = until(tmp_path / "valid", 1, tmp_path / "copy")
-    with pytest.raises(ValueError, match="poses 'valid' then, 'all' now. Train in another directory"):
+    with pytest.raises(ValueError, match=r"poses 'valid' then, 'all' now\. Train in another directory"):
         run(going, **given)
     assert_equal(ours, weights(run(going, poses="valid", **given).weights))
     old = until(tmp_path / "all", 1, tmp_path / "old")
