@@ -139,15 +139,16 @@ def tables(data: Path) -> None:
     verdicts = {name: [check_pose(pose) for pose in poses] for name, poses in sets.items()}
     values = extremes(sets["train743"])
     upright = values["torso lean"][:, 1] < 90
-    print("| rule | low | high | 0.5 % | 99.5 % | " + " | ".join(f"{name}, %" for name in SETS) + " |")
-    print("|---|" + "--:|" * (4 + len(SETS)))
+    print("| rule | measures | unit | at least | at most | 0.5 % | 99.5 % | " + ", % | ".join(SETS) + ", % |")
+    print("|---|---|---|" + "--:|" * (4 + len(SETS)))
     for rule in RULES:
         low, high = (np.nanpercentile(values[rule.name][upright, i], QUANTILES[i]) for i in (0, 1))
         shares = (np.mean([rule.name in verdict.rules for verdict in verdicts[name]]) for name in SETS)
-        cells = [f"{rule.low:g}", f"{rule.high:g}", f"{low:.2f}", f"{high:.2f}", *(f"{100 * x:.2f}" for x in shares)]
+        bounds = (f"{bound:g}" if np.isfinite(bound) else "" for bound in (rule.low, rule.high))
+        cells = [rule.what, rule.unit, *bounds, f"{low:.2f}", f"{high:.2f}", *(f"{100 * x:.2f}" for x in shares)]
         print(f"| {rule.kind}: {rule.name} | {' | '.join(cells)} |")
     shares = [f"{100 * np.mean([not verdict for verdict in verdicts[name]]):.2f}" for name in SETS]
-    print(f"| any | | | | | {' | '.join(shares)} |\n")
+    print(f"| any | | | | | | | {' | '.join(shares)} |\n")
     print(f"people found: {', '.join(f'{len(poses)} ({name})' for name, poses in sets.items())}")
     print(f"hips below the neck: {upright.sum()} of train743; the quantiles are theirs\n")
     print("| spoiled | " + " | ".join(f"{name}, % refused" for name in SETS) + " |\n|---|" + "--:|" * len(SETS))

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import math
+import re
+import runpy
+import sys
+import zipfile
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pose2id.poses import KEYPOINTS, Pose, Verdict, check_pose, standard
 from pose2id.poses.skeleton import HIGHEST, LOWEST, THRESHOLD
@@ -344,3 +350,41 @@ def test_of_a_detector_s_poses_each_rule_refuses_few(real_features):
     for name in NAMES:
         assert sum(name in verdict.rules for verdict in verdicts) <= 0.016 * len(verdicts), name
     assert 0.05 < sum(not verdict for verdict in verdicts) / len(verdicts) < 0.08
+
+
+def test_the_documented_bounds_are_those_of_the_rules():
+    rows = re.findall(
+        r"^\| (\w[\w ]*): ([\w ]+) \|(.*)\|$", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.M
+    )
+    documented = [(kind, name, *(cell.strip() for cell in cells.split("|")[:4])) for kind, name, cells in rows]
+    shown = lambda bound: f"{bound:g}" if math.isfinite(bound) else ""  # noqa: E731
+    assert documented == [
+        (rule.kind, rule.name, rule.what, rule.unit, shown(rule.low), shown(rule.high)) for rule in RULES
+    ]
+
+
+def test_the_script_measures_and_draws(tmp_path, monkeypatch, capsys):
+    """On standard poses in place of a detector's, every other one upside down."""
+    keypoints = np.array([pose.keypoints for pose in standard()] * 2)
+    keypoints[::2] = keypoints[::2] * (1, -1) + (0, 1)
+    found = np.dstack([keypoints, ~np.isnan(keypoints[..., 0])])
+    crops = [f"{i:04d}_00.jpg" for i in range(len(found))]
+    for name in ("train743", "val100"):
+        np.savez(tmp_path / f"cuhk03_p1_det_{name}_poses.npz", keypoints=found, names=np.array(crops))
+    (tmp_path / "images").mkdir()
+    with zipfile.ZipFile(tmp_path / "images" / "cuhk03_p1_det_train743_64x128.zip", "w") as archive:
+        for crop in crops:
+            with archive.open(crop.replace("_", "_c1_"), "w") as file:
+                Image.new("RGB", (64, 128)).save(file, "JPEG")
+    script = [str(ROOT / "benchmarks" / "poses.py"), str(tmp_path), "--sheets", str(tmp_path / "sheets")]
+    monkeypatch.setattr(sys, "argv", script)
+    runpy.run_path(script[0], run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "| any | | | | | | | 50.00 | 50.00 |" in printed
+    assert "people found: 16 (train743), 16 (val100)" in printed
+    for what in ("upside down", "keypoints shuffled", "left half missing", "lower half missing"):
+        assert f"| {what} | 100.0 | 100.0 |" in printed
+    for sheet, count in (("refused", 8), ("accepted", 8)):
+        assert len((tmp_path / "sheets" / f"{sheet}.txt").read_text(encoding="utf-8").splitlines()) == count
+        with Image.open(tmp_path / "sheets" / f"{sheet}.png") as picture:
+            assert picture.size == (2160, 300)

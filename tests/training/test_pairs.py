@@ -380,7 +380,7 @@ def test_only_valid_poses(images):
     assert "by the rules" not in str(everything)
     with pytest.raises(ValueError, match=r"(?s)of which none can be used.*by the rules of valid poses: 4"):
         select([*overturned, *lost], poses="valid")
-    with pytest.raises(ValueError, match="poses must be 'all' or 'valid', got 'some'"):
+    with pytest.raises(ValueError, match="poses must be one of 'all', 'valid', got 'some'"):
         select(table, poses="some")
 
 
