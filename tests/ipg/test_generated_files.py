@@ -389,6 +389,17 @@ def test_the_command(command, weights, people, tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote 0 pictures to {out}; 6 were there already\n"
 
 
+def test_the_command_warns_of_poses_that_are_not_valid(command, people, tmp_path, caplog):
+    overturned = poses.Pose(FEW[0].keypoints * (1, -1) + (0, 1), "overturned")
+    poses.write([FEW[0], overturned], tmp_path / "poses.json")
+    words = ("--poses", str(tmp_path / "poses.json"))
+    assert command(*words, images=[str(people / "a.png")]) == 0
+    [told] = [line for line in caplog.messages if "pose2" in line]
+    assert told.startswith(f"pose2 (overturned) of {tmp_path / 'poses.json'} may not be a person's: positions: head")
+    assert "; angles: torso lean 17" in told
+    assert below(tmp_path / "out") == {"pose1/a.png", "pose2/a.png"}
+
+
 def test_the_standard_poses_are_the_default(command, people, tmp_path):
     assert command(images=[str(people / "a.png")]) == 0
     assert below(tmp_path / "out") == {f"pose{i}/a.png" for i in range(1, 9)}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from pose2id.ipg import IdentityGenerator
 from pose2id.ipg.pixels import load_poses, load_reference, pixels
-from pose2id.poses import KEYPOINTS, Pose
+from pose2id.poses import KEYPOINTS, Pose, standard
 from pose2id.training.augmentation import augment
 from pose2id.training.cache import Latents, build, identity_features
 from pose2id.training.pairs import Pairs, PairSettings, has_valid_pose, require_pairs, select
@@ -360,6 +360,37 @@ def test_what_cannot_be_used_is_left_out_and_named(images, tmp_path):
         assert str(tmp_path / name) in report
     for image in selection.alone:
         assert str(image.path) in report
+
+
+def test_only_valid_poses(images):
+    """Poses by `check_pose`; the images whose pose is not valid are references."""
+    overturned = [replace(image, pose=Pose(image.pose.keypoints * (1, -1) + (0, 1))) for image in images[3:5]]
+    good = replace(images[5], pose=standard()[0])
+    lost = [replace(image, identity="lost") for image in overturned]
+    table = [*overturned, good, *lost]
+    everything, valid = select(table), select(table, poses="valid")
+    assert everything.targets == [0, 1, 2, 3, 4]
+    assert everything.refused == []
+    assert valid.images == [*overturned, good]
+    assert valid.targets == [2]
+    assert valid.alone == lost
+    assert len(valid.refused) == 4
+    assert valid.refused[0].startswith(f"{overturned[0].path}: ")
+    assert "no targets, by the rules of valid poses: 4 (" in str(valid)
+    assert "by the rules" not in str(everything)
+    with pytest.raises(ValueError, match=r"(?s)of which none can be used.*by the rules of valid poses: 4"):
+        select([*overturned, *lost], poses="valid")
+    with pytest.raises(ValueError, match="poses must be one of 'all', 'valid', got 'some'"):
+        select(table, poses="some")
+
+
+def test_a_pose_is_valid_in_its_own_image_s_proportions(images, tmp_path):
+    table = []
+    for i, size in enumerate(((64, 128), (128, 128))):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", size).save(path)
+        table.append(PersonImage(path, "1", "", standard()[2]))
+    assert select(table, poses="valid").targets == [0]
 
 
 def test_a_report_is_not_endless(images, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -17,7 +18,7 @@ from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.io import whole_files as _outputs
 from pose2id.io.images import image_files
 from pose2id.poses import Pose, standard, write
-from pose2id.training.table import PersonImage, read_table, table_of_folder, write_table
+from pose2id.training.table import PersonImage, read_table, table_of_folder, with_poses, with_valid_poses, write_table
 
 HEADER = "path,identity,camera,keypoints\n"
 HEIGHT, WIDTH = 32, 16
@@ -596,6 +597,35 @@ def test_the_command_detects(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rtmlib", None)
     assert main(["table", str(root), str(out), "--detect", "--overwrite"]) == 2
     assert 'pip install "pose2id[pose]"' in capsys.readouterr().err
+
+
+def upside_down(pose):
+    return Pose(pose.keypoints * (1, -1) + (0, 1))
+
+
+def test_the_command_leaves_out_poses_that_are_not_valid(folder, tmp_path, capsys, caplog):
+    root, out = folder("1_c1.jpg", "2_c1.jpg", "3_c1.jpg"), str(tmp_path / "table.csv")
+    for name, pose in (("1_c1", standard()[0]), ("2_c1", upside_down(standard()[1]))):
+        write([pose], tmp_path / f"{name}.json")
+    command = ["table", str(root), out, "--keypoints", str(tmp_path), "--overwrite"]
+    assert main(command) == 0
+    assert "2 with keypoints" in capsys.readouterr().out
+    assert main([*command, "--poses", "valid"]) == 0
+    assert capsys.readouterr().out == f"wrote {out}: 3 images of 3 people, 1 with keypoints\n"
+    told = caplog.messages[-1]
+    assert told.startswith("1 of 2 poses left out, not valid: 2_c1.jpg (positions: head height ")
+    assert re.search(r"\. By rule: .*torso lean 1", told)
+    assert [image.pose is None for image in read_table(out)] == [False, True, True]
+    assert main(["table", str(root), out, "--poses", "valid", "--overwrite"]) == 2
+    assert "--poses valid must come with keypoints" in capsys.readouterr().err
+
+
+def test_whether_a_pose_is_valid_depends_on_its_image_s_proportions(folder):
+    root = folder("1_c1.jpg", size=(60, 120))
+    folder("2_c1.jpg", size=(120, 120))
+    images = table_of_folder(root)
+    found = with_valid_poses(with_poses(images, [standard()[2]] * 2))
+    assert [image.pose for image in found] == [standard()[2], None]
 
 
 @pytest.mark.parametrize(

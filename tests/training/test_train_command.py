@@ -173,6 +173,7 @@ ALL = {
     "unconditional_ratio": 0.2,
     "snr_gamma": 5.0,
     "noise_offset": 0.05,
+    "poses": "valid",
     "flip": 0.25,
     "erase": 0.75,
     "reference_variants": 4,

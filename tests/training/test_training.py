@@ -28,7 +28,7 @@ from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.demo.pretraining import train_identity_encoder, train_vae
 from pose2id.ipg import IdentityGenerator, TransReID
 from pose2id.ipg.batch import generate_files
-from pose2id.poses import detect
+from pose2id.poses import Pose, detect
 from pose2id.training import cache as latents
 from pose2id.training import checkpoints
 from pose2id.training import run as training
@@ -1080,6 +1080,31 @@ def test_settings_that_may_change(short, run, tmp_path):
     assert [path.name for path in checkpoints.found(directory)] == ["step-00000002"]
 
 
+def overturned(image):
+    return replace(image, pose=Pose(image.pose.keypoints * (1, -1) + (0, 1)))
+
+
+def test_only_valid_poses_are_trained_on(run, images, tmp_path):
+    """A run goes on with them to the same weights, and not with all; runs from before had all."""
+    table = [overturned(image) if i % 3 == 0 and image.pose else image for i, image in enumerate(images)]
+    given = {"table": table}
+    for poses in ("all", "valid"):
+        run(tmp_path / poses, poses=poses, **given)
+    ours, theirs = (weights(tmp_path / poses / "weights") for poses in ("valid", "all"))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    going = until(tmp_path / "valid", 1, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"poses 'valid' then, 'all' now\. Train in another directory"):
+        run(going, **given)
+    assert_equal(ours, weights(run(going, poses="valid", **given).weights))
+    old = until(tmp_path / "all", 1, tmp_path / "old")
+    content = json.loads((old / "run.json").read_text())
+    del content["settings"]["poses"]
+    (old / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="poses 'all' then, 'valid' now"):
+        run(old, poses="valid", **given)
+    assert_equal(theirs, weights(run(old, **given).weights))
+
+
 @pytest.mark.parametrize("what", ["VAE and encoder", "image_size", "architecture", "scheduler"])
 def test_another_generator_is_refused(short, run, tmp_path, what):
     directory = until(short, 1, tmp_path / "run")
@@ -1319,6 +1344,7 @@ BAD_SETTINGS = {
     "unconditional_ratio": [-0.1, 1.1, math.nan],
     "snr_gamma": [0, -5, "5"],
     "noise_offset": [-0.1, 2],
+    "poses": ["some", None],
     "flip": [-1, 2],
     "erase": [-1, 2],
     "reference_variants": [0, 1.5],

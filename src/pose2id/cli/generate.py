@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 from pose2id.cli import train
 from pose2id.cli.options import DTYPES, add_download, command, download
+
+logger = logging.getLogger(__name__)
 
 _TOKEN = "Private repositories: set HF_TOKEN, or log in with `hf auth login`."
 _GENERATE = f"""Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name.
@@ -56,13 +59,19 @@ def _generate(args: argparse.Namespace) -> None:
 
     if args.offload and str(args.device).startswith("cpu"):
         raise ValueError("--offload must not be given with --device cpu: the networks rest there. Leave one out.")
-    sampling = Sampling(args.steps, args.guidance, args.seed, train.size(args.size, "--size"))
+    size = train.size(args.size, "--size")
+    sampling = Sampling(args.steps, args.guidance, args.seed, size)
     batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
     from pose2id import poses  # noqa: PLC0415
     from pose2id.ipg import batch as files  # noqa: PLC0415
 
     images = files.collect_images(args.images, args.out)
     chosen = poses.standard() if args.poses == "standard" else poses.read(args.poses)
+    for i, pose in enumerate(chosen, 1):
+        verdict = poses.check_pose(pose, size=size)
+        if not verdict:
+            named = f"pose{i}" + (f" ({pose.name})" if pose.name else "")
+            logger.warning("%s of %s may not be a person's: %s", named, args.poses, "; ".join(verdict.reasons))
     generator = _generator(args)
     job: Any = {"poses": chosen, "overwrite": args.overwrite, "sampling": sampling}
     if args.dry_run:

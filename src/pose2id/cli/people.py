@@ -34,6 +34,9 @@ def add_commands(commands: Any) -> None:
     poses = table.add_mutually_exclusive_group()
     poses.add_argument("--keypoints", metavar="DIR", help="NAME.json for each image NAME: OpenPose, COCO, ControlNet")
     poses.add_argument("--detect", action="store_true", help='find keypoints with rtmlib (extra "pose")')
+    table.add_argument(
+        "--poses", choices=("all", "valid"), default="all", help="valid: leave keypoints out that make no body (all)"
+    )
     table.add_argument("--overwrite", action="store_true", help="replace OUT.csv if it exists")
 
     cleaned = command(commands, "clean", "leave images out of a table that may show somebody else", _clean, _CLEAN)
@@ -63,9 +66,13 @@ def _table(args: argparse.Namespace) -> None:
     from pose2id.training import table  # noqa: PLC0415
 
     new_file(args.output, overwrite=args.overwrite, suffixes=(".csv",))
+    if args.poses == "valid" and not (args.detect or args.keypoints):
+        raise ValueError("--poses valid must come with keypoints, got none. Add --keypoints DIR or --detect.")
     images = table.table_of_folder(args.folder, identity=args.identity, keypoints=args.keypoints)
     if args.detect:
         images = table.with_poses(images, detect([image.path for image in images]))
+    if args.poses == "valid":
+        images = table.with_valid_poses(images)
     table.write_table(images, args.output, overwrite=args.overwrite)
     print(f"wrote {args.output}: {_counted(images)}")
     if not any(image.pose for image in images):

@@ -32,6 +32,7 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("unconditional_ratio", float, "samples without reference and identity (0.1)"),
     ("snr_gamma", float, "Min-SNR weighting, published 5 (off)"),
     ("noise_offset", float, "published 0.05 (0)"),
+    ("poses", str, "of targets: all, or only valid ones (all)"),
     ("flip", float, "probability of a mirrored reference (0.5)"),
     ("erase", float, "probability of an erased rectangle of the reference (0.5)"),
     ("reference_variants", int, "augmentations of a reference (endless)"),

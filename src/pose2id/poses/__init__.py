@@ -4,5 +4,18 @@ from pose2id.poses.detection import detect
 from pose2id.poses.drawing import draw
 from pose2id.poses.files import read, standard, write
 from pose2id.poses.skeleton import KEYPOINTS, LIMBS, PALETTE, Pose
+from pose2id.poses.validity import Verdict, check_pose
 
-__all__ = ["KEYPOINTS", "LIMBS", "PALETTE", "Pose", "detect", "draw", "read", "standard", "write"]
+__all__ = [
+    "KEYPOINTS",
+    "LIMBS",
+    "PALETTE",
+    "Pose",
+    "Verdict",
+    "check_pose",
+    "detect",
+    "draw",
+    "read",
+    "standard",
+    "write",
+]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pose2id.io.checks import first_few
+from pose2id.io.checks import checked_choice, first_few
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pixels import load_reference, pixels
-from pose2id.poses import KEYPOINTS, Pose, draw
+from pose2id.poses import KEYPOINTS, Pose, check_pose, draw
 from pose2id.training.augmentation import augment
-from pose2id.training.settings import TrainingSettings
+from pose2id.training.settings import POSES, TrainingSettings
 from pose2id.training.table import PersonImage
 
 LEAST_KEYPOINTS = 8
@@ -43,6 +43,7 @@ class Selection:
     Attributes:
         images: readable images of people with two of them or more, one of them a target.
         targets: indices into `images` of those with a valid pose.
+        refused: images that are references only because their pose is not valid, and why.
         unreadable: images left out because they cannot be read, and why.
         alone: images left out because no pair can be made of their person's images.
         digests: SHA-256 of the files of `images`.
@@ -53,6 +54,7 @@ class Selection:
     unreadable: list[str]
     alone: list[PersonImage]
     digests: list[str]
+    refused: list[str] = field(default_factory=list)
 
     @property
     def without_pose(self) -> int:
@@ -75,6 +77,8 @@ class Selection:
             f"{len(self.images)} images of {people} people: {len(self.targets)} targets, {self.without_pose} without a "
             "valid pose, which are references only"
         ]
+        if self.refused:
+            lines.append(f"no targets, by the rules of valid poses: {len(self.refused)} ({_some(self.refused)})")
         if self.unreadable:
             lines.append(f"left out, unreadable: {len(self.unreadable)} ({_some(self.unreadable)})")
         if self.alone:
@@ -91,26 +95,38 @@ def has_valid_pose(pose: Pose | None) -> bool:
     return bool(visible[_NECK] and visible[_HIPS].any() and visible.sum() >= LEAST_KEYPOINTS)
 
 
-def select(images: Sequence[PersonImage]) -> Selection:
+def select(images: Sequence[PersonImage], *, poses: str = "all") -> Selection:
     """Select what can be trained on; every image is read and decoded.
+
+    Args:
+        images: of people.
+        poses: "all": whatever `has_valid_pose` is a target; "valid": only what `check_pose` accepts too, in the
+            image's proportions.
 
     Raises:
         ValueError: nothing is left; with what was left out.
     """
+    checked_choice(poses, "poses", POSES)
     with ThreadPoolExecutor(_THREADS) as pool:
-        problems, digests = zip(*pool.map(_read, images), strict=True) if images else ((), ())
+        problems, digests, sizes = zip(*pool.map(_read, images), strict=True) if images else ((), (), ())
     unreadable = [problem for problem in problems if problem]
     if images and len(unreadable) == len(images):
         given = f"got {len(images)} of which none can ({_some(unreadable)})"
         raise ValueError(f"images must be files that can be read, {given}. Paths start at the table's folder.")
-    kept, alone = _parted(images, [i for i, problem in enumerate(problems) if not problem])
-    targets = [place for place, i in enumerate(kept) if has_valid_pose(images[i].pose)]
+    readable = [i for i, problem in enumerate(problems) if not problem]
+    shown = [i for i in readable if has_valid_pose(images[i].pose)]
+    verdicts = {i: check_pose(cast("Pose", images[i].pose), size=sizes[i]) for i in shown if poses == "valid"}
+    refused = {i: f"{images[i].path}: {verdict.reasons[0]}" for i, verdict in verdicts.items() if not verdict}
+    fit = set(shown) - refused.keys()
+    kept, alone = _parted(images, readable, fit)
+    targets = [place for place, i in enumerate(kept) if i in fit]
     selection = Selection(
         images=[images[i] for i in kept],
         targets=targets,
         unreadable=unreadable,
         alone=[images[i] for i in alone],
         digests=[digests[i] for i in kept],
+        refused=list(refused.values()),
     )
     if not targets:
         raise ValueError(f"{_rule(images)} {selection}")
@@ -119,19 +135,22 @@ def select(images: Sequence[PersonImage]) -> Selection:
 
 def require_pairs(images: Sequence[PersonImage]) -> None:
     """Raise the ValueError of `select` if the table alone shows that no pair can be made; no image is read."""
-    if not _parted(images, range(len(images)))[0]:
+    shown = {i for i, image in enumerate(images) if has_valid_pose(image.pose)}
+    if not _parted(images, range(len(images)), shown)[0]:
         raise ValueError(_rule(images))
 
 
-def _parted(images: Sequence[PersonImage], readable: Iterable[int]) -> tuple[list[int], list[int]]:
-    """Images of people of whom a pair can be made, and the others."""
+def _parted(
+    images: Sequence[PersonImage], readable: Iterable[int], fit: Collection[int]
+) -> tuple[list[int], list[int]]:
+    """Images of people of whom a pair can be made, and the others; `fit`: those that can be targets."""
     people: dict[str, list[int]] = defaultdict(list)
     for i in readable:
         people[images[i].identity].append(i)
     kept: list[int] = []
     alone: list[int] = []
     for members in people.values():
-        pair = len(members) > 1 and any(has_valid_pose(images[i].pose) for i in members)
+        pair = len(members) > 1 and any(i in fit for i in members)
         (kept if pair else alone).extend(members)
     return kept, alone
 
@@ -262,13 +281,13 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return load_reference(self.selection.images[i].path, "training image")
 
 
-def _read(image: PersonImage) -> tuple[str, str]:
-    """Why an image cannot be used, empty if it can; and its file's SHA-256."""
+def _read(image: PersonImage) -> tuple[str, str, tuple[int, int]]:
+    """Why an image cannot be used, empty if it can; its file's SHA-256; (height, width)."""
     try:
-        load_reference(image.path, "training image")
-        return "", hashlib.sha256(image.path.read_bytes()).hexdigest()
+        width, height = load_reference(image.path, "training image").size
+        return "", hashlib.sha256(image.path.read_bytes()).hexdigest(), (height, width)
     except (OSError, ValueError) as error:
-        return str(error) if str(image.path) in str(error) else f"{image.path}: {error}", ""
+        return str(error) if str(image.path) in str(error) else f"{image.path}: {error}", "", (0, 0)
 
 
 def _some(names: Sequence[Any]) -> str:

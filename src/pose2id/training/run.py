@@ -79,9 +79,9 @@ def train(
     Args:
         generator: where to start: `start.start`, `start.fresh`, or any `IdentityGenerator`. Its networks are trained in
             place, in float32 on the device of training. Its `round_bank` has no part in training.
-        images: of people with two images or more. An image with a valid pose (`pairs.has_valid_pose`) is a target, any
-            other of the same person its reference. Unreadable images and people without a pair are left out and
-            logged.
+        images: of people with two images or more. An image with a pose (`pairs.has_valid_pose`; with `poses="valid"`
+            also `poses.check_pose`) is a target, any other of the same person its reference. Unreadable images and
+            people without a pair are left out and logged.
         directory: new or empty, or that of a run to go on with. Images must be the same then, and so must settings,
             except those that the weights do not depend on (`settings.FREE`) and, with a constant rate, `steps` if they
             are given.
@@ -159,7 +159,7 @@ class _Run:
             given = f"{settings.batch_size} with {accelerator.num_processes} x {settings.gradient_accumulation}"
             raise ValueError(f"batch_size must be a multiple of processes x gradient_accumulation, got {given}.")
         self.share = settings.batch_size // parts
-        selection = select(images)
+        selection = select(images, poses=settings.poses)
         self.generator = generator.to(accelerator.device, torch.float32)
         if self.main:
             level = logging.WARNING if selection.unreadable or selection.alone else logging.INFO

@@ -32,6 +32,7 @@ _FORMAT = 2
 # Of the first start, whatever generator a later one is given: the checkpoints' weights come from there.
 _OPTIONS = ("license", "sources", "round_bank")
 _ORIGIN = (*_OPTIONS, "origin")
+_SINCE = {"poses": "all"}  # settings that older runs do not name, and what they did
 _KEYS = frozenset({"format", "settings", "images", "generator", "start", "published", *_ORIGIN})
 
 
@@ -178,7 +179,7 @@ class RunDirectory:
 
     def _check_same(self, began: Mapping[str, Any], free: Collection[str], newest: Path) -> None:
         """Raise if the run would go on as another one, or with fewer steps than it has done."""
-        fixed, before, elsewhere = self.content["settings"], began["settings"], "Train in another directory."
+        fixed, before, elsewhere = self.content["settings"], _SINCE | began["settings"], "Train in another directory."
         where = f"the run in {self.path} began with"
         differing = [name for name in fixed if name not in free and before.get(name) != fixed[name]]
         if differing:

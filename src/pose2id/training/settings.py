@@ -11,6 +11,7 @@ from pose2id.io.checks import checked_choice, checked_count, checked_flag, check
 OPTIMIZERS = ("adam", "adamw", "adamw8bit")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("no", "fp16", "bf16")
+POSES = ("all", "valid")
 
 # May differ when a run goes on: the weights do not depend on them.
 FREE = (
@@ -45,6 +46,7 @@ class TrainingSettings:
         unconditional_ratio: probability of a sample that sees neither reference nor identity.
         snr_gamma: Min-SNR weighting (`objective.Objective`), published value 5; None: all noise levels alike.
         noise_offset: standard deviation of a shift of each channel's noise, published value 0.05.
+        poses: of targets: "all" of neck, a hip and 8 keypoints, or only those that are "valid" (`poses.check_pose`).
         flip: probability of a mirrored reference.
         erase: probability of a reference with a randomly erased rectangle.
         reference_variants: how many augmentations an image has as a reference; None: a new one each time.
@@ -74,6 +76,7 @@ class TrainingSettings:
     unconditional_ratio: float = 0.1
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+    poses: str = "all"
     flip: float = 0.5
     erase: float = 0.5
     reference_variants: int | None = None
@@ -104,7 +107,12 @@ class TrainingSettings:
         self._become("max_grad_norm", checked_number, low=0, high=1e6)
         self._become("snr_gamma", checked_number, low=1e-3, high=1e6)
         self._become("ema", checked_number, low=1e-6, high=0.99999)
-        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("mixed_precision", PRECISIONS)):
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("mixed_precision", PRECISIONS),
+            ("poses", POSES),
+        ):
             self._become(name, checked_choice, choices=choices)
         for name in ("cache", "gradient_checkpointing"):
             checked_flag(getattr(self, name), name)

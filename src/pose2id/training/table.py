@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from pose2id.io.checks import checked_choice, checked_flag, first_few
 from pose2id.io.images import image_files, load_image
 from pose2id.io.whole_files import new_file, whole_file
-from pose2id.poses import KEYPOINTS, Pose, detect, read
+from pose2id.poses import KEYPOINTS, Pose, check_pose, detect, read
 from pose2id.poses.detection import Detector
 from pose2id.poses.files import NobodyError, from_entries, to_entries
 
@@ -208,6 +208,31 @@ def table_of_folder(
 def with_poses(images: Sequence[PersonImage], poses: Sequence[Pose | None]) -> list[PersonImage]:
     """The same images with these poses."""
     return [replace(image, pose=pose) for image, pose in zip(images, poses, strict=True)]
+
+
+def with_valid_poses(images: Sequence[PersonImage]) -> list[PersonImage]:
+    """The same images without poses that are not valid (`poses.check_pose`); how many these are, and why, is logged.
+
+    Images with a pose are opened: their proportions count.
+    """
+    checked = []
+    broken: Counter[str] = Counter()
+    refused = []
+    for image in images:
+        if image.pose is not None:
+            width, height = load_image(image.path, f"image {image.path.name}").size
+            verdict = check_pose(image.pose, size=(height, width))
+            if not verdict:
+                broken.update(verdict.rules)
+                refused.append(f"{image.path.name} ({verdict.reasons[0]})")
+                image = replace(image, pose=None)  # noqa: PLW2901
+        checked.append(image)
+    if refused:
+        poses = len(refused) + sum(image.pose is not None for image in checked)
+        rules = ", ".join(f"{name} {count}" for name, count in broken.most_common())
+        shown = first_few(refused, separator="; ")
+        logger.warning("%d of %d poses left out, not valid: %s. By rule: %s", len(refused), poses, shown, rules)
+    return checked
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
