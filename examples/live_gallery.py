@@ -206,8 +206,8 @@ def main() -> None:
     ended: dict[int, int] = {}  # id to time
     for time, track in tracks(options.tracker, options.save):
         person = max(set(track.people), key=track.people.count)
-        same: dict[str, Any] = {"group_by": [track.number] * len(track.crops), "quality": track.quality}
-        cameras = [track.camera] * len(track.crops)
+        same: dict[str, Any] = {"group_by": track.number, "quality": track.quality}
+        name = f"person {person}"  # in camera 1 a guard says who that is
         if track.camera == 2:
             if threshold is None:  # everybody of camera 1 is there
                 file = strangers(model)
@@ -215,15 +215,13 @@ def main() -> None:
                     impostor=file, impostor_camids=[2] * len(file), fpr=0.1, exclude_camera=True
                 )
             found = gallery.search_images(
-                track.crops, 1, colors="bgr", query_camids=cameras, exclude_camera=True, threshold=threshold, **same
+                track.crops, 1, colors="bgr", query_camids=2, exclude_camera=True, threshold=threshold, **same
             )
-            name = found.labels[0, 0]
-            truth = f"person {person}" if person < PEOPLE else "unknown"
+            truth, name = name if person < PEOPLE else "unknown", found.labels[0, 0]
             came_back, right = came_back + 1, right + (name == truth)
             print(f"{time:4} camera 2, track {track.number}: {name}, distance {found.distances[0, 0]:.2f} ({truth})")
-        added = gallery.add_images(
-            track.crops, colors="bgr", camids=cameras, labels=[f"person {person}"] * len(cameras), **same
-        )
+            name = f"newcomer {time}" if name == "unknown" else name
+        added = gallery.add_images(track.crops, colors="bgr", camids=track.camera, labels=name, **same)
         ended[int(added[0])] = time
     print(f"{right} of {came_back} in camera 2 are right; {gallery}")
 

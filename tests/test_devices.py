@@ -80,7 +80,7 @@ def live(feats, q_camids, g_camids, **options):
     gallery.update([5], feats["g"][6:7])
     gallery.calibrate(impostor=feats["q"])
     found = gallery.search(feats["q"], 4, query_camids=q_camids, **options)
-    return found.distances, gallery.features()
+    return found.distances, gallery.features(), gallery.scores(feats["q"], query_camids=q_camids)
 
 
 CALLS = {

@@ -138,7 +138,8 @@ class Extractor:
         pad_last_batch: bool = False,
     ) -> None:
         if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}.")
+            named = f" For a model by name: pose2id.models.load({model!r}).extractor." if isinstance(model, str) else ""
+            raise TypeError(f"model must be callable, got {type(model).__name__}.{named}")
         self.model = model
         self.inputs = checked_choice(inputs, "inputs", INPUTS)
         if isinstance(transform, str):
