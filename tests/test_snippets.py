@@ -220,7 +220,7 @@ def test_example_of_a_live_gallery(capfd, monkeypatch):
     assert right >= 9
     assert re.search(r": unknown, distance [\d.]+ \(unknown\)$", printed, re.MULTILINE)  # the newcomer
     assert "\n12 tracks that ended more than 100 frames ago are removed" in printed
-    assert "another process: 15 tracks on file, nearest is person 14" in printed
+    assert "another process: 15 tracks on file, nearest is newcomer 181" in printed
 
 
 def test_example_of_real_features(given, tmp_path, capsys, monkeypatch):

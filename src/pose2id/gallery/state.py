@@ -52,7 +52,7 @@ class State:
         self.images, self.linked, self.fitted = linked.images, linked, fitted
         self.changes = 0
         self._farthest: dict[str, Tensor] = {}
-        self._sample: Tensor | None = None
+        self._sample: dict[str, Tensor] = {}
 
     def compared(self, raw: Tensor, cameras: Tensor) -> Tensor:
         """(B, D) float32 unit rows as methods compare them, with what is frozen of cameras."""
@@ -105,11 +105,11 @@ class State:
         """
         images = self.images
         if images.index is not None:
-            if self._sample is None:
+            if how not in self._sample:
                 present = torch.nonzero(images.alive).flatten()
                 chosen = shuffled(len(present))[:_SAMPLE]
-                self._sample = present[chosen.to(present.device)]
-            return products(x, self.reranked_rows(how, self._sample))
+                self._sample[how] = self.reranked_rows(how, present[chosen.to(present.device)])
+            return products(x, self._sample[how])
         if how == "camera":
             found = self.linked.scores(images.products(x))
         elif self.fitted.centres is None:
