@@ -457,6 +457,43 @@ def test_ids_are_integers_or_strings_in_a_row(ids, error, message):
     assert len(gallery) == 5
 
 
+def test_a_method_that_needs_cameras_keeps_one():
+    x, camids, _ = Drawn(17).images(100)
+    camids[:70] = -1
+    for share in (None, 0.05):
+        gallery = Gallery(Centralizer(method="cameras"), refit_share=share)
+        gallery.add(x, camids=camids)
+        with pytest.raises(ValueError, match="ids must leave an image of a known camera for method='cameras'"):
+            gallery.remove(range(70, 100))
+        with pytest.raises(ValueError, match="ids must leave an image of a known camera"):
+            gallery.update(range(70, 100), camids=-1, labels="new")
+        assert len(gallery) == 100
+        assert gallery.labels([99]).tolist() == [None]
+        gallery.remove(range(70, 99))
+        assert gallery.add(x[:2]).tolist() == [100, 101]
+        gallery.remove(gallery.ids)
+        assert len(gallery) == 0
+
+
+def test_an_update_is_one_change():
+    x, _, _ = Drawn(17).images(1000)
+    gallery = Gallery(refit_share=0.05)
+    gallery.add(x)
+    state = gallery._content.state
+    for row in range(50):
+        gallery.update([row], x[row : row + 1] + 0.1)
+    assert gallery._content.state is state
+    gallery.update([50], x[50:51] + 0.1)
+    assert gallery._content.state is not state
+
+
+def test_an_emptied_gallery_keeps_its_container():
+    gallery = Gallery()
+    gallery.add(torch.ones(2, 3))
+    gallery.remove([0, 1])
+    assert torch.equal(gallery.features(), torch.empty(0, 3))
+
+
 def test_no_image_needs_no_id():
     x, _, _ = Drawn(17).images(1)
     gallery = Gallery()
@@ -487,6 +524,9 @@ def test_cameras_are_the_same_in_every_call():
     np.testing.assert_allclose(named.features(), numbered.features(), atol=1e-6)
     one = numbered.search(x[:4], 5, query_camids=camids[:4], exclude_camera=True)
     other = named.search(x[:4], 5, query_camids=words[:4].tolist(), exclude_camera=True)
+    np.testing.assert_array_equal(one.ids, other.ids)
+    one = numbered.search(x[:4], 5, query_camids=[9] * 4, rerank="camera")
+    other = named.search(x[:4], 5, query_camids=["new"] * 4, rerank="camera")
     np.testing.assert_array_equal(one.ids, other.ids)
 
 

@@ -276,6 +276,7 @@ class Gallery:
 
         Raises:
             KeyError: an id that the gallery does not have; nothing is removed then.
+            ValueError: the method needs cameras, and all images that would be left are of unknown ones; likewise.
         """
         with self._changing:
             places = self._places(ids)
@@ -286,6 +287,7 @@ class Gallery:
                 with self._lock.writing():
                     self._content = _Content()
                 return
+            self._check_cameras_stay(state, places, None)
             if self._due(len(places)):
                 kept = sorted(set(content.places.values()) - set(places.tolist()))
                 self._refit(torch.tensor(kept, device="cpu"))
@@ -319,6 +321,7 @@ class Gallery:
 
         Raises:
             KeyError: an id that the gallery does not have; nothing changes then.
+            ValueError: as in `remove`; likewise.
         """
         names = _checked_ids(ids)
         if features is None:
@@ -339,6 +342,8 @@ class Gallery:
             state = self._content.state
             if state is None or not len(places):
                 return
+            if cameras is not None:
+                self._check_cameras_stay(state, places, cameras)
             if listed is not None:
                 with self._lock.writing():
                     for place, label in zip(places.tolist(), listed, strict=True):
@@ -354,6 +359,7 @@ class Gallery:
             with self._lock.writing():
                 state.remove(places)
                 state.insert(raw, cameras, places)
+                state.changes -= len(places)  # one change, not two
             self._refit_if_short()
 
     def search(
@@ -399,8 +405,8 @@ class Gallery:
         raw, tracks = self._pooled(rows, group_by, quality)
         cameras = self._cameras(query_camids, "query_camids", rows.n, tracks, new=False)
         _check_known(cameras, "query_camids", exclude_camera)
-        if how == "camera" and not bool((cameras >= 0).all()):
-            raise ValueError("query_camids must name a camera of the gallery for each query with rerank='camera'.")
+        if how == "camera" and bool((cameras == _UNKNOWN).any()):
+            raise ValueError("query_camids must name a camera for each query with rerank='camera'.")
         with self._lock.reading():
             places, distances, known = self._searched(raw, cameras, k, how, exclude_camera, limit)
             content = self._content
@@ -430,7 +436,8 @@ class Gallery:
             state = self._content.state
             places = self._places(list(self._content.places) if ids is None else ids)
             if state is None:
-                return np.empty((0, self._dim or 0), dtype=np.float32)
+                nothing = torch.empty((0, self._dim or 0), dtype=torch.float32, device="cpu")
+                return nothing.numpy() if self._like is None else as_container(nothing, self._like)
             places = places.to(state.images.raw.device)
             found = state.images.raw[places] if raw else state.features(places)
             return as_container(found, self._like)
@@ -453,7 +460,7 @@ class Gallery:
             KeyError: an id that the gallery does not have.
         """
         with self._lock.reading():
-            content, words = self._content, {number: word for word, number in self._words.items()}
+            content, words = self._content, {number: word for word, number in dict(self._words).items()}  # others add
             places = list(content.places.values()) if ids is None else self._places(ids).tolist()
             numbers = [] if content.state is None else content.state.images.cameras[places].tolist()
             return _objects([None if number < 0 else words.get(number, number) for number in numbers])
@@ -631,6 +638,14 @@ class Gallery:
             empty = np.empty((0, facts["dim"] or 1), dtype=np.float32)
             gallery._like = torch.from_numpy(empty) if facts["tensors"] else empty
         return gallery
+
+    def _check_cameras_stay(self, state: State, places: Tensor, cameras: Tensor | None) -> None:
+        """Raise a ValueError where no refit could follow."""
+        if (method := self.centralizer.method) in ("cameras", "centring"):
+            stay = state.images.alive & (state.images.cameras[: state.images.n] >= 0)
+            stay[places.to(stay.device)] = False
+            if not bool(stay.any()) and not (cameras is not None and bool((cameras >= 0).any())):
+                raise ValueError(f"ids must leave an image of a known camera for method={method!r}, or none at all.")
 
     def _put(self, raw: Tensor, names: list[Any], cameras: Tensor, labels: list[Any]) -> None:
         content, state = self._content, self._content.state
