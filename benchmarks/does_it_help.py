@@ -266,6 +266,18 @@ def other_cameras(form: Form, method: Callable[[Form], Distances]) -> Distances:
     return np.where(form.q_cams[:, None] == form.g_cams, np.float32(np.inf), method(form))
 
 
+def absent(form: Form, method: Callable[[Form], Distances]) -> Distances:
+    """Images of the query's own camera are not there when the method runs, camera by camera of the queries."""
+    shared = np.isin(form.q_cams, form.g_cams)
+    distances = np.full((len(form.q), len(form.g)), np.inf, dtype=np.float32)
+    for camera in (None, *np.unique(form.q_cams[shared])):  # None: queries whose camera the gallery lacks
+        asking = np.flatnonzero(~shared if camera is None else form.q_cams == camera)
+        there = np.flatnonzero(form.g_cams != camera) if camera is not None else np.arange(len(form.g))
+        if len(asking) and len(there):
+            distances[np.ix_(asking, there)] = method(form.queries(asking).gallery(there))
+    return distances
+
+
 def with_wrong_cameras(form: Form, share: float, seed: int = 0) -> Form:
     """That share of the camera ids drawn anew among the others; 1: every id at random."""
     rng = np.random.default_rng(seed)
@@ -290,6 +302,8 @@ def special(name: str, draws: list[Form]) -> Iterator[tuple[str, list[Form], Cal
     both = ("auto with cameras", "rerank with cameras")
     for method in (AS_IS, *both):
         yield f"{method}; other cameras only", draws, partial(other_cameras, method=METHODS[method])
+    for method in ("auto", *both):
+        yield f"{method}; own camera absent", draws, partial(absent, method=METHODS[method])
     yield from wrong_cameras(name, draws, (0.2, 1.0))
     if name in ALONE:
         form = draws[0]
