@@ -169,6 +169,10 @@ class Gallery:
         """How many images, and how they are centralized."""
         return f"Gallery({len(self)} images, dim={self._dim}, {self.reason.partition('. ')[0]})"
 
+    def __getstate__(self) -> Any:
+        """A gallery has locks, and threads that count on them."""
+        raise TypeError("A Gallery cannot be pickled or copied. Save it, and load it where it is wanted.")
+
     def add(
         self,
         features: Any,
@@ -736,7 +740,7 @@ class Gallery:
         rows = Rows(features, name, normalize=True)
         if rows.n:
             self._check_columns(rows.dim, name)
-        zero = torch.nonzero(rows.norms == 0).flatten().tolist()
+        zero = torch.nonzero(rows.norms < torch.finfo(torch.float32).tiny).flatten().tolist()
         if zero:
             raise ValueError(
                 f"{name} must not hold zero rows, which resemble nothing (row {first_few(zero)}). Drop them."
