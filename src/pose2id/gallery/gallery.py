@@ -618,8 +618,9 @@ class Gallery:
         Args:
             path: of the file.
             centralizer: as in `Gallery`, of the same method; None: one with the saved method and no extractor.
-            mmap: leave arrays in the file, which is opened at once, however large: several processes share its pages.
-                Changes stay in memory, and take the memory of the whole gallery as soon as it grows.
+            mmap: leave arrays in the file: several processes share its pages. It is opened at once, however large, but
+                where it is searched approximately (`exact_up_to`): inverted lists are made anew. Changes stay in
+                memory, and take the memory of the whole gallery as soon as it grows.
 
         Raises:
             FileNotFoundError: there is no such file.
