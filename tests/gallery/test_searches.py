@@ -405,7 +405,11 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
         ),
         (lambda: gallery.add(x[:2], ids=["a", "b"], group_by=[1, 1]), ValueError, "ids must hold one id per track, 1"),
         (lambda: gallery.search(x[:1], group_by=0.5), TypeError, "group_by must hold one track id per row"),
-        (lambda: gallery.search(x[:3], group_by=[2, -1, None]), ValueError, "got None or -1 at rows 1, 2. Leave boxes"),
+        (
+            lambda: gallery.search(x[:3], group_by=[2, -1, None]),
+            ValueError,
+            "got None, NaN or -1 at rows 1, 2. Leave boxes",
+        ),
         (
             lambda: Gallery(metadata={"mean": x[0]}),
             TypeError,
