@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import sys
 import threading
 import time
 
@@ -226,6 +227,25 @@ def test_a_query_in_the_middle_of_a_refit_does_not_wait(change, monkeypatch):
     after = gallery.search(x, 5).ids.tolist()
     assert (after == before.ids.tolist()) == (change == "refit")
     assert len(gallery) == {"add": 84, "remove": 76}.get(change, 80)
+
+
+def test_cameras_can_be_asked_for_while_new_ones_come():
+    interval = sys.getswitchinterval()
+    gallery, x = Gallery(refit_share=None), people(range(50))[0]
+    gallery.add(x, camids=[f"first {at}" for at in range(50)])
+
+    def ask():
+        while not threads.stop.is_set():
+            assert gallery.camids([0]).tolist() == ["first 0"]
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with Threads() as threads:
+            threads.start(ask)
+            for change in range(60):
+                gallery.add(x, camids=[f"{change} {at}" for at in range(50)])
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_change_that_fails_leaves_the_gallery_open():

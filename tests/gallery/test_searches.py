@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -403,7 +405,11 @@ def test_what_is_refused_and_leaves_the_gallery_as_it_was():
         ),
         (lambda: gallery.add(x[:2], ids=["a", "b"], group_by=[1, 1]), ValueError, "ids must hold one id per track, 1"),
         (lambda: gallery.search(x[:1], group_by=0.5), TypeError, "group_by must hold one track id per row"),
-        (lambda: gallery.search(x[:3], group_by=[2, -1, None]), ValueError, "got None or -1 at rows 1, 2. Leave boxes"),
+        (
+            lambda: gallery.search(x[:3], group_by=[2, -1, None]),
+            ValueError,
+            "got None, NaN or -1 at rows 1, 2. Leave boxes",
+        ),
         (
             lambda: Gallery(metadata={"mean": x[0]}),
             TypeError,
@@ -492,6 +498,47 @@ def test_an_emptied_gallery_keeps_its_container():
     gallery.add(torch.ones(2, 3))
     gallery.remove([0, 1])
     assert torch.equal(gallery.features(), torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
+def test_re_ranking_does_not_ask_how_long_features_are(scale):
+    x, camids, _ = Drawn(19).images(200)
+    q, q_cams, _ = Drawn(20).images(6)
+    distances = []
+    for factor in (1, scale):
+        gallery = Gallery(Centralizer(method="guarded"))
+        gallery.add(x * np.float32(factor), camids=camids)
+        distances.append(gallery.search(q, 200, query_camids=q_cams, rerank="k-reciprocal").distances)
+    np.testing.assert_allclose(*distances, atol=1e-5)
+
+
+def test_what_float32_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="features must not hold zero rows"):
+        Gallery().add(np.full((2, 4), 1e-300))
+
+
+@pytest.mark.parametrize(
+    ("group_by", "error", "message"),
+    [
+        ([np.nan] * 2, ValueError, "group_by must name a track for every row, got None, NaN or -1 at rows 0, 1"),
+        (np.full(2, np.nan), ValueError, "group_by must name a track"),
+        ([[1], [1]], TypeError, "group_by must hold integers or strings, got list"),
+        (np.ones((2, 1)), TypeError, "group_by must hold integers or strings, got ndarray"),
+        ([7, 7], ValueError, "features of a track must not cancel each other out; those of 7 do"),
+    ],
+)
+def test_tracks_that_are_none(group_by, error, message):
+    x, _, _ = Drawn(17).images(1)
+    gallery = Gallery()
+    with pytest.raises(error, match=message):
+        gallery.add(np.concatenate([x, -x]), group_by=group_by)
+    assert len(gallery) == 0
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_gallery_is_not_copied_in_part(again):
+    with pytest.raises(TypeError, match="Save it, and load it"):
+        again(Gallery())
 
 
 def test_no_image_needs_no_id():

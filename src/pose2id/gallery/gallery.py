@@ -169,6 +169,10 @@ class Gallery:
         """How many images, and how they are centralized."""
         return f"Gallery({len(self)} images, dim={self._dim}, {self.reason.partition('. ')[0]})"
 
+    def __getstate__(self) -> Any:
+        """A gallery has locks, and threads that count on them."""
+        raise TypeError("A Gallery cannot be pickled or copied. Save it, and load it where it is wanted.")
+
     def add(
         self,
         features: Any,
@@ -614,8 +618,9 @@ class Gallery:
         Args:
             path: of the file.
             centralizer: as in `Gallery`, of the same method; None: one with the saved method and no extractor.
-            mmap: leave arrays in the file, which is opened at once, however large: several processes share its pages.
-                Changes stay in memory, and take the memory of the whole gallery as soon as it grows.
+            mmap: leave arrays in the file: several processes share its pages. It is opened at once, however large, but
+                where it is searched approximately (`exact_up_to`): inverted lists are made anew. Changes stay in
+                memory, and take the memory of the whole gallery as soon as it grows.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -736,7 +741,7 @@ class Gallery:
         rows = Rows(features, name, normalize=True)
         if rows.n:
             self._check_columns(rows.dim, name)
-        zero = torch.nonzero(rows.norms == 0).flatten().tolist()
+        zero = torch.nonzero(rows.norms < torch.finfo(torch.float32).tiny).flatten().tolist()
         if zero:
             raise ValueError(
                 f"{name} must not hold zero rows, which resemble nothing (row {first_few(zero)}). Drop them."

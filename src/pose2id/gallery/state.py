@@ -116,7 +116,10 @@ class State:
             found = images.products(x)
         else:
             rows = images.raw[: images.n]
-            found = products(x, rows).div_(torch.linalg.vector_norm(rows, dim=1))
+            lengths = torch.linalg.vector_norm(rows, dim=1)
+            odd = torch.nonzero(~((lengths > 1e-15) & (lengths < 1e15))).flatten()  # squares that float32 cannot hold
+            lengths[odd] = torch.linalg.vector_norm(rows[odd].double(), dim=1).float()
+            found = products(x, rows).div_(lengths)
         return found.masked_fill_(~images.alive, torch.inf)
 
     def reranked_rows(self, how: str, places: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pose2id.io.checks import as_numpy, first_few
+from pose2id.io.checks import as_numpy, first_few, is_missing
 from pose2id.io.rows import Rows, unit
 
+_CANCELLED = 1e-6  # a mean of unit frames as short as this has no direction
 _ALIKE = 0.95  # cosine from which on two frames begin to count as one
 
 
@@ -31,9 +32,14 @@ class Tracks:
         values = as_numpy(group_by).tolist() if isinstance(group_by, Tensor) else list(group_by)
         if len(values) != n:
             raise ValueError(f"group_by must hold one track id per row, {n}, got {len(values)}.")
-        nowhere = [row for row, value in enumerate(values) if value is None or value == -1]
+        wrong = [value for value in values if not isinstance(value, Hashable)]
+        if wrong:
+            raise TypeError(
+                f"group_by must hold integers or strings, got {first_few(type(x).__name__ for x in wrong)}."
+            )
+        nowhere = [row for row, value in enumerate(values) if is_missing(value) or value == -1]
         if nowhere:
-            given = f"None or -1 at rows {first_few(nowhere)}"
+            given = f"None, NaN or -1 at rows {first_few(nowhere)}"
             raise ValueError(f"group_by must name a track for every row, got {given}. Leave boxes without a track out.")
         numbers: dict[Any, int] = {}
         self.of_row = torch.tensor(
@@ -87,7 +93,13 @@ def pooled(rows: Rows, tracks: Tracks, quality: Any = None) -> Tensor:
         alike = ((x @ x.T - _ALIKE) / (1 - _ALIKE)).clamp_(0, 1).fill_diagonal_(1)
         # Frames of no quality do not share with others.
         shares = (alike * (frame_weights > 0)).sum(1).clamp(min=1)
-        result[track] = unit(((frame_weights / shares) @ x)[None])[0]
+        frame_weights /= shares
+        total = frame_weights @ x
+        if not float(torch.linalg.vector_norm(total)) > _CANCELLED * float(frame_weights.sum()):
+            raise ValueError(
+                f"features of a track must not cancel each other out; those of {tracks.names[track]!r} do. Split it."
+            )
+        result[track] = unit(total[None])[0]
     return result
 
 

@@ -102,6 +102,13 @@ def camera_numbers(sides: Mapping[str, tuple[Any, int]]) -> list[Tensor]:
     return [torch.from_numpy(found.get(name, np.full(length, -1))) for name, (_, length) in sides.items()]
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a label is None, NaN or pandas.NA."""
+    if value is None or type(value).__name__ == "NAType":  # pandas is not needed to know it
+        return True
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
+
+
 def _numbered(labels: Any) -> Any:
     """Labels with -1 in the place of None, NaN and pandas.NA."""
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.layout == torch.strided:
@@ -109,12 +116,7 @@ def _numbered(labels: Any) -> Any:
     if isinstance(labels, str) or not np.iterable(labels) or getattr(labels, "dtype", None) in (np.int64, torch.int64):
         return labels
     values = list(labels)
-    missing = [
-        value is None
-        or type(value).__name__ == "NAType"  # pandas is not needed to know it
-        or (isinstance(value, (float, np.floating)) and bool(np.isnan(value)))
-        for value in values
-    ]
+    missing = [is_missing(value) for value in values]
     if not any(missing):
         return labels
     unknown = "-1" if any(isinstance(value, str) for value in values) else -1
