@@ -620,3 +620,72 @@ def test_real_images_one_by_one_are_worth_what_they_are_at_once(name, model, kno
     result = evaluate_rank(distances, *labels)
     assert abs(100 * (result.mAP - expected.mAP)) < 0.5  # between two refits; after one they are equal
     assert abs(result.rank(1) - expected.rank(1)) * len(q) < 2.5  # at most two queries
+
+
+@pytest.mark.parametrize("what", ["add", "remove", "update"])
+@pytest.mark.parametrize("where", ["insert", "remove"])
+def test_a_change_that_is_cut_short_is_undone(what, where, monkeypatch):
+    x, camids, _ = Drawn(18).images(120)
+    gallery = Gallery(Centralizer(method="cameras"), refit_share=None)
+    gallery.add(x[:110], camids=camids[:110], labels=list(range(110)))
+    gallery.remove([4])
+    whole = Gallery(Centralizer(method="cameras"), refit_share=None)
+    whole.add(np.delete(x[:110], 4, 0), camids=np.delete(camids[:110], 4))
+    before = gallery.search(x[:5], 3, query_camids=camids[:5])
+
+    def change():
+        if what == "add":
+            gallery.add(x[110:], camids=camids[110:], labels="new")
+        elif what == "remove":
+            gallery.remove([7, 3])
+        else:
+            gallery.update([7, 3], x[110:112], [5, 5], "new")
+
+    linked, half = type(gallery._content.state.linked), getattr(type(gallery._content.state.linked), where)
+
+    def cut(self, *args):
+        half(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(linked, where, cut)
+        if (what, where) in (("add", "remove"), ("remove", "insert")):
+            change()  # which does not come there
+            return
+        with pytest.raises(KeyboardInterrupt):
+            change()
+    assert len(gallery) == 109
+    assert gallery.ids.tolist() == [*range(4), *range(5, 110)] == gallery.labels().tolist()
+    np.testing.assert_array_equal(gallery.features(raw=True), np.delete(x[:110], 4, 0))
+    np.testing.assert_allclose(gallery.features(), whole.features(), atol=1e-6)
+    after = gallery.search(x[:5], 3, query_camids=camids[:5])
+    np.testing.assert_array_equal(before.ids[:, 0], after.ids[:, 0])
+    change()
+    assert len(gallery) == {"add": 119, "remove": 107, "update": 109}[what]
+
+
+def test_a_refused_addition_leaves_no_names_of_cameras(tmp_path):
+    gallery = Gallery()
+    gallery.add(np.eye(3, 4, dtype=np.float32), camids=["hall", "hall", "door"])
+    with pytest.raises(ValueError, match="ids must be new"):
+        gallery.add(np.ones((1, 4), np.float32), ids=[0], camids=["cellar"])
+    gallery.save(tmp_path / "g.safetensors")
+    assert b"door" in (tmp_path / "g.safetensors").read_bytes()
+    assert b"cellar" not in (tmp_path / "g.safetensors").read_bytes()
+
+
+def test_thresholds_of_too_little_or_of_copies(caplog):
+    x, _, _ = Drawn(19).images(60)
+    for images in (0, 1):
+        gallery = Gallery()
+        gallery.add(x[:images])
+        with pytest.raises(ValueError, match="at least two images to calibrate"):
+            gallery.calibrate(impostor=x[5:])
+    gallery = Gallery()
+    gallery.add(x)
+    gallery.calibrate()
+    assert not caplog.text
+    gallery = Gallery()
+    gallery.add(np.repeat(x[:20], 15, 0))
+    assert gallery.calibrate().score > 0.99
+    assert "hardly any query will pass" in caplog.text

@@ -7,7 +7,8 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -46,6 +47,7 @@ RERANK = ("k-reciprocal", "camera")
 _UNKNOWN, _ABSENT = -1, -2  # no camera; a camera that no image of the gallery has
 UNKNOWN = "unknown"
 _MAX_ID = 2**63 - 1
+_NOBODY = 0.99  # score from which on only copies pass
 _ALWAYS = 64  # galleries of fewer images are refitted at each change: it costs little, and lists are short
 
 
@@ -210,10 +212,11 @@ class Gallery:
         raw, tracks = self._pooled(rows, group_by, quality)
         labels = labels if tracks is None else tracks.one_each(labels, "labels")
         with self._changing:
-            cameras = self._cameras(camids, "camids", rows.n, tracks, new=True)
             names = self._new_ids(ids, len(raw), "image" if tracks is None else "track")
             if len(raw):
                 self._check_columns(raw.shape[1], "features")  # another thread may have been the first
+            cameras = self._cameras(camids, "camids", rows.n, tracks, new=True)  # new names stay: nothing else may fail
+            if len(raw):
                 self._like = rows.empty(0) if self._like is None else self._like
                 self._put(raw, names, cameras, labels or [None] * len(raw))
                 self._next = max([self._next - 1, *(name for name in names if isinstance(name, int))]) + 1
@@ -296,11 +299,11 @@ class Gallery:
                 kept = sorted(set(content.places.values()) - set(places.tolist()))
                 self._refit(torch.tensor(kept, device="cpu"))
                 return
-            with self._lock.writing():
+            with self._whole(places):
+                state.remove(places.to(state.images.raw.device))
                 for place in places.tolist():
                     del content.places[content.ids[place]]
                     content.ids[place] = content.labels[place] = None
-                state.remove(places.to(state.images.raw.device))
             self._refit_if_short()
 
     def update(
@@ -348,23 +351,43 @@ class Gallery:
                 return
             if cameras is not None:
                 self._check_cameras_stay(state, places, cameras)
+            if raw is not None or cameras is not None:
+                self._move(state, places.to(state.images.raw.device), raw, cameras)
             if listed is not None:
                 with self._lock.writing():
-                    for place, label in zip(places.tolist(), listed, strict=True):
-                        self._content.labels[place] = label
-            if raw is None and cameras is None:
-                return
-            places = places.to(state.images.raw.device)
-            raw = state.images.raw[places] if raw is None else raw.to(places.device)
-            cameras = state.images.cameras[places] if cameras is None else cameras.to(places.device)
-            if self._due(len(places)):
-                self._refit(None, updated=(places, raw, cameras))
-                return
-            with self._lock.writing():
-                state.remove(places)
-                state.insert(raw, cameras, places)
-                state.changes -= len(places)  # one change, not two
-            self._refit_if_short()
+                    content = self._content
+                    for name, label in zip(names, listed, strict=True):
+                        content.labels[content.places[name]] = label
+
+    def _move(self, state: State, places: Tensor, raw: Tensor | None, cameras: Tensor | None) -> None:
+        """New features and cameras of images, or either."""
+        raw = state.images.raw[places] if raw is None else raw.to(places.device)
+        cameras = state.images.cameras[places] if cameras is None else cameras.to(places.device)
+        if self._due(len(places)):
+            self._refit(None, updated=(places, raw, cameras))
+            return
+        with self._whole(places):
+            state.remove(places)
+            state.insert(raw, cameras, places)
+            state.changes -= len(places)  # one change, not two
+        self._refit_if_short()
+
+    @contextmanager
+    def _whole(self, touched: Tensor) -> Iterator[None]:
+        """Change the state alone; a change that is cut short, by Ctrl-C for example, is undone by a refit."""
+        content = self._content
+        assert content.state is not None
+        images, touched = content.state.images, touched.to(content.state.images.raw.device)
+        raw, cameras = images.raw[touched], images.cameras[touched]
+        with self._lock.writing():
+            try:
+                yield
+            except BaseException:
+                images.raw[touched], images.cameras[touched] = raw, cameras
+                places = list(content.places.values())
+                known = ([values[place] for place in places] for values in (content.ids, content.labels))
+                self._content = self._made(images.raw[places], images.cameras[places], *known)
+                raise
 
     def search(
         self,
@@ -511,6 +534,8 @@ class Gallery:
             raise ValueError(f"fpr must be above 0 and below 1, got {fpr:g}.")
         if impostor is not None:
             options: dict[str, Any] = {"group_by": impostor_group_by, "exclude_camera": exclude_camera}
+            if len(self) < 2:
+                raise ValueError(f"the gallery must hold at least two images to calibrate, got {len(self)}.")
             against = self._scores(impostor, "impostor", impostor_camids, **options)
             if not len(against):
                 raise ValueError("impostor must hold at least one query, got none.")
@@ -523,7 +548,14 @@ class Gallery:
             state = self._content.state
             if state is None or len(self) < LEAST:
                 raise ValueError(f"the gallery must hold {LEAST} images to calibrate without labels, got {len(self)}.")
-            return from_spacings(state.spacings(), len(self), fpr)
+            threshold = from_spacings(state.spacings(), len(self), fpr)
+        if threshold.score > _NOBODY:
+            logger.warning(
+                "threshold %.4f: hardly any query will pass. Most images have more than ten near copies: pool tracks "
+                "(group_by), or calibrate with strangers (impostor).",
+                threshold.score,
+            )
+        return threshold
 
     def scores(
         self,
@@ -661,7 +693,7 @@ class Gallery:
         if self._due(len(raw)):
             self._refit(None, added=(raw, cameras, names, labels))
             return
-        with self._lock.writing():
+        with self._whole(cameras[:0]):
             state.insert(raw, cameras)
             content.places.update(zip(names, range(len(content.ids), state.images.n), strict=True))
             content.ids += names
@@ -702,13 +734,17 @@ class Gallery:
         self._replace(raw, cameras, ids, labels)
 
     def _replace(self, raw: Tensor, cameras: Tensor, ids: list[Any], labels: list[Any]) -> None:
+        made = self._made(raw, cameras, ids, labels)
+        with self._lock.writing():
+            self._content, self._dim = made, raw.shape[1]
+
+    def _made(self, raw: Tensor, cameras: Tensor, ids: list[Any], labels: list[Any]) -> _Content:
+        """Images at once."""
         given = self.centralizer
         settings = Settings(given.method, given.k1, given.k2, given.backend, given.max_memory, self.exact_up_to)
         state = Fit(raw, cameras, settings).run()
         logger.info("gallery of %d: %s", len(ids), state.fitted.reason)
-        with self._lock.writing():
-            self._content = _Content(state, ids, labels, dict(zip(ids, range(len(ids)), strict=True)))
-            self._dim = raw.shape[1]
+        return _Content(state, ids, labels, dict(zip(ids, range(len(ids)), strict=True)))
 
     def _searched(
         self, raw: Tensor, cameras: Tensor, k: int, how: str | None, exclude: bool, limit: Threshold | None
