@@ -124,6 +124,7 @@ def drawn_sets(draws: int) -> dict[str, list[Pose]]:
         "chosen, mirrored": [each.pose for each in choose_poses(typical, COUNT, mirrored=True)],
     }
     covered(sets, valid)
+    del sets["chosen, mirrored"]
     return sets | {f"random {i}": some for i, some in enumerate(random_sets(valid, draws), 1)}
 
 
@@ -165,7 +166,7 @@ def main() -> None:
         "--sheet", type=Path, help="with --data: the chosen poses beside their crops, mirrored ones below"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of drawn people (1)")
-    parser.add_argument("--people", type=int, default=8, help="of each seed, by 4 cameras twice (%(default)s)")
+    parser.add_argument("--people", type=int, default=12, help="of each seed, by 4 cameras twice (%(default)s)")
     parser.add_argument("--draws", type=int, default=4, help="of 8 random poses (%(default)s)")
     parser.add_argument("--steps", type=int, default=TINY.num_inference_steps, help="of the sampler (%(default)s)")
     args = parser.parse_args()

@@ -24,10 +24,10 @@ is in NEWTABLE.dropped.csv, with distance and reason.
   --covariance pooled       one covariance of all people, shrunk (extra "train")
   --covariance ledoit-wolf  each person's own, shrunk (extra "train")
 """
-_POSES = """A person's pose is that of the image, of those with a valid pose, whose feature is nearest to the mean of all
-of the person (eq. 7-8). N of these are chosen so that the others are near one of them, in limbs and in where the body
-faces: 0 degrees the camera, 90 the right of the picture. Percentages are of the people nearest to a pose. Poses are
-taken as on a picture twice as high as wide. pose2id generate --poses POSES.json generates people in them.
+_POSES = """Each person's pose is that of the image, of those with a valid pose, whose feature is nearest to the mean
+of all images of the person (eq. 7-8). N of these are chosen so that the others are near one of them, in limbs and in
+where the body faces: 0 degrees the camera, 90 the right of the picture. Percentages are of the people nearest to a
+pose. Poses are as on a picture twice as high as wide. pose2id generate --poses POSES.json draws people in them.
 """
 
 
