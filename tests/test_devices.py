@@ -22,7 +22,7 @@ from pose2id.demo.people import SyntheticPedestrians
 from pose2id.extractor import Preprocess
 from pose2id.ipg import IdentityGenerator
 from pose2id.neighbors.search import exact_neighbors
-from pose2id.poses import standard
+from pose2id.poses import nearest_to_mean, standard
 from pose2id.retrieval import protocols
 from pose2id.retrieval.verification import open_set_rank, verification_rank
 from pose2id.training import clean
@@ -120,6 +120,7 @@ CALLS = {
     ),
     "link_map": lambda f, r: pose2id.link_map(f["g"], r["labels"][3]),
     "link_weights": lambda f, r: tuple(pose2id.link_weights(f["q"], r["labels"][2], f["g"], r["labels"][3])),
+    "nearest_to_mean": lambda f, r: nearest_to_mean(f["g"], r["labels"][1], [standard()[0]] * G),
     "nearest_neighbors": lambda f, r: pose2id.nearest_neighbors(f["g"], 5),
     "nfc": lambda f, r: pose2id.nfc(f["g"], 3, 2),
     "nfc, parts": lambda f, r: pose2id.nfc(f["g_parts"], visibility=r["visible"][1]),

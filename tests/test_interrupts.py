@@ -138,6 +138,10 @@ CLEAN = (
     "clean {given}/people/table.csv --out {out}/kept.csv --sheet {out}/dropped.png --model onnx:{given}/stripes.onnx "
     "--transform torchreid --workers 0"
 )
+POSES = (
+    "poses {given}/people/table.csv -n 1 --out {out}/poses.json --sheet {out}/poses.png "
+    "--model onnx:{given}/stripes.onnx --transform torchreid --workers 0"
+)
 # A command, the function in which it is interrupted, and at which of its calls: where files are half-written.
 COMMANDS = {
     "generate": (GENERATE, "putchunk", 42),
@@ -149,6 +153,7 @@ COMMANDS = {
     "draw-people": ("draw-people {out}/people --people 2 --cameras 1", "putchunk", 8),
     "table": ("table {given}/people/images {out}/table.csv", "write_bytes", 1),
     "clean": (CLEAN, "write_bytes", 2),
+    "poses": (POSES, "to_entries", 1),
     "demo": ("demo --no-generation --people 12 --picture {out}/demo.png", "putchunk", 3),
     "demo, generated": ("demo --people 3 --no-picture", "generate_iter", 2),
 }

@@ -28,7 +28,7 @@ from pose2id.demo import write_people as draw_people
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Of what takes minutes: option to value.
-SHORTER = {"--people": "3", "--steps": "2", "--batch-size": "2"}
+SHORTER = {"--people": "3", "-n": "2", "--steps": "2", "--batch-size": "2"}
 
 
 def write_people(given):

@@ -1,10 +1,11 @@
-"""`pose2id table`, `pose2id clean` and `pose2id draw-people`: images to train with, and their table."""
+"""`pose2id table`, `clean`, `poses`, `draw-people`: images to train with, their table, poses to generate them in."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ is in NEWTABLE.dropped.csv, with distance and reason.
   --covariance pooled       one covariance of all people, shrunk (extra "train")
   --covariance ledoit-wolf  each person's own, shrunk (extra "train")
 """
+_POSES = """Each person's pose is that of the image, of those with a valid pose, whose feature is nearest to the mean
+of all images of the person (eq. 7-8). N of these are chosen so that the others are near one of them, in limbs and in
+where the body faces: 0 degrees the camera, 90 the right of the picture. Percentages are of the people nearest to a
+pose. Poses are as on a picture twice as high as wide. pose2id generate --poses POSES.json draws people in them.
+"""
 
 
 def add_commands(commands: Any) -> None:
@@ -31,9 +37,9 @@ def add_commands(commands: Any) -> None:
     table.add_argument("folder", metavar="FOLDER", help="directory with images at any depth")
     table.add_argument("output", metavar="OUT.csv", help="table to write")
     table.add_argument("--identity", choices=("name", "folder"), default="name", help="who is it? (%(default)s)")
-    poses = table.add_mutually_exclusive_group()
-    poses.add_argument("--keypoints", metavar="DIR", help="NAME.json for each image NAME: OpenPose, COCO, ControlNet")
-    poses.add_argument("--detect", action="store_true", help='find keypoints with rtmlib (extra "pose")')
+    source = table.add_mutually_exclusive_group()
+    source.add_argument("--keypoints", metavar="DIR", help="NAME.json for each image NAME: OpenPose, COCO, ControlNet")
+    source.add_argument("--detect", action="store_true", help='find keypoints with rtmlib (extra "pose")')
     table.add_argument(
         "--poses", choices=("all", "valid"), default="all", help="valid: leave keypoints out that make no body (all)"
     )
@@ -51,6 +57,15 @@ def add_commands(commands: Any) -> None:
     cleaned.add_argument("--keep-near", action="store_true", help="drop no images for being near")
     cleaned.add_argument("--sheet", metavar="FILE.png", help="the dropped crops, each beside a kept one")
     cleaned.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    poses = command(commands, "poses", "choose poses from a table, to generate people in", _poses, _POSES)
+    poses.add_argument("table", metavar="TABLE", help="table of images with keypoints, as pose2id table writes it")
+    add_model(poses)
+    poses.add_argument("-n", dest="count", metavar="N", type=int, default=8, help="poses to choose (%(default)s)")
+    poses.add_argument("--out", metavar="POSES.json", required=True, help="file to write")
+    poses.add_argument("--mirrored", action="store_true", help="mirror images count too: left and right alike")
+    poses.add_argument("--sheet", metavar="FILE.png", help="the chosen poses, each beside the crop that it comes from")
+    poses.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     draw = command(commands, "draw-people", "write drawn pedestrians and their table, to try training", _draw_people)
     draw.add_argument("folder", metavar="DIR", help="directory to write: new or empty")
@@ -80,9 +95,6 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _clean(args: argparse.Namespace) -> None:
-    import numpy as np  # noqa: PLC0415
-
-    from pose2id.extraction import extract  # noqa: PLC0415
     from pose2id.training.cleansed_table import CleansedTable  # noqa: PLC0415
     from pose2id.training.cleansing import check_rule, clean  # noqa: PLC0415
     from pose2id.training.table import read_table  # noqa: PLC0415
@@ -93,13 +105,56 @@ def _clean(args: argparse.Namespace) -> None:
     images = read_table(args.table)
     options = {name: getattr(args, name) for name in ("quantile", "covariance", "quantiles")}
     check_rule(**options)
-    model, paths = loaded_model(args), [image.path for image in images]
-    with tempfile.TemporaryDirectory() as folder:
-        given = extract(model.extractor, paths, Path(folder) / "features.npy", workers=args.workers, amp=args.amp)
-        features = np.array(given)  # in memory: the file goes
+    features = _features(args, [image.path for image in images])
     cleansing = clean(features, [image.identity for image in images], lower=not args.keep_near, **options)
     table.write(images, cleansing)
     print(f"wrote {args.out}: {cleansing}")
+
+
+def _poses(args: argparse.Namespace) -> None:
+    from pose2id.io.checks import checked_count  # noqa: PLC0415
+    from pose2id.io.whole_files import new_file, whole_file  # noqa: PLC0415
+    from pose2id.poses import check_pose, choose_poses, nearest_to_mean, write  # noqa: PLC0415
+    from pose2id.poses.sheet import contact_sheet  # noqa: PLC0415
+    from pose2id.training.table import read_table  # noqa: PLC0415
+
+    if args.model is None:
+        raise ValueError("--model must be given.")
+    checked_count(args.count, "count")
+    out = new_file(args.out, overwrite=args.overwrite, suffixes=(".json",))
+    sheet = None if args.sheet is None else new_file(args.sheet, overwrite=args.overwrite, suffixes=(".png",))
+    images = read_table(args.table)
+    valid = [image.pose if image.pose is not None and check_pose(image.pose) else None for image in images]
+    names = {image.identity for image, pose in zip(images, valid, strict=True) if pose is not None}
+    if not names:
+        raise ValueError("TABLE must hold valid poses, got none. Find keypoints with pose2id table --detect.")
+    most = len(names) * (2 if args.mirrored else 1)
+    if args.count > most:
+        of = f"the number of people with a valid pose in TABLE{', twice with --mirrored' if args.mirrored else ''}"
+        raise ValueError(f"count must be at most {most}, {of}, got {args.count}.")
+    features = _features(args, [image.path for image in images])
+    nearest = nearest_to_mean(features, [image.identity for image in images], valid).tolist()
+    chosen = choose_poses([valid[i] for i in nearest], args.count, mirrored=args.mirrored)
+    with ExitStack() as files:
+        if sheet is not None:
+            # It gets its name when the poses, which are written last, have theirs.
+            unfinished = files.enter_context(whole_file(sheet, replace=args.overwrite))
+            contact_sheet(chosen, [images[nearest[each.index]].path for each in chosen]).save(unfinished, "PNG")
+        write([each.pose for each in chosen], out, overwrite=args.overwrite)
+    listed = "; ".join(f"{each.pose.name} {each.facing:.0f} degrees, {each.share:.0%}" for each in chosen)
+    print(f"wrote {args.out}: {len(chosen)} poses, of {len(nearest)} people: {listed}")
+
+
+def _features(args: argparse.Namespace, paths: Sequence[Path]) -> Any:
+    """Of images by the model of the options, in memory."""
+    import numpy as np  # noqa: PLC0415
+
+    from pose2id.extraction import extract  # noqa: PLC0415
+
+    model = loaded_model(args)
+    with tempfile.TemporaryDirectory() as folder:
+        given = extract(model.extractor, paths, Path(folder) / "features.npy", workers=args.workers, amp=args.amp)
+        return np.array(given)  # in memory: the file goes
 
 
 def _draw_people(args: argparse.Namespace) -> None:

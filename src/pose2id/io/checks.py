@@ -70,6 +70,15 @@ def checked_labels(labels: Any, name: str, length: int) -> NDArray[np.int64]:
     return labels_together({name: (labels, length)})[0]
 
 
+def checked_identities(identities: Any, name: str, length: int) -> NDArray[np.int64]:
+    """Who is on each image, as (length,) int64: texts, as in a table (007 is not 7), or what `checked_labels` takes."""
+    texts = isinstance(identities, (list, tuple, np.ndarray)) and all(isinstance(name, str) for name in identities)
+    if not texts or len(identities) != length:
+        return checked_labels(identities, name, length)
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in identities], dtype=np.int64)
+
+
 def labels_together(sides: Mapping[str, tuple[Any, int]]) -> list[NDArray[np.int64]]:
     """`checked_labels` of several sides, by name: what is equal on two sides gets one number.
 

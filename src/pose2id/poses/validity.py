@@ -45,8 +45,8 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Body:
-    """Visible joints of a pose.
+class Body:
+    """Visible joints of a pose, from its neck.
 
     Attributes:
         points: of visible joints, and "hips" and "head", the middle of those visible: (x, y) from the neck, y down.
@@ -63,7 +63,7 @@ class _Body:
         return self.points.get(f"{side}_{joint}", self.points.get(joint))
 
 
-_Measure: TypeAlias = Callable[[_Body], Iterator[tuple[str, float]]]
+_Measure: TypeAlias = Callable[[Body], Iterator[tuple[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def measured(pose: Pose, *, size: tuple[int, int] = (256, 128)) -> dict[str, lis
     """What each rule of `RULES` measures of a pose, by the rule's name: (side, value), where side may be empty."""
     if not isinstance(pose, Pose):
         raise TypeError(f"pose must be a Pose, got {type(pose).__name__}.")
-    body = _body(pose, checked_size(size))
+    body = body_of(pose, checked_size(size))
     return {rule.name: list(rule.measure(body)) for rule in RULES}
 
 
@@ -124,19 +124,20 @@ def _reason(rule: Rule, side: str, value: float) -> str:
     return f"{rule.kind}: {where} {value:.4g} {rule.unit}, {bound}"
 
 
-def _body(pose: Pose, size: tuple[int, int]) -> _Body:
+def body_of(pose: Pose, size: tuple[int, int]) -> Body:
+    """Where the joints of a pose are from its neck, on a picture of that size."""
     height, width = size
     millionths = np.rint(np.nan_to_num(pose.keypoints) * 1e6).astype(np.int64).tolist()
     seen = {name: point for name, point, shown in zip(KEYPOINTS, millionths, pose.visible, strict=True) if shown}
     neck, hips = seen.get("neck"), [name for name in _HIPS if name in seen]
     if neck is None or not hips:
-        return _Body({}, 0.0, frozenset(seen))
+        return Body({}, 0.0, frozenset(seen))
     placed = {name: ((x - neck[0]) * width, (y - neck[1]) * height) for name, (x, y) in seen.items()}
     points: dict[str, tuple[float, float]] = {**placed, "hips": _middle([placed[name] for name in hips])}
     head = [placed[name] for name in _HEAD if name in placed]
     if head:
         points["head"] = _middle(head)
-    return _Body(points, math.hypot(*points["hips"]), frozenset(seen))
+    return Body(points, math.hypot(*points["hips"]), frozenset(seen))
 
 
 def _middle(points: list[_Point]) -> tuple[float, float]:
@@ -144,7 +145,7 @@ def _middle(points: list[_Point]) -> tuple[float, float]:
     return sum(x) / len(x), sum(y) / len(y)
 
 
-def _sides(body: _Body, *joints: str) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+def _sides(body: Body, *joints: str) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """The places of joints, on each side on which all are visible; once, without a side, if none has one."""
     for side in _SIDES if any(f"left_{joint}" in KEYPOINTS for joint in joints) else ("",):
         points = [point for joint in joints if (point := body.at(side, joint)) is not None]
@@ -155,18 +156,18 @@ def _sides(body: _Body, *joints: str) -> Iterator[tuple[str, list[tuple[float, f
 def _count(*names: str) -> _Measure:
     """How many of these joints are visible."""
 
-    def measure(body: _Body) -> Iterator[tuple[str, float]]:
+    def measure(body: Body) -> Iterator[tuple[str, float]]:
         yield "", len(body.visible.intersection(names))
 
     return measure
 
 
-def _count_of_sides(body: _Body) -> Iterator[tuple[str, float]]:
+def _count_of_sides(body: Body) -> Iterator[tuple[str, float]]:
     for side in _SIDES:
         yield side, sum(name.startswith(side) for name in body.visible)
 
 
-def _torso_share(body: _Body) -> Iterator[tuple[str, float]]:
+def _torso_share(body: Body) -> Iterator[tuple[str, float]]:
     """The torso in parts of the distance from the neck to the farthest joint: 0 where nothing can be measured by it."""
     if body.points:
         farthest = max(math.hypot(*point) for point in body.points.values())
@@ -176,7 +177,7 @@ def _torso_share(body: _Body) -> Iterator[tuple[str, float]]:
 def _below(joint: str) -> _Measure:
     """How far a joint is below the neck."""
 
-    def measure(body: _Body) -> Iterator[tuple[str, float]]:
+    def measure(body: Body) -> Iterator[tuple[str, float]]:
         for side, ((_, y),) in _sides(body, joint):
             yield side, y / body.torso
 
@@ -186,7 +187,7 @@ def _below(joint: str) -> _Measure:
 def _length(start: str, end: str) -> _Measure:
     """From joint to joint."""
 
-    def measure(body: _Body) -> Iterator[tuple[str, float]]:
+    def measure(body: Body) -> Iterator[tuple[str, float]]:
         for side, points in _sides(body, start, end):
             yield side, math.dist(*points) / body.torso
 
@@ -196,7 +197,7 @@ def _length(start: str, end: str) -> _Measure:
 def _lean(upper: str, lower: str) -> _Measure:
     """Degrees between the way from joint to joint and straight down: 0 to 180, to whichever side."""
 
-    def measure(body: _Body) -> Iterator[tuple[str, float]]:
+    def measure(body: Body) -> Iterator[tuple[str, float]]:
         for side, ((x, y), (lower_x, lower_y)) in _sides(body, upper, lower):
             yield side, math.degrees(math.atan2(abs(lower_x - x), lower_y - y))
 
@@ -206,7 +207,7 @@ def _lean(upper: str, lower: str) -> _Measure:
 def _bend(start: str, joint: str, end: str) -> _Measure:
     """Degrees at a joint: 180 is straight."""
 
-    def measure(body: _Body) -> Iterator[tuple[str, float]]:
+    def measure(body: Body) -> Iterator[tuple[str, float]]:
         for side, ((x, y), (at_x, at_y), (end_x, end_y)) in _sides(body, start, joint, end):
             a, b, c, d = x - at_x, y - at_y, end_x - at_x, end_y - at_y
             yield side, math.degrees(math.atan2(abs(a * d - b * c), a * c + b * d))
@@ -217,7 +218,7 @@ def _bend(start: str, joint: str, end: str) -> _Measure:
 def _difference(start: str, end: str) -> _Measure:
     """How much longer one side's limb is than the other's."""
 
-    def measure(body: _Body) -> Iterator[tuple[str, float]]:
+    def measure(body: Body) -> Iterator[tuple[str, float]]:
         lengths = [length for _, length in _length(start, end)(body)]
         if len(lengths) == 2:
             yield "", abs(lengths[0] - lengths[1])
@@ -232,7 +233,7 @@ def _twist(upper: str, lower: str) -> _Measure:
     the other one not: the narrower pair's width. Otherwise it is that width, above 0.
     """
 
-    def measure(body: _Body) -> Iterator[tuple[str, float]]:
+    def measure(body: Body) -> Iterator[tuple[str, float]]:
         points = [body.points.get(f"{side}_{joint}") for joint in (upper, lower) for side in _SIDES]
         if all(points) and body.torso:
             a, b, c, d = (point[0] for point in points if point is not None)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pose2id.io.checks import checked_choice, checked_flag, checked_labels, checked_number, require_modules
+from pose2id.io.checks import checked_choice, checked_flag, checked_identities, checked_number, require_modules
 from pose2id.io.rows import Rows
 
 COVARIANCES = ("spherical", "pooled", "ledoit-wolf")
@@ -132,12 +132,7 @@ def check_rule(quantile: Any, covariance: Any, quantiles: Any) -> float:
 
 def _groups(identities: Any, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Each row's identity as a number from 0, and the identities' numbers of rows."""
-    texts = isinstance(identities, (list, tuple, np.ndarray)) and all(isinstance(name, str) for name in identities)
-    if texts and len(identities) == n:
-        numbers: dict[str, int] = {}
-        labels = np.array([numbers.setdefault(name, len(numbers)) for name in identities])
-    else:
-        labels = checked_labels(identities, "identities", n)
+    labels = checked_identities(identities, "identities", n)
     _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return group, counts
 
