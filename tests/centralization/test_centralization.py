@@ -627,7 +627,7 @@ class TestGenerationDiagnostics:
         assert above in over.reading
         assert below not in over.reading
         for found in (at, over):
-            assert str(found).splitlines()[1] == found.reading
+            assert str(found).splitlines() == [found.summary, found.reading]
 
     @pytest.mark.parametrize("retention", [-1.0, -0.1, 0.0, 0.01, 0.031, 0.032, 0.2, 0.33])
     def test_below_the_published_pictures_it_recommends_no_more_than_nothing(self, retention):

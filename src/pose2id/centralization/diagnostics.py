@@ -79,13 +79,18 @@ class GenerationDiagnostics:
             "Check with labels."
         )
 
-    def __str__(self) -> str:
-        """The figures in one line, and their reading in another."""
+    @property
+    def summary(self) -> str:
+        """The figures in one line."""
         among = "" if self.consistency is None else f", among themselves {self.consistency:.3f}"
         return (
             f"generated images: cosine to their own {self.own_cosine:.3f}, to others {self.other_cosine:.3f}{among}, "
-            f"retention {self.retention:.1%}\n{self.reading}"
+            f"retention {self.retention:.1%}"
         )
+
+    def __str__(self) -> str:
+        """The summary, and the reading in another line."""
+        return f"{self.summary}\n{self.reading}"
 
 
 def generation_diagnostics(features: Any, generated: Any) -> GenerationDiagnostics:
