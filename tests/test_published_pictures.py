@@ -108,6 +108,39 @@ def test_people_of_an_archive(script, tmp_path):
     assert [[p.getpixel((0, 0))[:2] for p in some] for some in found.pictures] == [[(3, 1), (3, 2)], [(1, 1), (1, 2)]]
 
 
+@pytest.mark.parametrize("shown", ["themselves", "somebody else"])
+def test_labelled_people(script, tmp_path, monkeypatch, shown):
+    count, shift = 6, 0 if shown == "themselves" else 1
+    path = tmp_path / script.CUHK03_IMAGES
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        for pid in range(count + 1):
+            for camera in (1, 2):
+                for number in range(1 if pid == 0 and camera == 2 else 3):  # person 0 has too few images
+                    content = io.BytesIO()
+                    Image.new("RGB", (4, 8), (pid, camera, number)).save(content, "PNG")
+                    archive.writestr(f"{pid:04d}_c{camera}_{number:02d}.jpg", content.getvalue())
+
+    def embed(images):
+        # Who, three times as much as which camera and which image.
+        colors = np.array([image.getpixel((0, 0)) for image in images])
+        return np.concatenate([3 * np.eye(count + 1)[colors[:, 0]], np.eye(3)[colors[:, 1]], colors[:, 2:]], axis=1)
+
+    def pictures(images):
+        # Somebody else in each camera: a wrong person who is always the same would be found again, too.
+        seen = [image.getpixel((0, 0)) for image in images]
+        return [[Image.new("RGB", (4, 8), (1 + (p - 1 + shift * c) % count, 1, 0))] * 2 for p, c, _ in seen]
+
+    monkeypatch.setattr(script, "tiny_pictures", pictures)
+    told, _, *rows = script.labelled(tmp_path, 4, embed)
+    assert told.startswith("16 images of 4 people")
+    assert len(rows) == len(script.ETAS)
+    values = [[cell.split()[0] for cell in row.strip("|").split("|")] for row in rows]
+    assert values[0][1:3] == ["100.0", "0.0"]
+    assert (float(values[-1][1]) == 100) == (shown == "themselves")
+    assert all(eta == f"{given:g}" for (eta, *_), given in zip(values, script.ETAS, strict=True))
+
+
 def test_the_figures_that_the_reading_stands_on(script):
     if not (SHARED / "data" / script.PICTURES).exists():
         pytest.skip("the published pictures are not on this machine")
