@@ -79,7 +79,9 @@ def measured(generator: IdentityGenerator, seed: int, args: argparse.Namespace) 
                 print(f"\nseed {seed}, {setting(args.steps, name, guidance, eta)}\n\n{table(rows)}")
                 print(f"\nby number of generated images:\n{number_table(curves)}")
                 yield (name, guidance, eta), (rows, curves)
-            print(f"\nseed {seed}, {name}, guidance {guidance:g}: {generation_diagnostics(*features)}", flush=True)
+            print(
+                f"\nseed {seed}, {name}, guidance {guidance:g}: {generation_diagnostics(*features).summary}", flush=True
+            )
 
 
 def setting(steps: int, name: str, guidance: float, eta: float) -> str:

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from reference import parts as literal
 from test_part_distances import BAD_VISIBILITY, VISIBILITY, visibility
 
-from pose2id import Centralizer, evidence, fuse, generation_diagnostics, nearest_neighbors, nfc, nfc_diagnostics
+from pose2id import (
+    Centralizer,
+    GenerationDiagnostics,
+    evidence,
+    fuse,
+    generation_diagnostics,
+    nearest_neighbors,
+    nfc,
+    nfc_diagnostics,
+)
 from pose2id.centralization import nfc as centralization
 from pose2id.neighbors.search import exact_neighbors
 
@@ -598,7 +607,33 @@ class TestGenerationDiagnostics:
         assert anybody.retention == pytest.approx(0, abs=1e-12)
         swapped = generation_diagnostics(f[:3], f[[1, 2, 0], None])
         assert swapped.retention < 0
-        assert np.isnan(generation_diagnostics(np.ones((3, 2)), np.ones((3, 1, 2))).retention)
+        alike = generation_diagnostics(np.ones((3, 2)), np.ones((3, 1, 2)))
+        assert np.isnan(alike.retention)
+        assert "cannot be told" in alike.reading
+
+    @pytest.mark.parametrize(
+        ("below", "bound", "above"),
+        [
+            ("leave them out (eta 0)", 0.0, "say little about the person"),
+            ("say little about the person", 0.031, "No eta was measured on real people in between"),
+            ("No eta was measured on real people in between", np.nextafter(0.336, 0), "the paper has eta 1/4 to 2"),
+        ],
+    )
+    def test_the_reading_at_both_sides_of_its_bounds(self, below, bound, above):
+        # Nothing to others: retention is the cosine to one's own.
+        at, over = (GenerationDiagnostics(r, 0.0, None) for r in (bound, np.nextafter(bound, 1)))
+        assert below in at.reading
+        assert above not in at.reading
+        assert above in over.reading
+        assert below not in over.reading
+        for found in (at, over):
+            assert str(found).splitlines() == [found.summary, found.reading]
+
+    @pytest.mark.parametrize("retention", [-1.0, -0.1, 0.0, 0.01, 0.031, 0.032, 0.2, 0.33])
+    def test_below_the_published_pictures_it_recommends_no_more_than_nothing(self, retention):
+        reading = GenerationDiagnostics(retention, 0.0, None).reading
+        assert "eta 0)" in reading or "start at 0" in reading
+        assert "the paper has" not in reading
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="at least 2 images"):

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last {min(log.RECENT, result.step)})")
     if result.diagnostics is not None:
-        print(result.diagnostics)
+        print(result.diagnostics.summary)  # the reading is for ReID models, not for the encoder that guides
     print(f"weights: {result.weights}")
 
 
