@@ -108,7 +108,7 @@ def test_what_the_distances_say_is_left_out_and_recorded(images, cleansed):
 
 def test_a_run_does_not_judge_again(images, cleansed, going, monkeypatch):
     """What another device would find must not matter."""
-    monkeypatch.setattr(cleansed_people, "clean", None)
+    monkeypatch.setattr(cleansed_people, "clean_people", None)
     assert_equal(cleansed[1], weights(run(going, images).weights))
     assert recorded(going)["cleansing"] == recorded(cleansed[0])["cleansing"]
 
@@ -179,6 +179,19 @@ def test_the_tiny_encoder_finds_a_wrong_person(tmp_path):
     found = cleanse(table, [""] * len(table), generator, None, progress=False)
     assert [image.place for image in found.dropped if image.reason == "far"] == [30]
     assert "copy.png far" in str(found)
+
+
+def test_lines_of_a_person_need_not_be_neighbours(images):
+    """Nor do batches end where people do: as `clean` would have it, in the table's places."""
+    table = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+    expected = by_hand(table, miniature())
+    found = cleanse(table, [""] * len(table), miniature(), None, progress=False)
+    assert {image.place: image.reason for image in found.dropped} == {
+        i: reason for i, reason in enumerate(expected.reasons) if reason
+    }
+    for image in found.dropped:
+        assert image.identity == table[image.place].identity
+        assert image.distance == pytest.approx(expected.distances[image.place], rel=1e-5)
 
 
 def test_small_tables_are_left_alone(images, monkeypatch):

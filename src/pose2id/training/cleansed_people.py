@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -21,7 +20,8 @@ from pose2id.ipg.batch import fingerprint
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pixels import load_reference, pixels
 from pose2id.training.cache import identity_features
-from pose2id.training.cleansing import FAR, NEAR, clean
+from pose2id.training.cleansed_table import farthest_dropped
+from pose2id.training.cleansing import FAR, NEAR, clean_people
 from pose2id.training.table import PersonImage
 
 LEAST_CLEANSED = 50
@@ -120,25 +120,38 @@ def cleanse(
         return known
     if len(images) < LEAST_CLEANSED:
         return Cleansed(key, len(images))
-    loader = DataLoader(_Crops(images, generator.identity_encoder.image_size), batch_size=_BATCH, num_workers=workers)
-    features = []
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, image in enumerate(images):
+        members[image.identity].append(i)
+    order = [i for places in members.values() for i in places]
+    crops = _Crops([images[i].path for i in order], generator.identity_encoder.image_size)
     with tqdm(total=len(images), desc="cleansing", unit="img", disable=None if progress else True) as bar:
-        for batch in loader:
-            features.append(identity_features(generator.networks, batch.to(generator.device)).cpu())
-            bar.update(len(batch))
-    found = clean(torch.cat(features), [image.identity for image in images])
-    order = [i for i in np.argsort(-found.distances, kind="stable").tolist() if not found.kept[i]]
-    dropped = (
-        Dropped(i, images[i].path.name, images[i].identity, float(found.distances[i]), found.reasons[i]) for i in order
-    )
+
+        def people() -> Iterator[Tensor]:
+            """One person's features after another's."""
+            counts, rows = iter([len(places) for places in members.values()]), torch.empty(0)
+            count = next(counts)
+            for batch in DataLoader(crops, batch_size=_BATCH, num_workers=workers):
+                features = identity_features(generator.networks, batch.to(generator.device)).float().cpu()
+                rows = torch.cat([rows.reshape(-1, features.shape[1]), features])
+                bar.update(len(batch))
+                while count and len(rows) >= count:
+                    yield rows[:count]
+                    rows, count = rows[count:], next(counts, 0)
+
+        found = clean_people(people())
+    dropped = []
+    for row in farthest_dropped(found):
+        image, distance = images[order[row]], float(found.distances[row])
+        dropped.append(Dropped(order[row], image.path.name, image.identity, distance, found.reasons[row]))
     return Cleansed(key, len(images), tuple(dropped))
 
 
 class _Crops(Dataset[Tensor]):
     """Images as the identity encoder sees references, without augmentation: (3, h, w) in [0, 1]."""
 
-    def __init__(self, images: Sequence[PersonImage], size: Sequence[int]) -> None:
-        self._paths: list[Path] = [image.path for image in images]
+    def __init__(self, paths: list[Path], size: Sequence[int]) -> None:
+        self._paths = paths
         self._size = (int(size[0]), int(size[1]))
 
     def __len__(self) -> int:
