@@ -419,6 +419,8 @@ def train(images: Sequence[PersonImage], size: Size, args: argparse.Namespace) -
             device=args.device,
             mixed_precision="bf16" if args.device == "cuda" else "no",
             workers=args.workers,
+            clean=False,  # the figures in docs are of everything
+            poses="all",
             **size.training,
         )
     print(result)

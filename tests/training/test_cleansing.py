@@ -14,7 +14,7 @@ from PIL import Image
 from pose2id.cli import main
 from pose2id.training import clean, read_table
 from pose2id.training.cleansed_table import SHEET_PAIRS, contact_sheet, farthest_dropped
-from pose2id.training.cleansing import COVARIANCES, Cleansing
+from pose2id.training.cleansing import COVARIANCES, Cleansing, clean_people
 from pose2id.training.table import PersonImage
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
@@ -413,3 +413,20 @@ def test_an_onnx_model_without_a_transform_is_refused_as_in_extract(cameras, cap
     assert "--transform must be given" in capsys.readouterr().err
     assert main([*words, "--transform", "torchreid"]) == 0
     assert len(read_table(cameras / "kept.csv")) == 17
+
+
+def test_people_one_after_another():
+    """As `clean` with its defaults, without all features at once."""
+    draws = np.random.default_rng(3)
+    people = [draws.normal(draws.normal(size=5), 1.0, (n, 5)) * 1e3 for n in (2, 7, 3, 300)]
+    names = np.repeat(np.arange(4), [len(features) for features in people])
+    expected, found = clean(np.concatenate(people), names), clean_people(iter(people))
+    np.testing.assert_allclose(found.distances, expected.distances, rtol=1e-12)
+    assert found.reasons == expected.reasons
+    assert {"far", "near"} < set(found.reasons)
+    assert (found.kept == expected.kept).all()
+    assert str(found) == str(expected)
+
+
+def test_people_of_equal_images_are_kept():
+    assert clean_people([np.ones((3, 4)), torch.ones(60, 4)]).kept.all()

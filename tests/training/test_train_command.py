@@ -130,6 +130,8 @@ def test_the_help_quotes_the_defaults():
         quoted, default = re.search(r"\(([^()]*)\)$", text)[1], defaults[name]
         if default is None or default is False:
             assert quoted in ("off", "endless"), name
+        elif default is True:
+            assert quoted == "on", name
         elif isinstance(default, str):
             assert quoted == default, name
         else:
@@ -173,7 +175,8 @@ ALL = {
     "unconditional_ratio": 0.2,
     "snr_gamma": 5.0,
     "noise_offset": 0.05,
-    "poses": "valid",
+    "clean": True,
+    "poses": "all",
     "flip": 0.25,
     "erase": 0.75,
     "reference_variants": 4,
@@ -247,9 +250,15 @@ def test_flags_go_before_the_file(command, taken):
     assert settings["learning_rate"] == 1e-4
 
 
+def test_cleansing_can_be_switched_off(command, taken):
+    assert command("--no-clean", weights="w") == 0
+    assert taken["train"][3]["clean"] is False
+
+
 @pytest.mark.parametrize(
     ("content", "name", "value"),
     [
+        ("clean: false", "clean", False),
         ("learning_rate: 1e-5", "learning_rate", 1e-5),  # text, in YAML 1.1
         ("learning_rate: 0.001", "learning_rate", 0.001),
         ("snr_gamma: 5", "snr_gamma", 5.0),

@@ -121,7 +121,8 @@ def stepped(images, kind, settings):
     objective = Objective(generator.scheduler, given.snr_gamma)
     drawn = {name: getattr(given, name) for name in ("seed", "unconditional_ratio", "noise_offset", "flip", "erase")}
     sizes = {"image_size": (16, 8), "identity_size": (16, 8), "latent_shape": (4, 8, 4)}
-    pairs = Pairs(select(images), PairSettings(**drawn, **sizes, variants=given.reference_variants))
+    selection = select(images, poses=given.poses)
+    pairs = Pairs(selection, PairSettings(**drawn, **sizes, variants=given.reference_variants))
     parts = TrainedParts(generator.networks).train()
     trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
     optimizer = kind(trained, lr=0, weight_decay=given.weight_decay)
@@ -1094,11 +1095,11 @@ def test_only_valid_poses_are_trained_on(run, images, tmp_path):
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
     going = until(tmp_path / "valid", 1, tmp_path / "copy")
     with pytest.raises(ValueError, match=r"poses 'valid' then, 'all' now\. Train in another directory"):
-        run(going, **given)
-    assert_equal(ours, weights(run(going, poses="valid", **given).weights))
+        run(going, poses="all", **given)
+    assert_equal(ours, weights(run(going, **given).weights))
     old = until(tmp_path / "all", 1, tmp_path / "old")
     content = json.loads((old / "run.json").read_text())
-    del content["settings"]["poses"]
+    del content["cleansing"], content["poses_refused"], content["settings"]["clean"], content["settings"]["poses"]
     (old / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="poses 'all' then, 'valid' now"):
         run(old, poses="valid", **given)
@@ -1240,7 +1241,8 @@ def test_what_was_left_out_is_logged(run, images, tmp_path, caplog):
         run(tmp_path / "run", table=table, steps=1)
         run(tmp_path / "run", table=table, steps=1)
     assert [record.levelname for record in caplog.records if "8 images" in record.message] == ["WARNING"] * 2
-    assert "8 images of 3 people: 8 targets" in caplog.text
+    assert "8 images of 3 people: 5 targets" in caplog.text
+    assert "data cleansing: none left out, 8 images are fewer than 50" in caplog.text
     assert "unreadable: 1 (" in caplog.text
     assert str(tmp_path / "broken.png") in caplog.text
     assert "going on from step 1" in caplog.text
@@ -1344,6 +1346,7 @@ BAD_SETTINGS = {
     "unconditional_ratio": [-0.1, 1.1, math.nan],
     "snr_gamma": [0, -5, "5"],
     "noise_offset": [-0.1, 2],
+    "clean": ["yes", 1, None],
     "poses": ["some", None],
     "flip": [-1, 2],
     "erase": [-1, 2],

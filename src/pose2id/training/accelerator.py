@@ -56,3 +56,10 @@ def new_accelerator(settings: TrainingSettings, directory: str | os.PathLike[str
         wanted = f"what accelerate is set up for, {accelerator.device.type!r}, or None"
         raise ValueError(f"device must be {wanted}, got 'cuda'. See `accelerate env` and ACCELERATE_USE_CPU.")
     return accelerator
+
+
+def said_by_main(content: Any) -> Any:
+    """What the main process gives, in every process; the others give None."""
+    from accelerate.utils import broadcast_object_list  # noqa: PLC0415
+
+    return broadcast_object_list([content])[0]

@@ -7,6 +7,7 @@ from. The paper's rule is on distances' quantiles; what a distance is worth depe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from pose2id.io.rows import Rows
 COVARIANCES = ("spherical", "pooled", "ledoit-wolf")
 QUANTILES = ("pooled", "identity")
 FAR, NEAR = "far", "near"
-_LARGEST_QUANTILE = 0.49
+_QUANTILE, _LARGEST_QUANTILE = 0.005, 0.49
 _ROUNDING = 1e-9  # relative: distances that differ by less are one
 
 
@@ -55,7 +56,7 @@ def clean(
     features: Any,
     identities: Any,
     *,
-    quantile: float = 0.005,
+    quantile: float = _QUANTILE,
     covariance: str = "spherical",
     quantiles: str = "pooled",
     lower: bool = True,
@@ -107,8 +108,37 @@ def clean(
     distances = np.zeros(rows.n)
     for members in _members(group, judged, each=covariance == "ledoit-wolf"):
         distances[members] = _distances(residuals[members], covariance)
-    far, near = np.zeros((2, rows.n), dtype=bool)
-    for members in _members(group, judged, each=quantiles == "identity"):
+    return _verdict(distances, _members(group, judged, each=quantiles == "identity"), p, lower, least)
+
+
+def clean_people(people: Iterable[Any]) -> Cleansing:
+    """`clean` with its defaults, with memory for the features of one person: large sets have a hundred gigabytes.
+
+    Args:
+        people: the features of one person after another, (N, D) floating arrays or tensors with at least two rows.
+
+    Returns:
+        What to keep, in the order in which the features came.
+    """
+    parts = []
+    dim = 0
+    for features in people:
+        rows = Rows(features, "features", normalize=True)
+        n, dim = rows.n, rows.dim
+        x = _centred(rows.read(slice(None), torch.float64).cpu().numpy(), np.zeros(n, np.int64), np.array([n]))
+        parts.append(np.square(x).sum(1) * n / max(n - 1, 1))
+    squares = np.concatenate(parts)
+    mean = squares.mean()
+    distances: NDArray[np.float64] = np.sqrt(squares * dim / mean) if mean > 0 else squares
+    return _verdict(distances, [np.arange(len(distances))], _QUANTILE, True, 2)
+
+
+def _verdict(
+    distances: NDArray[np.float64], groups: Sequence[NDArray[np.int64]], p: float, lower: bool, least: int
+) -> Cleansing:
+    """By quantiles of each group's distances; rows of no group are kept."""
+    far, near = np.zeros((2, len(distances)), dtype=bool)
+    for members in groups:
         low, high = np.quantile(distances[members], [p, 1 - p])
         far[members] = distances[members] > high * (1 + _ROUNDING)
         near[members] = lower & (distances[members] < low * (1 - _ROUNDING))
@@ -116,7 +146,7 @@ def clean(
         kept=~(far | near),
         distances=distances,
         reasons=tuple(FAR if is_far else NEAR if is_near else "" for is_far, is_near in zip(far, near, strict=True)),
-        num_unjudged=int((~judged).sum()),
+        num_unjudged=len(distances) - sum(len(members) for members in groups),
         least=least,
     )
 
@@ -143,13 +173,19 @@ def _residuals(x: NDArray[np.float64], group: NDArray[np.int64], counts: NDArray
     A mean of N moves towards each of its own images, which leaves (N - 1) / N of the variance. With the factor images
     of small identities are as far from their means as others.
     """
+    x = _centred(x, group, counts)
+    peak = np.abs(x).max()  # squares must neither overflow nor vanish; the distances have no unit
+    x /= peak if peak > 0 else 1.0
+    return x * np.sqrt(counts / np.maximum(counts - 1, 1))[group, None]
+
+
+def _centred(x: NDArray[np.float64], group: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Features minus the mean of their identity."""
     order = np.argsort(group, kind="stable")
     starts = np.cumsum(counts) - counts
     x = x - x[order[starts]][group]  # so that equal features leave exact zeros
     x -= (np.add.reduceat(x[order], starts, axis=0) / counts[:, None])[group]
-    peak = np.abs(x).max()  # squares must neither overflow nor vanish; the distances have no unit
-    x /= peak if peak > 0 else 1.0
-    return x * np.sqrt(counts / np.maximum(counts - 1, 1))[group, None]
+    return x
 
 
 def _members(group: NDArray[np.int64], judged: NDArray[np.bool_], *, each: bool) -> list[NDArray[np.int64]]:

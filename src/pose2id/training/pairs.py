@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from pose2id.training.augmentation import augment
 from pose2id.training.settings import POSES, TrainingSettings
 from pose2id.training.table import PersonImage
 
+if TYPE_CHECKING:
+    from pose2id.training.cleansed_people import Cleansed
+
 LEAST_KEYPOINTS = 8
 _NECK, _HIPS = KEYPOINTS.index("neck"), [KEYPOINTS.index("right_hip"), KEYPOINTS.index("left_hip")]
 _THREADS = 8  # that read images: decoding is C code, and waits for disks
@@ -43,7 +46,9 @@ class Selection:
     Attributes:
         images: readable images of people with two of them or more, one of them a target.
         targets: indices into `images` of those with a valid pose.
-        refused: images that are references only because their pose is not valid, and why.
+        refused: names of images that are references only because their pose is not valid, and why.
+        cleansed: what data cleansing left out; None: it was not asked for.
+        num_poses: how many poses were judged for `refused`.
         unreadable: images left out because they cannot be read, and why.
         alone: images left out because no pair can be made of their person's images.
         digests: SHA-256 of the files of `images`.
@@ -54,7 +59,9 @@ class Selection:
     unreadable: list[str]
     alone: list[PersonImage]
     digests: list[str]
-    refused: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    cleansed: Cleansed | None = None
+    num_poses: int = 0
 
     @property
     def without_pose(self) -> int:
@@ -77,8 +84,12 @@ class Selection:
             f"{len(self.images)} images of {people} people: {len(self.targets)} targets, {self.without_pose} without a "
             "valid pose, which are references only"
         ]
+        rules = [] if self.cleansed is None else [str(self.cleansed)]
         if self.refused:
-            lines.append(f"no targets, by the rules of valid poses: {len(self.refused)} ({_some(self.refused)})")
+            shown = _some([f"{name}: {reason}" for name, reason in self.refused])
+            rules.append(f"no targets, by the rules of valid poses: {len(self.refused)} of {self.num_poses} ({shown})")
+        if rules:
+            lines.append(". ".join(rules))
         if self.unreadable:
             lines.append(f"left out, unreadable: {len(self.unreadable)} ({_some(self.unreadable)})")
         if self.alone:
@@ -95,13 +106,20 @@ def has_valid_pose(pose: Pose | None) -> bool:
     return bool(visible[_NECK] and visible[_HIPS].any() and visible.sum() >= LEAST_KEYPOINTS)
 
 
-def select(images: Sequence[PersonImage], *, poses: str = "all") -> Selection:
+def select(
+    images: Sequence[PersonImage],
+    *,
+    poses: str = "all",
+    cleanse: Callable[[list[PersonImage], list[str]], Cleansed] | None = None,
+) -> Selection:
     """Select what can be trained on; every image is read and decoded.
 
     Args:
         images: of people.
         poses: "all": whatever `has_valid_pose` is a target; "valid": only what `check_pose` accepts too, in the
             image's proportions.
+        cleanse: gets what could be trained on, and the files' SHA-256, and tells what of it to leave out; None: nothing
+            is left out.
 
     Raises:
         ValueError: nothing is left; with what was left out.
@@ -116,9 +134,18 @@ def select(images: Sequence[PersonImage], *, poses: str = "all") -> Selection:
     readable = [i for i, problem in enumerate(problems) if not problem]
     shown = [i for i in readable if has_valid_pose(images[i].pose)]
     verdicts = {i: check_pose(cast("Pose", images[i].pose), size=sizes[i]) for i in shown if poses == "valid"}
-    refused = {i: f"{images[i].path}: {verdict.reasons[0]}" for i, verdict in verdicts.items() if not verdict}
-    fit = set(shown) - refused.keys()
+    refused = {i for i, verdict in verdicts.items() if not verdict}
+    fit = set(shown) - refused
     kept, alone = _parted(images, readable, fit)
+    cleansed = None
+    if cleanse is not None and kept:
+        cleansed = cleanse([images[i] for i in kept], [digests[i] for i in kept])
+        dropped = {kept[image.place] for image in cleansed.dropped}
+        # A person may have lost the second image, or the only target.
+        kept, alone = _parted(images, [i for i in readable if i not in dropped], fit - dropped)
+        refused -= dropped
+        verdicts = {i: verdict for i, verdict in verdicts.items() if i not in dropped}
+        fit -= dropped
     targets = [place for place, i in enumerate(kept) if i in fit]
     selection = Selection(
         images=[images[i] for i in kept],
@@ -126,10 +153,17 @@ def select(images: Sequence[PersonImage], *, poses: str = "all") -> Selection:
         unreadable=unreadable,
         alone=[images[i] for i in alone],
         digests=[digests[i] for i in kept],
-        refused=list(refused.values()),
+        refused=[(images[i].path.name, verdict.reasons[0]) for i, verdict in verdicts.items() if i in refused],
+        cleansed=cleansed,
+        num_poses=len(verdicts),
     )
     if not targets:
-        raise ValueError(f"{_rule(images)} {selection}")
+        remedies = []
+        if cleansed is not None and cleansed.dropped:
+            remedies.append("clean=False (--no-clean) trains on images that data cleansing leaves out.")
+        if refused:
+            remedies.append('poses="all" (--poses all) takes poses that are not valid as targets, too.')
+        raise ValueError(" ".join([_rule(images), *remedies, str(selection)]))
     return selection
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -26,7 +26,8 @@ from pose2id.centralization.diagnostics import GenerationDiagnostics
 from pose2id.io.checks import checked_flag
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.training import cache, checkpoints
-from pose2id.training.accelerator import new_accelerator, require_accelerate
+from pose2id.training.accelerator import new_accelerator, require_accelerate, said_by_main
+from pose2id.training.cleansed_people import Cleansed, cleanse
 from pose2id.training.log import Metrics
 from pose2id.training.objective import TRAINED, Objective, TrainedParts, checkpoint_gradients
 from pose2id.training.optimizer import new_optimizer, rate, require_optimizer
@@ -79,12 +80,12 @@ def train(
     Args:
         generator: where to start: `start.start`, `start.fresh`, or any `IdentityGenerator`. Its networks are trained in
             place, in float32 on the device of training. Its `round_bank` has no part in training.
-        images: of people with two images or more. An image with a pose (`pairs.has_valid_pose`; with `poses="valid"`
-            also `poses.check_pose`) is a target, any other of the same person its reference. Unreadable images and
-            people without a pair are left out and logged.
+        images: of people with two images or more. An image with a valid pose (`pairs.has_valid_pose`, and unless
+            `poses="all"` also `poses.check_pose`) is a target, any other of the same person its reference. Unreadable
+            images, what data cleansing drops (unless `clean=False`), and people without a pair are left out and logged.
         directory: new or empty, or that of a run to go on with. Images must be the same then, and so must settings,
             except those that the weights do not depend on (`settings.FREE`) and, with a constant rate, `steps` if they
-            are given.
+            are given. A run of a version without data cleansing goes on without it, and with the poses it had.
         validation: people to generate in validations: `PersonImage`s, of which each person's first one is taken, or
             images of different people as `IdentityGenerator.generate` takes them. None: people of `images`.
         origin: what the generator is started from, in words, for the weights' model card.
@@ -103,13 +104,13 @@ def train(
         ImportError: the extra is not installed.
         OSError: a checkpoint cannot be written; older ones are kept.
     """
-    given = TrainingSettings(**settings)
+    place = RunDirectory(Path(directory).expanduser())
+    given = TrainingSettings(**{**place.older_defaults(), **settings})
     checked_flag(progress, "progress")
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
     generator.described()  # what cannot be saved is told now, not when the first checkpoint is due
     require_ready(given, images, directory, device)
-    place = RunDirectory(Path(directory).expanduser())
     accelerator = new_accelerator(given, place.path, device)
     longer = given.schedule == "constant" and "steps" in settings  # with a cosine, all rates would differ
     try:
@@ -159,8 +160,8 @@ class _Run:
             given = f"{settings.batch_size} with {accelerator.num_processes} x {settings.gradient_accumulation}"
             raise ValueError(f"batch_size must be a multiple of processes x gradient_accumulation, got {given}.")
         self.share = settings.batch_size // parts
-        selection = select(images, poses=settings.poses)
         self.generator = generator.to(accelerator.device, torch.float32)
+        selection = select(images, poses=settings.poses, cleanse=self._cleansed if settings.clean else None)
         if self.main:
             level = logging.WARNING if selection.unreadable or selection.alone else logging.INFO
             logger.log(level, "%s", selection)
@@ -186,6 +187,15 @@ class _Run:
         self.metrics = Metrics(directory.path, self.step, accelerator if self.main else None)
         if self.main:
             directory.write()
+
+    def _cleansed(self, images: list[PersonImage], digests: list[str]) -> Cleansed:
+        """The main process decides: features of several devices may differ in the last digits."""
+        found = None
+        if self.main:
+            known = self.directory.recorded_cleansing()
+            workers = self.settings.workers
+            found = cleanse(images, digests, self.generator, known, workers=workers, progress=self.progress)
+        return cast("Cleansed", said_by_main(found))
 
     def train(self) -> TrainingResult:
         """All steps that are left."""

@@ -20,6 +20,7 @@ from pose2id.ipg.batch import fingerprint
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.weights import CARD, model_card
 from pose2id.training import checkpoints
+from pose2id.training.cleansed_people import Cleansed
 from pose2id.training.log import RECENT, Metrics
 from pose2id.training.objective import TRAINED
 from pose2id.training.pairs import Selection
@@ -32,7 +33,7 @@ _FORMAT = 2
 # Of the first start, whatever generator a later one is given: the checkpoints' weights come from there.
 _OPTIONS = ("license", "sources", "round_bank")
 _ORIGIN = (*_OPTIONS, "origin")
-_SINCE = {"poses": "all"}  # settings that older runs do not name, and what they did
+_SINCE = {"clean": False, "poses": "all"}  # settings that older runs do not name, and what they did
 _KEYS = frozenset({"format", "settings", "images", "generator", "start", "published", *_ORIGIN})
 
 
@@ -47,7 +48,8 @@ class RunDirectory:
         content: of `run.json`. "settings", "images" (a digest) and "generator" (a digest of what training does not
             change) must be the same at every start; "start" (a digest of the weights that training began with),
             "license", "sources", "round_bank" and "origin" stay the first start's; "published" is the step of the
-            published weights, None: not known, or there are none.
+            published weights, None: not known, or there are none. "cleansing" is what was left out
+            (`cleansed_people.Cleansed`; None: nothing was judged), "poses_refused" images that are no targets, and why.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,6 +62,18 @@ class RunDirectory:
     def origin(self) -> dict[str, Any]:
         """Arguments of `IdentityGenerator` that stay the first start's."""
         return {name: self.content[name] for name in _OPTIONS}
+
+    def older_defaults(self) -> dict[str, Any]:
+        """Settings that a run of a version without data cleansing had by default: it goes on with them."""
+        file = self.path / RUN_FILE
+        if not file.is_file() or "clean" in (settings := _read(file)["settings"]):
+            return {}
+        return {name: settings.get(name, value) for name, value in _SINCE.items()}
+
+    def recorded_cleansing(self) -> Cleansed | None:
+        """What the run left out at an earlier start, if there was one."""
+        file = self.path / RUN_FILE
+        return Cleansed.from_json(_read(file).get("cleansing")) if file.is_file() else None
 
     def claim(
         self,
@@ -87,6 +101,8 @@ class RunDirectory:
             **{name: getattr(generator, name) for name in _OPTIONS},
             "origin": origin,
             "published": None,
+            "cleansing": None if selection.cleansed is None else selection.cleansed.to_json(),
+            "poses_refused": [list(refused) for refused in selection.refused],
         }
         self.path.mkdir(parents=True, exist_ok=True)
         try:

@@ -46,7 +46,10 @@ class TrainingSettings:
         unconditional_ratio: probability of a sample that sees neither reference nor identity.
         snr_gamma: Min-SNR weighting (`objective.Objective`), published value 5; None: all noise levels alike.
         noise_offset: standard deviation of a shift of each channel's noise, published value 0.05.
-        poses: of targets: "all" of neck, a hip and 8 keypoints, or only those that are "valid" (`poses.check_pose`).
+        clean: leave out images whose feature, by the frozen identity encoder, is farther from their person's mean than
+            99.5 % are, or nearer than 99.5 % (`cleansing.clean`, as in the paper); not with fewer than 50 images.
+        poses: of targets: only those that are "valid" (`poses.check_pose`; the others are references), as in the paper,
+            or "all" that show neck, a hip and 8 keypoints.
         flip: probability of a mirrored reference.
         erase: probability of a reference with a randomly erased rectangle.
         reference_variants: how many augmentations an image has as a reference; None: a new one each time.
@@ -76,7 +79,8 @@ class TrainingSettings:
     unconditional_ratio: float = 0.1
     snr_gamma: float | None = None
     noise_offset: float = 0.0
-    poses: str = "all"
+    clean: bool = True
+    poses: str = "valid"
     flip: float = 0.5
     erase: float = 0.5
     reference_variants: int | None = None
@@ -114,7 +118,7 @@ class TrainingSettings:
             ("poses", POSES),
         ):
             self._become(name, checked_choice, choices=choices)
-        for name in ("cache", "gradient_checkpointing"):
+        for name in ("clean", "cache", "gradient_checkpointing"):
             checked_flag(getattr(self, name), name)
         if self.cache and self.reference_variants is None:
             raise ValueError("reference_variants must be a number with cache=True, such as 4, got None (endless ones).")
