@@ -3,6 +3,7 @@
 from pose2id.poses.detection import detect
 from pose2id.poses.drawing import draw
 from pose2id.poses.files import read, standard, write
+from pose2id.poses.scrambling import scrambled
 from pose2id.poses.skeleton import KEYPOINTS, LIMBS, PALETTE, Pose
 from pose2id.poses.validity import Verdict, check_pose
 
@@ -16,6 +17,7 @@ __all__ = [
     "detect",
     "draw",
     "read",
+    "scrambled",
     "standard",
     "write",
 ]
