@@ -64,12 +64,17 @@ def main() -> None:
                 if name == "IPG":
                     found[embedder, "without pictures"].append(of_row["baseline"])
                 found.setdefault((embedder, name), []).append(of_row["IPG"])
-    print(f"\n{args.people} people of seeds {args.seeds}, {args.steps} steps, guidance {args.guidance:g}, means in %\n")
+        print_means(found, f"{args.people} people of each of {len(next(iter(found.values())))} seeds")
+
+
+def print_means(found: dict[tuple[str, str], list[dict[str, Any]]], title: str) -> None:
+    """Markdown, of the seeds so far."""
+    print(f"\n{title}, means in %\n")
     print("| embedder | pictures | mAP | Rank-1 | ID² | mAP of each seed |\n|---|---|--:|--:|--:|---|")
     for (embedder, name), rows in sorted(found.items(), key=lambda item: item[0][0]):
         m_ap, rank1, id2 = (np.mean([row[column] for row in rows]) for column in ("mAP", "rank1", "id2"))
         each = " / ".join(f"{100 * row['mAP']:.2f}" for row in rows)
-        print(f"| {embedder} | {name} | {100 * m_ap:.2f} | {100 * rank1:.2f} | {id2:.4f} | {each} |")
+        print(f"| {embedder} | {name} | {100 * m_ap:.2f} | {100 * rank1:.2f} | {id2:.4f} | {each} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,10 @@ def _generate(args: argparse.Namespace) -> None:
     from pose2id.ipg import batch as files  # noqa: PLC0415
 
     images = files.collect_images(args.images, args.out)
-    named = {"standard": poses.standard, "random": lambda: poses.scrambled(seed=args.seed)}
-    chosen = named.get(args.poses, lambda: poses.read(args.poses))()
+    chosen: Any = poses.standard() if args.poses == "standard" else None
+    if args.poses == "random":
+        chosen = poses.scrambled(seed=args.seed)
+    chosen = chosen or poses.read(args.poses)
     for i, pose in enumerate(chosen, 1):
         verdict = poses.check_pose(pose, size=size)
         if not verdict and args.poses != "random":
