@@ -1347,6 +1347,7 @@ BAD_SETTINGS = {
     "poses": ["some", None],
     "flip": [-1, 2],
     "erase": [-1, 2],
+    "occlude": [-1, 2, "0.5"],
     "reference_variants": [0, 1.5],
     "cache": ["yes", 1, True],
     "ema": [1, 0, 0.0, -0.1, "0.9"],
