@@ -522,6 +522,39 @@ def test_picture_modes_become_rgb(mode):
     assert np.abs(np.asarray(load_image(picture, "x")).mean() - (255 if mode == "1" else 200)) < 60
 
 
+def grey_kinds():
+    grey = np.random.default_rng(2).integers(0, 256, (8, 4), dtype=np.uint8)
+    floats = torch.from_numpy(grey) / 255
+    yield from (grey, grey[..., None], torch.from_numpy(grey), grey.T.copy().T, grey[:, :, None].astype(np.uint8))
+    yield from (floats, floats[None], floats[None].numpy(), floats.double(), floats[None].expand(3, -1, -1))
+    yield from (Image.fromarray(grey), np.repeat(grey[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("transform", ["transreid", None])
+def test_infrared_images_of_every_kind_are_three_equal_channels(transform):
+    items = list(grey_kinds())
+    expected = np.asarray(load_image(items[-1], "x"))
+    assert expected.shape == (8, 4, 3)
+    for item in items:
+        assert np.array_equal(np.asarray(load_image(item, "x")), expected)
+    how = {"inputs": "images"} if transform is None else {"transform": transform}
+    model = (lambda batch: np.stack(batch).mean((1, 2), np.float64)) if transform is None else lambda x: x.mean((2, 3))
+    for colors in ("rgb", "bgr"):  # grey is grey in either order
+        features = np.asarray(Extractor(model, **how)(items, colors=colors))
+        assert (features == features[0]).all()
+    stacks = (np.stack([items[0]] * 2)[..., None], np.stack([items[-1]] * 2))
+    first, second = (np.asarray(Extractor(model, **how)(stack)) for stack in stacks)
+    assert np.array_equal(first, second)
+    with pytest.raises(TypeError, match="sequence of images"):
+        Extractor(model, **how)(items[0])
+
+
+@pytest.mark.parametrize("wrong", [np.full((8, 4), 2.0), torch.full((1, 8, 4), -0.1), np.full((8, 4), np.nan)])
+def test_grey_floats_out_of_range(wrong):
+    with pytest.raises(ValueError, match=r"x must be a float image in \[0, 1\]"):
+        load_image(wrong, "x")
+
+
 def png_of_16_bits(channels):
     """Dark pixels, white in the lower 8 bits."""
     rows = np.full((2, 2 * channels), 255, ">u2")
@@ -615,7 +648,7 @@ def test_what_is_wrong_in_exif_does_not_matter(tmp_path, pictures):
         (None, TypeError, "sequence of images"),
         ((x for x in "ab"), TypeError, r"list\(\)"),
         ([Image.new("RGB", (2, 2)), "missing.jpg"], ValueError, r"images\[1\] cannot be read.*missing.jpg"),
-        ([np.zeros((4, 4), np.uint8)], TypeError, r"images\[0\] must be a path.*shape \(4, 4\)"),
+        ([np.zeros((4, 4), np.uint16)], TypeError, r"images\[0\] must be a path.*shape \(4, 4\), uint16"),
         ([torch.full((3, 4, 4), 200.0)], ValueError, r"images\[0\] must be a float image in \[0, 1\]"),
         ([torch.full((3, 4, 4), float("nan"))], ValueError, r"images\[0\]"),
         ([Image.new("I;16", (2, 2))], ValueError, r"images\[0\] must have 8 bits"),
@@ -706,7 +739,7 @@ def test_other_colours_are_refused(colors, pictures):
     ("image", "error", "message"),
     [
         (np.ones((4, 4, 4), np.uint8), TypeError, r"images\[0\] must be a path.*shape \(4, 4, 4\)"),
-        (np.ones((4, 4), np.uint8), TypeError, r"images\[0\] must be a path.*shape \(4, 4\)"),
+        (np.ones((4, 4), np.int16), TypeError, r"images\[0\] must be a path.*shape \(4, 4\), int16"),
         (np.ones((4, 4, 3)), TypeError, r"images\[0\] must be a path.*shape \(4, 4, 3\)"),
         (np.ones((4, 4, 3), np.int64), TypeError, r"images\[0\] must be a path"),
         (None, TypeError, r"images\[0\] must be a path.*got NoneType"),

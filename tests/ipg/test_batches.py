@@ -521,6 +521,18 @@ def modes():
     yield "YCbCr", PICTURE.convert("YCbCr"), PICTURE.convert("YCbCr").convert("RGB")
 
 
+def test_infrared_references_of_every_kind_give_one_picture(generator, tmp_path):
+    grey = PICTURE.convert("L")
+    grey.save(tmp_path / "grey.png")
+    array = np.asarray(grey)
+    three = np.repeat(array[..., None], 3, axis=2)
+    kinds = [grey, tmp_path / "grey.png", array, array[..., None], three, torch.from_numpy(array.copy())[None] / 255]
+    made = generator.generate(kinds, standard()[:1], **OPTIONS, batch_size=len(kinds), output="tensor")
+    assert all(torch.equal(pictures, made[0]) for pictures in made)
+    colour = generator.generate([PICTURE], standard()[:1], **OPTIONS, output="tensor")
+    assert not torch.equal(colour[0], made[0])
+
+
 @pytest.mark.parametrize(
     ("mode", "picture", "as_rgb"), list(modes()), ids=lambda value: value if isinstance(value, str) else ""
 )

@@ -14,13 +14,14 @@ from miniature import STRESS, miniature, people
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg import IdentityGenerator
 from pose2id.ipg.pixels import load_poses, load_reference, pixels
 from pose2id.poses import KEYPOINTS, Pose, standard
 from pose2id.training.augmentation import augment
 from pose2id.training.cache import Latents, build, identity_features
 from pose2id.training.pairs import Pairs, PairSettings, has_valid_pose, require_pairs, select
-from pose2id.training.table import PersonImage
+from pose2id.training.table import PersonImage, read_table
 
 SETTINGS = PairSettings(seed=7, image_size=(16, 8), identity_size=(24, 12), latent_shape=(4, 8, 4))
 PLAIN = {"flip": 0.0, "erase": 0.0}
@@ -90,6 +91,21 @@ def test_workers_draw_the_same_samples(selection):
     expected = [torch.utils.data.default_collate([some[n] for n in batch]) for batch in order]
     for batch, wanted in zip(DataLoader(some, batch_sampler=order, num_workers=2), expected, strict=True):
         assert_same(batch, wanted)
+
+
+def test_infrared_files_of_one_and_of_three_channels_are_the_same_samples(tmp_path):
+    drawn = SyntheticPedestrians(2, num_cameras=2, images_per_camera=2, seed=5, size=(32, 16), infrared_cameras=(2,))
+    table = read_table(write_people(drawn, tmp_path / "three", progress=False))
+    infrared = [image for image in table if image.camera == "2"]
+    assert len(infrared) == 4
+    three = [pairs(select(table))[n] for n in range(16)]
+    for image in infrared:
+        picture = Image.open(image.path)
+        assert picture.mode == "RGB"
+        picture.convert("L").save(image.path)
+    one = pairs(select(table))
+    for n, sample in enumerate(three):
+        assert_same(one[n], sample)
 
 
 def test_torch_keeps_its_own_draws(selection):

@@ -565,6 +565,15 @@ def test_commands(tmp_path, capsys, monkeypatch):
     with Image.open(drawn[-1].path) as picture:
         sample = SyntheticPedestrians(2, num_cameras=3, images_per_camera=1, seed=7)[-1]
         np.testing.assert_array_equal(np.asarray(picture), sample.image)
+    given = ["draw-people", "night", "--people", "2", "--cameras", "3", "--images", "1", "--seed", "7"]
+    assert main([*given, "--infrared", "2", "3"]) == 0
+    capsys.readouterr()
+    infrared = [np.ptp(np.asarray(Image.open(image.path)).astype(int), axis=2).max() == 0 for image in drawn]
+    assert not any(infrared)
+    seen = read_table(Path("night", "table.csv"))
+    assert [image.camera for image in seen if not np.ptp(np.asarray(Image.open(image.path)), axis=2).any()] == list(
+        "2323"
+    )
 
     Path("jsons", "images").mkdir(parents=True)
     for image in drawn[:2]:

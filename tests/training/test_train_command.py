@@ -179,6 +179,7 @@ ALL = {
     "poses": "all",
     "flip": 0.25,
     "erase": 0.75,
+    "occlude": 0.4,
     "reference_variants": 4,
     "cache": True,
     "ema": 0.99,

@@ -1099,7 +1099,9 @@ def test_only_valid_poses_are_trained_on(run, images, tmp_path):
     assert_equal(ours, weights(run(going, **given).weights))
     old = until(tmp_path / "all", 1, tmp_path / "old")
     content = json.loads((old / "run.json").read_text())
-    del content["cleansing"], content["poses_refused"], content["settings"]["clean"], content["settings"]["poses"]
+    for name in ("clean", "poses", "occlude"):
+        del content["settings"][name]
+    del content["cleansing"], content["poses_refused"]
     (old / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="poses 'all' then, 'valid' now"):
         run(old, poses="valid", **given)
@@ -1350,6 +1352,7 @@ BAD_SETTINGS = {
     "poses": ["some", None],
     "flip": [-1, 2],
     "erase": [-1, 2],
+    "occlude": [-1, 2, "0.5"],
     "reference_variants": [0, 1.5],
     "cache": ["yes", 1, True],
     "ema": [1, 0, 0.0, -0.1, "0.9"],

@@ -12,6 +12,7 @@ from pose2id.cli.options import DTYPES, add_download, command, download
 logger = logging.getLogger(__name__)
 
 _TOKEN = "Private repositories: set HF_TOKEN, or log in with `hf auth login`."
+_ABLATION = "measure what is lost: pose-alone, appearance-alone, no-bank, no-tokens (%(default)s)"
 _GENERATE = f"""Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name.
 Run again after an interruption: pictures that are there are kept, the others come out as they would have, up to
 the last digits that another batch costs (1 or 2 of 255 in single values).
@@ -26,13 +27,15 @@ def add_commands(commands: Any) -> None:
         "images", metavar="IMAGES", nargs="+", help="image files, or directories of them at any depth"
     )
     generate.add_argument("--out", metavar="OUT", required=True, help="directory to write; made if it isn't there")
-    generate.add_argument("--poses", metavar="FILE", default="standard", help="JSON of poses (default: the 8 standard)")
+    kinds = "JSON of poses, or random: the standard ones with their joints exchanged by --seed (default: standard)"
+    generate.add_argument("--poses", metavar="FILE|random", default="standard", help=kinds)
     generate.add_argument(
         "--weights", metavar="REPO|DIR", default="yuanc3/Pose2ID", help="directory or repository (%(default)s)"
     )
     generate.add_argument("--steps", type=int, default=20, help="of the sampler (%(default)s)")
     generate.add_argument("--guidance", type=float, default=3.5, help="scale; 1 is none (%(default)s)")
     generate.add_argument("--seed", type=int, default=42, help="(%(default)s)")
+    generate.add_argument("--ablation", default="none", help=_ABLATION)
     generate.add_argument("--dtype", choices=DTYPES, help="(default: float16 on CUDA, else float32)")
     generate.add_argument("--device", help="(default: cuda where there is one, else cpu)")
     generate.add_argument("--size", default="256x128", help="HEIGHTxWIDTH of the pictures (%(default)s)")
@@ -60,16 +63,19 @@ def _generate(args: argparse.Namespace) -> None:
     if args.offload and str(args.device).startswith("cpu"):
         raise ValueError("--offload must not be given with --device cpu: the networks rest there. Leave one out.")
     size = train.size(args.size, "--size")
-    sampling = Sampling(args.steps, args.guidance, args.seed, size)
+    sampling = Sampling(args.steps, args.guidance, args.seed, size, args.ablation)
     batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
     from pose2id import poses  # noqa: PLC0415
     from pose2id.ipg import batch as files  # noqa: PLC0415
 
     images = files.collect_images(args.images, args.out)
-    chosen = poses.standard() if args.poses == "standard" else poses.read(args.poses)
+    chosen: Any = poses.standard() if args.poses == "standard" else None
+    if args.poses == "random":
+        chosen = poses.scrambled(seed=args.seed)
+    chosen = chosen or poses.read(args.poses)
     for i, pose in enumerate(chosen, 1):
         verdict = poses.check_pose(pose, size=size)
-        if not verdict:
+        if not verdict and args.poses != "random":
             named = f"pose{i}" + (f" ({pose.name})" if pose.name else "")
             logger.warning("%s of %s may not be a person's: %s", named, args.poses, "; ".join(verdict.reasons))
     generator = _generator(args)

@@ -17,6 +17,7 @@ FILES = """Feature files, told apart by their ending:
 _OPTION = {
     "repo_or_dir": ("weights", "source"),
     "num_identities": ("people",),
+    "infrared_cameras": ("infrared",),
     "directory": ("out",),
     "table": ("paper_table",),
 }

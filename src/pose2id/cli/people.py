@@ -72,6 +72,9 @@ def add_commands(commands: Any) -> None:
     draw.add_argument("--people", type=int, default=60, help="(%(default)s)")
     draw.add_argument("--cameras", type=int, default=4, help="(%(default)s)")
     draw.add_argument("--images", type=int, default=3, help="of each person from each camera (%(default)s)")
+    draw.add_argument(
+        "--infrared", type=int, nargs="+", default=(), metavar="CAMERA", help="cameras that see no colour"
+    )
     draw.add_argument("--seed", type=int, default=0, help="chooses people and cameras (%(default)s)")
 
 
@@ -167,6 +170,7 @@ def _draw_people(args: argparse.Namespace) -> None:
         num_cameras=checked_count(args.cameras, "--cameras"),
         images_per_camera=checked_count(args.images, "--images"),
         seed=args.seed,
+        infrared_cameras=args.infrared,
     )
     path = write_people(people, args.folder)
     print(f"wrote {path}: {_counted(read_table(path))}, drawn by code")

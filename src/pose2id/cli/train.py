@@ -36,6 +36,7 @@ SETTINGS: tuple[tuple[str, Any, str], ...] = (
     ("poses", str, "of targets: only valid ones, or all (valid)"),
     ("flip", float, "probability of a mirrored reference (0.5)"),
     ("erase", float, "probability of an erased rectangle of the reference (0.5)"),
+    ("occlude", float, "probability of a covered part of the body on the reference, by its keypoints (0)"),
     ("reference_variants", int, "augmentations of a reference (endless)"),
     ("cache", bool, "keep VAE latents and identity features on disk (off)"),
     ("ema", float, "decay of averaged weights, such as 0.9999 (off)"),

@@ -81,12 +81,17 @@ class _Reversed:
         dense(item, name)
         _check_pixels(item, name)
         axis = _colour_axis(item, name)
+        if axis is None:
+            return item
         # No view: torch takes no arrays with negative strides.
         return item.flip(axis) if isinstance(item, Tensor) else np.flip(item, axis).copy()
 
 
 def load_image(item: Any, name: str) -> Image.Image:
-    """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture."""
+    """A path, PIL picture, (H, W, 3) uint8 RGB array or (3, H, W) float tensor in [0, 1] as an RGB picture.
+
+    What is grey gets three equal channels: pictures, and arrays and tensors (H, W), (H, W, 1) uint8 or (1, H, W) float.
+    """
     dense(item, name)
     _check_pixels(item, name)
     if isinstance(item, (str, os.PathLike)):
@@ -95,27 +100,32 @@ def load_image(item: Any, name: str) -> Image.Image:
         return _as_rgb(item, name, _stored_mode(item))
     axis = _colour_axis(item, name)
     array = as_numpy(item) if isinstance(item, Tensor) else item
-    if axis == 2:
-        return Image.fromarray(np.ascontiguousarray(array))
-    if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-        given = f"values in [{array.min():g}, {array.max():g}]"
-        raise ValueError(f"{name} must be a float image in [0, 1], got {given}. Divide by 255.")
-    return Image.fromarray(np.rint(array.transpose(1, 2, 0) * 255).astype(np.uint8))
+    if array.dtype != np.uint8:
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
+            given = f"values in [{array.min():g}, {array.max():g}]"
+            raise ValueError(f"{name} must be a float image in [0, 1], got {given}. Divide by 255.")
+        array = np.rint(array * 255).astype(np.uint8)
+    channels = array[..., None] if axis is None else np.moveaxis(array, axis, 2)
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(channels, (*channels.shape[:2], 3))))
 
 
-def _colour_axis(item: Any, name: str) -> int:
-    """2 of an (H, W, 3) uint8 array or tensor, 0 of (3, H, W) floats; nothing else is an image."""
-    if isinstance(item, (np.ndarray, Tensor)) and item.ndim == 3:
+def _colour_axis(item: Any, name: str) -> int | None:
+    """2 of an (H, W, C) uint8 array or tensor, 0 of (C, H, W) floats, C being 3 or 1 for grey; None of grey (H, W)."""
+    given = _given(item)
+    if isinstance(item, (np.ndarray, Tensor)) and item.ndim in (2, 3):
         if isinstance(item, Tensor):
             whole, floating = item.dtype == torch.uint8, item.is_floating_point()
         else:
             whole, floating = item.dtype == np.uint8, item.dtype.kind == "f"
-        if whole and item.shape[2] == 3:
+        if item.ndim == 2 and (whole or floating):
+            return None
+        if whole and item.shape[2] in (1, 3):
             return 2
-        if floating and item.shape[0] == 3:
+        if floating and item.shape[0] in (1, 3):
             return 0
+        given += f", {item.dtype}"
     wanted = "a path, a PIL picture, an (H, W, 3) uint8 RGB array or a (3, H, W) float tensor in [0, 1]"
-    raise TypeError(f"{name} must be {wanted}, got {_given(item)}.")
+    raise TypeError(f"{name} must be {wanted}, or grey (H, W), got {given}.")
 
 
 def content_key(picture: Image.Image) -> str:

@@ -106,7 +106,7 @@ def generate_files(
         batch_size: pictures per forward.
         progress: show a bar on a terminal, of the pictures that are missing.
         root: folder below which an image's path is its NAME; None: that which was given, or the file's own.
-        **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size` of `IdentityGenerator.generate`.
+        **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size`, `ablation` of `IdentityGenerator.generate`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: bad input, named, before anything is written.
@@ -321,7 +321,8 @@ class _Job:
 
     def _others(self, others: Sequence[tuple[Path, dict[str, Any], dict[str, Any]]]) -> FileExistsError:
         target, found, note = others[0]
-        differing = [key for key in note if found.get(key) != note[key]] if found else ["no note of pose2id"]
+        keys = dict.fromkeys([*note, *found])  # a setting at its default may have no entry
+        differing = [key for key in keys if found.get(key) != note.get(key)] if found else ["no note of pose2id"]
         return FileExistsError(
             f"{len(others)} files are in the place of new pictures, made from other images, settings or weights; "
             f"{target} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from PIL import Image
 from pose2id.io.checks import checked_count, first_few
 from pose2id.io.images import SUFFIXES, content_key, image_files, load_image
 from pose2id.poses import Pose
+
+logger = logging.getLogger(__name__)
 
 NOTE = "pose2id"  # the PNG text that records what a generated picture was made from
 
@@ -148,7 +151,9 @@ def read_note(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: Sequence[Any]) -> None:
-    """Raise where a note says that a picture was made from another image, or is in another pose than the others.
+    """Raise where a note says that a picture was made from another image, in another pose or by another ablation.
+
+    Pictures of an ablation are for measuring what it costs; a warning in the log says that they are no others.
 
     Args:
         found: of `find`.
@@ -157,12 +162,17 @@ def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: S
             are taken as they are.
     """
     keys = [_key(pose, f"poses[{m}]") for m, pose in enumerate(poses)]
+    ablation, first = "none", None
     for i, (files, image) in enumerate(zip(found, images, strict=True)):
         original = None
         for m, file in enumerate(files):
             note = read_note(file)
             if "image" not in note:
                 continue
+            ablation, first = note.get("ablation", "none") if first is None else ablation, first or file
+            if note.get("ablation", "none") != ablation:
+                given = f"{first} has {ablation!r} and {file} {note.get('ablation', 'none')!r}"
+                raise ValueError(f"pictures must be of one ablation, and {given}. Generate them into two directories.")
             original = original or content_key(load_image(image, f"images[{i}]"))
             if note["image"] != original:
                 given = f"{file} was made from another image"
@@ -171,6 +181,8 @@ def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: S
             if note.get("pose") != keys[m]:
                 others = "those of other images in its folder" if poses[m] is None else f"poses[{m}]"
                 raise ValueError(f"pictures must be in one set of poses, and {file} is in another pose than {others}.")
+    if ablation != "none":
+        logger.warning("%s and the others were generated for an ablation: %s", first, ablation)
 
 
 def _key(pose: Any, name: str) -> str | None:

@@ -324,6 +324,7 @@ class IdentityGenerator:
         latents: Tensor | None = None,
         batch_size: int | str = "auto",
         size: tuple[int, int] | None = (256, 128),
+        ablation: str = "none",
         output: str = "pil",
         progress: bool = True,
     ) -> Any:
@@ -353,6 +354,7 @@ class IdentityGenerator:
             batch_size: pictures per forward. "auto": 32 on CUDA, fewer where its free memory is small; else 8. When
                 CUDA runs out of memory it is halved, once.
             size: (height, width) of the results, resized as the published code does (bicubic); None: as generated.
+            ablation: what pictures do without, one of the paper's ablations (`Sampling.ablation`).
             output: "pil" or "tensor".
             progress: show a bar on a terminal.
 
@@ -367,7 +369,7 @@ class IdentityGenerator:
             images,
             poses,
             colors=colors,
-            sampling=Sampling(num_inference_steps, guidance_scale, seed, size),
+            sampling=Sampling(num_inference_steps, guidance_scale, seed, size, ablation),
             generator=generator,
             latents=latents,
             batch_size=batch_size,
@@ -395,8 +397,8 @@ class IdentityGenerator:
         What it holds does not grow with the number of images. Arguments and images are checked by the call, before the
         first picture is asked for; images beyond the latest 64 MiB of pixels are decoded once more for their picture.
 
-        Arguments are those of `generate`, or `sampling` in place of steps, guidance, seed and size. Images may be
-        `pose2id.ipg.pixels.References`, which are taken as checked, in RGB.
+        Arguments are those of `generate`, or `sampling` in place of steps, guidance, seed, size and ablation. Images
+        may be `pose2id.ipg.pixels.References`, which are taken as checked, in RGB.
         """
         if isinstance(images, References) and colors != "rgb":
             raise ValueError(f"colors must be 'rgb' with References, which hold RGB pictures, got {colors!r}.")
@@ -482,10 +484,10 @@ class IdentityGenerator:
             references: (R, 3, *image_size), the same pictures.
             pose_features: (P, C, h, w), made by `encode_poses`.
             latents: (R, P, 4, h, w) float noise.
-            sampling: of which steps and guidance count; None: the default.
+            sampling: of which steps, guidance and ablation count; None: the default.
             generator: for schedulers that add noise in their steps: one for all, or R lists of one for each pose.
             batch_size: pictures per forward; None: all.
-            **settings: `num_inference_steps`, `guidance_scale`, as for `generate`.
+            **settings: `num_inference_steps`, `guidance_scale`, `ablation`, as for `generate`.
 
         Returns:
             (R, P, 3, *image_size) in [0, 1].
@@ -495,18 +497,25 @@ class IdentityGenerator:
         check_shape(references, "references", (count, 3, *networks.image_size))
         check_shape(latents, "latents", (count, len(pose_features), *networks.latent_shape))
         sampling = self.checked_sampling(sampling, **settings)
-        unconditional = networks.unconditional_tokens() if guided(sampling.guidance) else None
+        nobody = networks.unconditional_tokens() if guided(sampling.guidance) or not sampling.sees("tokens") else None
+        unconditional = nobody if guided(sampling.guidance) else None
         round_to = torch.float16 if self.round_bank and networks.dtype == torch.float32 else None
         # Steps add up in at least single precision: a half holds too few digits for the sum of many small changes.
         noise = latents.to(networks.device, networks.wide_dtype)
         pose_features = pose_features.to(networks.device)
+        if not sampling.sees("pose"):
+            pose_features = torch.zeros_like(pose_features)
         at_once = count * len(pose_features) if batch_size is None else checked_count(batch_size, "batch_size")
         results = []
         for some in blocks(count, at_once // len(pose_features)):
-            tokens = networks.encode_identity(identity_images[some])
-            seen = networks.encode_images(references[some])
-            with networks.at_work("reference_unet"):
-                bank = reference.write(networks.reference_unet, seen, tokens, round_to=round_to)
+            shown = identity_images[some]
+            tokens = networks.encode_identity(shown) if nobody is None or sampling.sees("tokens") else nobody
+            tokens = tokens.expand(len(shown), -1, -1)
+            bank = {}
+            if sampling.sees("bank"):
+                seen = networks.encode_images(references[some])
+                with networks.at_work("reference_unet"):
+                    bank = reference.write(networks.reference_unet, seen, tokens, round_to=round_to)
             in_poses = []
             for these in blocks(len(pose_features), at_once):
                 poses = pose_features[these]

@@ -4,6 +4,7 @@ from pose2id.poses.detection import detect
 from pose2id.poses.drawing import draw
 from pose2id.poses.files import read, standard, write
 from pose2id.poses.representative import ChosenPose, choose_poses, facing, nearest_to_mean, pose_distances
+from pose2id.poses.scrambling import scrambled
 from pose2id.poses.skeleton import KEYPOINTS, LIMBS, PALETTE, Pose
 from pose2id.poses.validity import Verdict, check_pose
 
@@ -22,6 +23,7 @@ __all__ = [
     "nearest_to_mean",
     "pose_distances",
     "read",
+    "scrambled",
     "standard",
     "write",
 ]

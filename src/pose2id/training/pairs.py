@@ -26,6 +26,7 @@ from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pixels import load_reference, pixels
 from pose2id.poses import KEYPOINTS, Pose, check_pose, draw
 from pose2id.training.augmentation import augment
+from pose2id.training.occlusion import occluded
 from pose2id.training.settings import POSES, TrainingSettings
 from pose2id.training.table import PersonImage
 
@@ -222,6 +223,7 @@ class PairSettings:
     noise_offset: float = 0.0
     flip: float = 0.5
     erase: float = 0.5
+    occlude: float = 0.0
     variants: int | None = None
 
     @classmethod
@@ -300,8 +302,13 @@ class Pairs(Dataset[dict[str, Tensor]]):
         """
         given = self.settings
         draws = np.random.default_rng([_VARIANT, given.seed, i, variant]) if isinstance(variant, int) else variant
+        image, pose = np.asarray(self._picture(i)), self.selection.images[i].pose
+        # A stream of its own: without occluders, and with them, all else is drawn the same.
+        (of_occluder,) = draws.spawn(1)
+        if of_occluder.random() < given.occlude:
+            image = occluded(image, pose, of_occluder)
         # One augmentation, for the reference UNet and the identity encoder.
-        augmented = augment(np.asarray(self._picture(i)), draws, flip=given.flip, erase=given.erase)
+        augmented = augment(image, draws, flip=given.flip, erase=given.erase)
         picture = Image.fromarray(augmented)
         return {"reference": pixels(picture, given.image_size), "identity": pixels(picture, given.identity_size)}
 

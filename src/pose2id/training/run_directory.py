@@ -33,7 +33,7 @@ _FORMAT = 2
 # Of the first start, whatever generator a later one is given: the checkpoints' weights come from there.
 _OPTIONS = ("license", "sources", "round_bank")
 _ORIGIN = (*_OPTIONS, "origin")
-_SINCE = {"clean": False, "poses": "all"}  # settings that older runs do not name, and what they did
+_SINCE = {"clean": False, "poses": "all", "occlude": 0.0}  # settings that older runs do not name, and what they did
 _KEYS = frozenset({"format", "settings", "images", "generator", "start", "published", *_ORIGIN})
 
 

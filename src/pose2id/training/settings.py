@@ -52,6 +52,8 @@ class TrainingSettings:
             or "all" that show neck, a hip and 8 keypoints.
         flip: probability of a mirrored reference.
         erase: probability of a reference with a randomly erased rectangle.
+        occlude: probability of a reference with a random part of the body covered, as keypoints show it (`occlusion`).
+            References without keypoints stay as they are.
         reference_variants: how many augmentations an image has as a reference; None: a new one each time.
         cache: keep VAE latents and identity features on disk, in the run's directory; needs `reference_variants`.
         ema: decay of an exponential moving average, 1e-6 to 0.99999; the written weights are the average. None: none.
@@ -83,6 +85,7 @@ class TrainingSettings:
     poses: str = "valid"
     flip: float = 0.5
     erase: float = 0.5
+    occlude: float = 0.0
     reference_variants: int | None = None
     cache: bool = False
     ema: float | None = None
@@ -104,7 +107,7 @@ class TrainingSettings:
         for name in ("warmup_steps", "seed", "validate_every", "validation_images", "workers"):
             self._become(name, checked_count, least=0)
         self._become("validation_steps", checked_count, most=1000)
-        for name in ("weight_decay", "unconditional_ratio", "noise_offset", "flip", "erase"):
+        for name in ("weight_decay", "unconditional_ratio", "noise_offset", "flip", "erase", "occlude"):
             self._become(name, checked_number, low=0, high=1)
         self._become("validation_guidance", checked_number, low=0, high=1000)
         self._become("learning_rate", checked_number, low=1e-12, high=1)
