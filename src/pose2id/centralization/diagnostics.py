@@ -65,8 +65,8 @@ class GenerationDiagnostics:
             return "An image's own pictures are no nearer to it than other people's: leave them out (eta 0)."
         if retention <= _RETENTION_THAT_HARMED:
             return (
-                f"The pictures say little about the person: at {harmed} and 2.9% (CUHK03, OSNet) eta 2 took 9 points of "
-                "mAP and more, 1 gave no clear gain, 0.25 added 0.8 and 2.0. Leave them out (eta 0), or try "
+                f"The pictures say little about the person: at {harmed} and 2.9% (CUHK03, OSNet) eta 2 took 9 points "
+                "of mAP and more, 1 gave no clear gain, 0.25 added 0.8 and 2.0. Leave them out (eta 0), or try "
                 "0.25 with labels."
             )
         if retention < _PUBLISHED_AT_LEAST:
