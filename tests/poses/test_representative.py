@@ -60,12 +60,12 @@ class TestNearestToMean:
         np.testing.assert_array_equal(nearest_to_mean(features, who, [STANDING] * 7), [1, 5, 6])
 
     def test_images_without_a_valid_pose_count_in_the_mean_alone(self):
-        features = degrees(0, 10, 50, 90, 110, 99, 200)
+        features = degrees(0, 60, 50, 90, 110, 99, 200)
         who = ["a", "a", "a", "b", "b", "b", "c"]
-        # Of a 0 degrees is 20 away from the mean, 50 is 30 away; without image 1 in the mean both were 25 away.
+        # The mean of a is near 37 degrees; without image 1 both others were equally far from it, and 0 the first.
         poses = [STANDING, None, STANDING, STANDING, STANDING, UPSIDE_DOWN, None]
-        np.testing.assert_array_equal(nearest_to_mean(features, who, poses), [0, 3])
-        np.testing.assert_array_equal(nearest_to_mean(features, who, [STANDING, None, STANDING] + [None] * 4), [0])
+        np.testing.assert_array_equal(nearest_to_mean(features, who, poses), [2, 3])
+        np.testing.assert_array_equal(nearest_to_mean(features, who, [STANDING] + [None] * 6), [0])
         assert nearest_to_mean(features, who, [None] * 7).shape == (0,)
 
     def test_the_length_of_a_feature_does_not_matter(self):
