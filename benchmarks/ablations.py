@@ -1,6 +1,6 @@
 """The paper's ablations of generation on drawn people, with the tiny weights: docs/results.md has the outcome.
 
-    python benchmarks/ablations.py                       # 10 people of seed 1, about 5 minutes on one thread
+    python benchmarks/ablations.py                       # 10 people of seed 1: 3,840 pictures
     python benchmarks/ablations.py --people 20 --seeds 1 2 3
     python benchmarks/ablations.py --infrared 3 4        # cameras 3 and 4 take infrared pictures
 

@@ -1,6 +1,6 @@
 """Do occluders on references help training? Two short runs on drawn people, with and without: docs/results.md.
 
-    python benchmarks/occluders.py                             # 300 steps each; 20 minutes on one thread
+    python benchmarks/occluders.py                             # 300 steps each, and 3,840 pictures
     python benchmarks/occluders.py --steps 60 --people 5       # a look
 
 Both runs start from the tiny weights (which have seen occluders: something stands before a quarter of the drawn people)
