@@ -1243,7 +1243,7 @@ def test_what_was_left_out_is_logged(run, images, tmp_path, caplog):
         run(tmp_path / "run", table=table, steps=1)
         run(tmp_path / "run", table=table, steps=1)
     assert [record.levelname for record in caplog.records if "8 images" in record.message] == ["WARNING"] * 2
-    assert "8 images of 3 people: 5 targets" in caplog.text
+    assert "8 images of 3 people: 6 targets" in caplog.text
     assert "data cleansing: none left out, 8 images are fewer than 50" in caplog.text
     assert "unreadable: 1 (" in caplog.text
     assert str(tmp_path / "broken.png") in caplog.text
