@@ -402,3 +402,10 @@ def test_descriptor_separates_people_only_middlingly(small, small_images):
 def test_descriptor_names_bad_arguments(images, options, error, message):
     with pytest.raises(error, match=message):
         colour_stripes(images, **options)
+
+
+def test_the_smallest_pictures_have_walls_of_bricks_too():
+    drawn = SyntheticPedestrians(4, num_cameras=8, images_per_camera=1, seed=1, size=(16, 16))
+    for person in range(1, 5):
+        for camera in range(1, 9):
+            assert drawn.render(person, camera, 0).image.shape == (16, 16, 3)

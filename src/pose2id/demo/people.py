@@ -446,7 +446,8 @@ def _draw_bricks(draw: ImageDraw.ImageDraw, rng: np.random.Generator, wall: Floa
     for row in range(27):
         for column in range(-1, math.ceil(width / long)):
             left, top = (column + 0.5 * (row % 2)) * long, row * tall
-            draw.rectangle((left, top, left + long - 1, top + tall - 1), fill=_fill(brick * rng.uniform(0.8, 1.15)))
+            bottom = top + max(tall - 1, 0)  # of small pictures a row is less than a pixel
+            draw.rectangle((left, top, left + long - 1, bottom), fill=_fill(brick * rng.uniform(0.8, 1.15)))
 
 
 def _draw_columns(draw: ImageDraw.ImageDraw, rng: np.random.Generator, wall: Floats, size: tuple[int, int]) -> None:
