@@ -265,7 +265,7 @@ def test_frames_of_a_track_are_one_image():
     result = gallery.search(x, 1, group_by=tracks, quality=quality, query_camids=[2] * 12)
     assert result.labels.tolist() == [["b"], ["a"], ["c"]]
     with pytest.raises(ValueError, match="camids must be one for all frames of a track, got others at row 4"):
-        gallery.add(x, group_by=tracks, camids=[2, 2, 2, 2, 3, 2, 2, 2, 2, 2, 3, 2])
+        gallery.add(x, [*"DEF"], group_by=tracks, camids=[2, 2, 2, 2, 3, 2, 2, 2, 2, 2, 3, 2])
     with pytest.raises(ValueError, match="quality must be above 0 for a frame of each track; track 'a'"):
         gallery.add(x, group_by=tracks, quality=quality * (np.array(tracks) != "a"))
     with pytest.raises(ValueError, match="quality must be None without group_by"):

@@ -803,17 +803,17 @@ class Gallery:
         numbers = camera_numbers({name: (camids, n)})[0]
         if bool((numbers < _UNKNOWN).any()):
             raise ValueError(f"{name} must be at least 0, or -1 for unknown, got {int(numbers.min())}.")
-        worded = torch.nonzero(numbers >= FIRST_WORD).flatten().tolist()
         values = [] if camids is None else list(camids)
-        for row in worded:
+        if tracks is not None:
+            numbers = torch.tensor(tracks.one_each(numbers.tolist(), name), dtype=torch.int64, device="cpu")
+            values = [values[row] for row in tracks.first.tolist()] if values else values
+        for row in torch.nonzero(numbers >= FIRST_WORD).flatten().tolist():
             word = str(values[row]).strip()
             known = self._words.get(word, _ABSENT)
             if known == _ABSENT and new:
                 known = self._words.setdefault(word, FIRST_WORD + len(self._words))
             numbers[row] = known
-        if tracks is None:
-            return numbers
-        return torch.tensor(tracks.one_each(numbers.tolist(), name), dtype=torch.int64, device="cpu")
+        return numbers
 
     def _new_ids(self, ids: Any, n: int, what: str) -> list[Any]:
         """Ids of n new images."""

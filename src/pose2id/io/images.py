@@ -209,5 +209,5 @@ def _as_rgb(picture: Image.Image, name: str, mode: str) -> Image.Image:
 
 
 def _given(value: Any) -> str:
-    shape = f" of shape {tuple(value.shape)} and {value.dtype}" if hasattr(value, "shape") else ""
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     return type(value).__name__ + shape
