@@ -194,6 +194,24 @@ def test_lines_of_a_person_need_not_be_neighbours(images):
         assert image.distance == pytest.approx(expected.distances[image.place], rel=1e-5)
 
 
+def test_the_default_device_changes_nothing(images, monkeypatch):
+    generator = miniature()
+    expected = cleanse(images, [""] * len(images), generator, None, progress=False)
+
+    def loader(crops, *, batch_size, num_workers):  # torch's own draws a number on the default device, which meta lacks
+        del num_workers
+        for start in range(0, len(crops), batch_size):
+            yield torch.stack([crops[i] for i in range(start, min(start + batch_size, len(crops)))])
+
+    monkeypatch.setattr(cleansed_people, "DataLoader", loader)
+    torch.set_default_device("meta")
+    try:
+        found = cleanse(images, [""] * len(images), generator, None, progress=False)
+    finally:
+        torch.set_default_device(None)
+    assert found == expected
+
+
 def test_small_tables_are_left_alone(images, monkeypatch):
     monkeypatch.setattr(cleansed_people, "identity_features", None)
     found = cleanse(images[: LEAST_CLEANSED - 1], [""] * (LEAST_CLEANSED - 1), miniature(), None, progress=False)
