@@ -16,7 +16,7 @@ from miniature import assert_equal, miniature, people, weights
 from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg import IdentityGenerator
 from pose2id.ipg.pixels import load_reference, pixels
-from pose2id.poses import Pose
+from pose2id.poses import Pose, validity
 from pose2id.training import checkpoints, cleansed_people
 from pose2id.training.cleansed_people import LEAST_CLEANSED, Cleansed, Dropped, cleanse
 from pose2id.training.cleansing import clean
@@ -136,6 +136,14 @@ def test_cleansing_can_be_switched_off(images, cleansed, going, tmp_path):
 def test_other_images_are_not_those_of_the_record(images, going):
     with pytest.raises(ValueError, match="images must be those that the run in"):
         run(going, images[:-1])
+
+
+def test_other_rules_of_poses_would_be_another_run(images, going, monkeypatch):
+    """Those of another version: targets would be others, without a word."""
+    assert recorded(going)["poses_refused"]
+    monkeypatch.setattr(validity, "RULES", ())
+    with pytest.raises(ValueError, match=r"poses must be valid by the rules that the run in .* began with: \d+ poses"):
+        run(going, images)
 
 
 def test_runs_of_older_versions_go_on_as_they_were(images, tmp_path):
