@@ -16,7 +16,7 @@ from miniature import assert_equal, miniature, people, weights
 from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg import IdentityGenerator
 from pose2id.ipg.pixels import load_reference, pixels
-from pose2id.poses import Pose
+from pose2id.poses import Pose, validity
 from pose2id.training import checkpoints, cleansed_people
 from pose2id.training.cleansed_people import LEAST_CLEANSED, Cleansed, Dropped, cleanse
 from pose2id.training.cleansing import clean
@@ -138,6 +138,14 @@ def test_other_images_are_not_those_of_the_record(images, going):
         run(going, images[:-1])
 
 
+def test_other_rules_of_poses_would_be_another_run(images, going, monkeypatch):
+    """Those of another version: targets would be others, without a word."""
+    assert recorded(going)["poses_refused"]
+    monkeypatch.setattr(validity, "RULES", ())
+    with pytest.raises(ValueError, match=r"poses must be valid by the rules that the run in .* began with: \d+ poses"):
+        run(going, images)
+
+
 def test_runs_of_older_versions_go_on_as_they_were(images, tmp_path):
     """Without cleansing, with all poses, and with no flag for it; not as something else."""
     run(tmp_path / "old", images, clean=False, poses="all")
@@ -192,6 +200,24 @@ def test_lines_of_a_person_need_not_be_neighbours(images):
     for image in found.dropped:
         assert image.identity == table[image.place].identity
         assert image.distance == pytest.approx(expected.distances[image.place], rel=1e-5)
+
+
+def test_the_default_device_changes_nothing(images, monkeypatch):
+    generator = miniature()
+    expected = cleanse(images, [""] * len(images), generator, None, progress=False)
+
+    def loader(crops, *, batch_size, num_workers):  # torch's own draws a number on the default device, which meta lacks
+        del num_workers
+        for start in range(0, len(crops), batch_size):
+            yield torch.stack([crops[i] for i in range(start, min(start + batch_size, len(crops)))])
+
+    monkeypatch.setattr(cleansed_people, "DataLoader", loader)
+    torch.set_default_device("meta")
+    try:
+        found = cleanse(images, [""] * len(images), generator, None, progress=False)
+    finally:
+        torch.set_default_device(None)
+    assert found == expected
 
 
 def test_small_tables_are_left_alone(images, monkeypatch):

@@ -129,7 +129,8 @@ def cleanse(
 
         def people() -> Iterator[Tensor]:
             """One person's features after another's."""
-            counts, rows = iter([len(places) for places in members.values()]), torch.empty(0)
+            counts = iter([len(places) for places in members.values()])
+            rows = torch.empty(0, device="cpu")  # whatever the default device is: features come to the CPU
             count = next(counts)
             for batch in DataLoader(crops, batch_size=_BATCH, num_workers=workers):
                 features = identity_features(generator.networks, batch.to(generator.device)).float().cpu()

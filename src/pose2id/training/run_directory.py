@@ -208,6 +208,13 @@ class RunDirectory:
             raise ValueError(f"settings must be those that {where}: {shown}. {remedy}")
         if began["images"] != self.content["images"]:
             raise ValueError(f"images must be those that {where}, in the same order and poses. {elsewhere}")
+        # By the rules of another version other images would be targets.
+        refused, now = ([name for name, *_ in of.get("poses_refused") or []] for of in (began, self.content))
+        if refused != now:
+            given = f"{len(refused)} poses refused then, {len(now)} now, or other ones"
+            raise ValueError(
+                f"poses must be valid by the rules that {where}: {given}. Go on with its version of pose2id."
+            )
         if began["generator"] != self.content["generator"]:
             what = "in its identity encoder, VAE, scheduler, image_size and architecture"
             raise ValueError(f"generator must be the one that {where}, {what}. {elsewhere}")
