@@ -452,9 +452,9 @@ def test_nothing_is_left(images, tmp_path, what):
         select(given)
     assert f"got {len(given)} images of which none can be used" in str(caught.value)
     told = {
-        "no images": "0 have a valid pose, 0 people have two images or more",
-        "one image each": "3 have a valid pose, 0 people have two images or more. 0 images",
-        "no poses": "0 have a valid pose, 3 people have two images or more. Add keypoints: `pose2id table --keypoints",
+        "no images": "0 have such a pose, 0 people have two images or more",
+        "one image each": "3 have such a pose, 0 people have two images or more. 0 images",
+        "no poses": "0 have such a pose, 3 people have two images or more. Add keypoints: `pose2id table --keypoints",
     }
     assert told[what] in str(caught.value)
     with pytest.raises(ValueError, match=r"images must hold two images of a person at least.* of which none can"):
