@@ -281,3 +281,4 @@ def test_nothing_is_left(images):
     with pytest.raises(ValueError, match=r'poses="all" \(--poses all\)') as caught:
         select(upset, poses="valid")
     assert "--no-clean" not in str(caught.value)
+    assert "none can be used: 3 have such a pose" in str(caught.value)  # not "a valid pose", which none is

@@ -298,6 +298,20 @@ def test_latents_are_built_once_for_a_key(selection, tmp_path, monkeypatch):
     Latents(tmp_path, some).take(0, 1, 0)
 
 
+def test_latents_of_other_targets_are_others(selection, tmp_path):
+    """As many of the same images, by other rules of poses."""
+    generator = miniature()
+    for targets in (selection.targets[1:], selection.targets[:-1]):
+        some = Pairs(
+            replace(selection, targets=targets),
+            replace(SETTINGS, flip=0.0, erase=0.0, identity_size=(16, 8), variants=1),
+        )
+        build(tmp_path, some, generator, progress=False)
+        found = Latents(tmp_path, some).take(targets[0], targets[1], 0)["target_latents"]
+        expected = generator.encode_images(some.target(targets[0])[None])[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -438,9 +452,9 @@ def test_nothing_is_left(images, tmp_path, what):
         select(given)
     assert f"got {len(given)} images of which none can be used" in str(caught.value)
     told = {
-        "no images": "0 have a valid pose, 0 people have two images or more",
-        "one image each": "3 have a valid pose, 0 people have two images or more. 0 images",
-        "no poses": "0 have a valid pose, 3 people have two images or more. Add keypoints: `pose2id table --keypoints",
+        "no images": "0 have such a pose, 0 people have two images or more",
+        "one image each": "3 have such a pose, 0 people have two images or more. 0 images",
+        "no poses": "0 have such a pose, 3 people have two images or more. Add keypoints: `pose2id table --keypoints",
     }
     assert told[what] in str(caught.value)
     with pytest.raises(ValueError, match=r"images must hold two images of a person at least.* of which none can"):

@@ -452,7 +452,7 @@ def test_errors(command, weights, table, tmp_path, capsys, monkeypatch):
 def test_tables_and_directories_are_checked_before_anything_is_downloaded(command, table, taken, tmp_path, capsys):
     (tmp_path / "table.csv").write_text("path,identity\na.png,1\nb.png,1\n")
     assert main(["train", str(tmp_path / "table.csv"), "--out", str(tmp_path / "run")]) == 2
-    assert "2 images of which none can be used: 0 have a valid pose, 1 people" in capsys.readouterr().err
+    assert "2 images of which none can be used: 0 have such a pose, 1 people" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert command(directory=tmp_path / "file") == 2
     assert "must be new, empty, or the directory of a run" in capsys.readouterr().err

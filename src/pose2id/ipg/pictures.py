@@ -87,7 +87,7 @@ class GeneratedPictures(PosedPictures):
         num_poses: M of eq. 9: the first so many of the poses; None: all. 0: nothing is generated, and `Centralizer`
             leaves eq. 9 out.
         pose_inputs: see `PosedPictures`.
-        sampling: steps, guidance, seed and size; None: the generator's defaults.
+        sampling: steps, guidance, seed, size and ablation; None: the generator's defaults.
         **options: further keywords of the generator, such as batch_size.
     """
 

@@ -69,10 +69,10 @@ class Latents:
 def build(
     directory: Path, pairs: Pairs, generator: IdentityGenerator, *, workers: int = 0, progress: bool = True
 ) -> None:
-    """Compute what `Latents` reads, unless the directory holds it, of the same images, settings and frozen networks."""
+    """Compute what `Latents` reads, unless the directory holds it, of these images, targets, settings and networks."""
     selection, variants = pairs.selection, pairs.settings.variants or 0
     frozen = fingerprint(generator, ("vae", "identity_encoder"), sampling=False)
-    made_from = json.dumps([selection.digest, asdict(pairs.settings), frozen])
+    made_from = json.dumps([selection.digest, selection.targets, asdict(pairs.settings), frozen])
     content = json.dumps({"key": hashlib.sha256(made_from.encode()).hexdigest()})
     directory, shape = directory / LATENTS, generator.latent_shape
     targets = _Images(pairs, "target", [(i, 0) for i in selection.targets])

@@ -196,9 +196,9 @@ def _rule(images: Sequence[PersonImage]) -> str:
     several = sum(count > 1 for count in Counter(image.identity for image in images).values())
     hint = "" if valid else " Add keypoints: `pose2id table --keypoints DIR` or `--detect`."
     return (
-        "images must hold two images of a person at least, one of them with a valid pose (neck, a hip and "
-        f"{LEAST_KEYPOINTS} keypoints visible), got {len(images)} images of which none can be used: {valid} have a "
-        f"valid pose, {several} people have two images or more.{hint}"
+        "images must hold two images of a person at least, one of them with a pose that shows neck, a hip and "
+        f"{LEAST_KEYPOINTS} keypoints, got {len(images)} images of which none can be used: {valid} have such a pose, "
+        f"{several} people have two images or more.{hint}"
     )
 
 
