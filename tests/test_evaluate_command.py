@@ -326,3 +326,17 @@ def test_the_tiny_weights_draw_what_is_missing(folder, rng, capsys):
     times = [(folder / "made" / name).stat().st_mtime_ns for name in made]
     assert rows(capsys, *words) == first
     assert times == [(folder / "made" / name).stat().st_mtime_ns for name in made]
+
+    # Finished pictures under other names, as `pose2id generate people` gives from another folder, are not drawn again.
+    other = folder / "other"
+    for name in made:
+        pose, _, rest = name.partition("/")
+        (other / pose / "people" / rest).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "made" / name).rename(other / pose / "people" / rest)
+    words = (*words[:-3], "other", *words[-2:])
+    assert rows(capsys, *words) == first
+    assert len([*other.rglob("*.png")]) == len(made)
+    (other / "pose3" / "people" / "p1" / "1.png").unlink()
+    assert main(["evaluate", *map(str, words)]) == 2
+    assert "Complete them with `pose2id generate`" in capsys.readouterr().err
+    assert len([*other.rglob("*.png")]) == len(made) - 1

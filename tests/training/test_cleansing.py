@@ -294,7 +294,7 @@ def files(folder):
     return {path.name for path in folder.iterdir() if path.suffix in (".csv", ".png") or path.name.startswith(".")}
 
 
-def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys):
+def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys, caplog):
     (cameras / "new").mkdir()
     assert main([*COMMAND, "new/kept.csv", "--quantile", "0.05", "--sheet", "sheet.png"]) == 0
     told = capsys.readouterr()
@@ -303,6 +303,12 @@ def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys):
         "1 not judged, of people with fewer than 2 images\n"
     )
     assert told.err == ""
+    assert "19 images are few: the farthest and the nearest are left out, good or bad" in caplog.text
+    caplog.clear()
+    assert main([*COMMAND, "half.csv", "--quantile", "0.06"]) == 0
+    assert not caplog.text
+    for path in (cameras / "half.csv", cameras / "half.dropped.csv"):
+        path.unlink()
     assert files(cameras) == {"people.csv", "sheet.png"}
     assert files(cameras / "new") == {"kept.csv", "kept.dropped.csv"}
     with open(cameras / "new" / "kept.dropped.csv", encoding="utf-8", newline="") as file:

@@ -27,6 +27,7 @@ The rows: the features as they are, the safe default, the paper's NFC, with came
 with generated images. Features of a data set are kept in --cache, and used again as long as model, images and transform
 are the same.
 """
+_WITH_CAMERAS = "At most 1: no neighbours are added, and cameras of enough images are centred all the same."
 _SHEETS = 8  # of generated images on the page
 _BY_NUMBER = re.compile(r"(?:(.+), )?(M|eta|k2) = ([\d.]+)")
 _TABLES = "1 to 10: the rows of the paper's table; eta, k (Figures 8, 9); same-pose (Figure 7)"
@@ -140,7 +141,9 @@ def _print(args: argparse.Namespace, found: Material, comparison: Comparison) ->
         if told:
             print("", told["evidence"], sep="\n")
         if "evidence_with_cameras" in told:
-            print(f"With cameras: {told['evidence_with_cameras']}")
+            of_cameras = told["evidence_with_cameras"]
+            small = "" if of_cameras.k == 0 else f" {_WITH_CAMERAS}"
+            print(f"With cameras: {of_cameras.numbers}{small}")
 
 
 def _evidence(found: Material) -> dict[str, Any]:

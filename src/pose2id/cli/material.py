@@ -7,6 +7,7 @@ import csv
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pose2id.report import Pair
     from pose2id.retrieval.protocols import EvaluationProtocol
 
+logger = logging.getLogger(__name__)
 SETS = ("name", "boxes", "size", "direction")  # options of the readers
 _TRIALS = ("mode", "shots", "sampler")
 _OF_ONE_SET = ("leave-one-out", "vehicleid")
@@ -224,10 +226,36 @@ class _Extraction:
 
         key = hashlib.sha256(f"{args.weights} {self.found.root.resolve()}".encode()).hexdigest()[:12]
         folder = Path(args.generated or self.cache / "generated" / f"{self.found.name}-{key}")
+        if self._all_there(folder):
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         generator = IdentityGenerator.from_pretrained(args.weights, device=args.device)
         generate_files(generator, self.paths, folder, root=self.found.root)
         return folder
+
+    def _all_there(self, folder: Path) -> bool:
+        """Whether a folder has all pictures, under whatever names; not where it would get two names for one."""
+        from pose2id.ipg.batch import collect_images  # noqa: PLC0415
+        from pose2id.ipg.pictures import PictureFolder  # noqa: PLC0415
+
+        first = folder / "pose1"
+        made = next(first.rglob("*.png"), None) if first.is_dir() else None
+        if made is None:
+            return False
+        names = collect_images(self.paths, folder, self.found.root)
+        if any((first / f"{name}.png").is_file() for name in names):
+            return False  # those that are missing are drawn beside them
+        try:
+            PictureFolder(folder)(self.paths)
+        except ValueError as error:
+            given = f"{made}, and not all pictures under such names ({error})"
+            rule = f"be named by paths below {self.found.root}, or all be there"
+            raise ValueError(
+                f"pictures in --generated {folder} must {rule}, got {given}. Complete them with `pose2id generate`, or "
+                "choose another folder."
+            ) from error
+        logger.info("%s has all pictures: none is drawn", folder)
+        return True
 
     def _through_the_model(self, paths: Sequence[str]) -> Any:
         from pose2id.extraction import extract  # noqa: PLC0415

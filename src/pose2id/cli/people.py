@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from typing import Any
 from pose2id.cli.extract import loaded_model
 from pose2id.cli.options import add_model, command
 
+logger = logging.getLogger(__name__)
 _TABLE = """The table has a line for each image: path (from the table's folder), identity, camera, keypoints.
   --identity name    names are identity, _c and camera: 0002_c1s1_000451_03.jpg
   --identity folder  every person has one folder, with images right in it
@@ -111,6 +113,11 @@ def _clean(args: argparse.Namespace) -> None:
     features = _features(args, [image.path for image in images])
     cleansing = clean(features, [image.identity for image in images], lower=not args.keep_near, **options)
     table.write(images, cleansing)
+    if args.quantiles == "pooled" and 0 < args.quantile * len(images) < 1:
+        logger.warning(
+            "%d images are few: the farthest and the nearest are left out, good or bad (--quantile 0 leaves out none)",
+            len(images),
+        )
     print(f"wrote {args.out}: {cleansing}")
 
 
