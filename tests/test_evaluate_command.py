@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 import sys
@@ -326,6 +327,13 @@ def test_the_tiny_weights_draw_what_is_missing(folder, rng, capsys):
     times = [(folder / "made" / name).stat().st_mtime_ns for name in made]
     assert rows(capsys, *words) == first
     assert times == [(folder / "made" / name).stat().st_mtime_ns for name in made]
+
+    assert main(["evaluate", *map(str, words)]) == 0
+    *_, said, summary, _ = capsys.readouterr().out.splitlines()
+    assert said == "One image of each person in the gallery:"
+    extractor = importlib.import_module("my_stripes").extractor
+    of_each = [folder / "people" / f"p{pid}" / "0.jpg" for pid in range(2)]
+    assert summary == Centralizer(extractor, generated="made").diagnose(of_each, progress=False).summary
 
     # Finished pictures under other names, as `pose2id generate people` gives from another folder, are not drawn again.
     other = folder / "other"

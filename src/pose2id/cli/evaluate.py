@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pose2id.cli.options import add_method, add_model, command
 
 if TYPE_CHECKING:
+    from pose2id.centralization.diagnostics import GenerationDiagnostics
     from pose2id.centralizer import Centralizer
     from pose2id.cli.material import Material
     from pose2id.report import Comparison
@@ -121,9 +122,11 @@ def _centralizer(args: argparse.Namespace, data_set: str) -> Centralizer:
 def _print(args: argparse.Namespace, found: Material, comparison: Comparison) -> None:
     from pose2id.report import labels_of, records  # noqa: PLC0415
 
-    told = _evidence(found)
+    told, pictures = _evidence(found), _diagnostics(found)
     if args.format == "json":
         figures = {name: vars(of_gallery) for name, of_gallery in told.items()}
+        if pictures is not None:
+            figures["generated"] = {**vars(pictures), "reading": pictures.reading}
         about = {"about": found.facts, "protocol": found.protocol.name}
         print(json.dumps({**about, "rows": records(comparison), **figures}, indent=2))
     elif args.format != "text":
@@ -144,6 +147,8 @@ def _print(args: argparse.Namespace, found: Material, comparison: Comparison) ->
             of_cameras = told["evidence_with_cameras"]
             small = "" if of_cameras.k == 0 else f" {_WITH_CAMERAS}"
             print(f"With cameras: {of_cameras.numbers}{small}")
+        if pictures is not None:
+            print("", "One image of each person in the gallery:", pictures, sep="\n")
 
 
 def _evidence(found: Material) -> dict[str, Any]:
@@ -160,6 +165,20 @@ def _evidence(found: Material) -> dict[str, Any]:
         centred = centre_cameras(features.query_feats, features.gallery_feats, *cameras)[1]
         told["evidence_with_cameras"] = evidence(centred, cameras[1])
     return told
+
+
+def _diagnostics(found: Material) -> GenerationDiagnostics | None:
+    """What generated images keep of a person: of the first gallery image of each, since others are other people's."""
+    import numpy as np  # noqa: PLC0415
+
+    from pose2id.centralization.diagnostics import generation_diagnostics  # noqa: PLC0415
+
+    if found.generated is None:
+        return None
+    first = np.unique(np.asarray(found.features.g_pids), return_index=True)[1]
+    if len(first) < 2:
+        return None
+    return generation_diagnostics(found.features.gallery_feats[first], found.generated[1][first])
 
 
 def _write_page(args: argparse.Namespace, found: Material, comparison: Comparison, centralizer: Centralizer) -> Path:
