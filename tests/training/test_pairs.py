@@ -518,16 +518,19 @@ def test_erasing():
     assert abs(sum(erased) - 90) < 4 * np.sqrt(63)
 
 
-def test_erased_pixels_are_random():
-    grey = np.full((60, 30, 3), 100, np.uint8)
+@pytest.mark.parametrize("color", [(100, 100, 100), (100, 100, 101)], ids=["grey", "coloured"])
+def test_erased_pixels_are_random(color):
+    plain = np.full((60, 30, 3), color, np.uint8)
     values = []
     for seed in range(50):
-        changed = augment(grey, np.random.default_rng(seed), flip=0.0, erase=1.0)
-        values.append(changed[(changed != grey).any(2)])
+        changed = augment(plain, np.random.default_rng(seed), flip=0.0, erase=1.0)
+        values.append(changed[(changed != plain).any(2)])
     values = np.concatenate(values)
     assert values.mean() == pytest.approx(127.5, abs=2)
     assert values.min() == 0
     assert values.max() == 255
+    alike = (values == values[:, :1]).all(1).mean()
+    assert alike == 1 if len({*color}) == 1 else alike < 0.01  # infrared stays infrared
 
 
 def test_shift():

@@ -18,6 +18,8 @@ def augment(
 ) -> NDArray[np.uint8]:
     """An augmented copy of an image; erasing as in "Random Erasing Data Augmentation" (AAAI 2020), with random values.
 
+    Grey images stay grey.
+
     Args:
         image: (H, W, 3) uint8; not modified.
         draws: of all that is random.
@@ -48,5 +50,7 @@ def _erase(image: NDArray[np.uint8], draws: np.random.Generator) -> None:
         tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < tall < height and 0 < wide < width:
             top, left = draws.integers(height - tall + 1), draws.integers(width - wide + 1)
-            image[top : top + tall, left : left + wide] = draws.integers(256, size=(tall, wide, 3), dtype=np.uint8)
+            values = draws.integers(256, size=(tall, wide, 3), dtype=np.uint8)
+            grey = (image == image[..., :1]).all()  # infrared: colours would be a sign that nothing else gives
+            image[top : top + tall, left : left + wide] = values[..., :1] if grey else values
             return
