@@ -214,7 +214,7 @@ class Life(RuleBasedStateMachine):
         expected = [asking.nearest(5)[1] for _, asking in whole.asking(torch.from_numpy(q), cameras)]
         np.testing.assert_allclose(found.distances, torch.cat(expected), atol=2e-6)
         for of_query, labels in zip(found.ids.tolist(), found.labels.tolist(), strict=True):
-            assert labels == [self.model[name][1] for name in of_query]
+            assert labels == [None if name < 0 else self.model[name][1] for name in of_query]
 
     @invariant()
     def as_at_once(self):
