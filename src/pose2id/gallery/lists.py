@@ -44,8 +44,9 @@ class Lists(Columns):
             found = indices[some, :length]
             x = self.images.compared[some].repeat_interleave(length, 0)
             squares = self.images.squares(x, found.clamp(min=0).flatten()).view(found.shape)
-            self.indices[some, at, :length] = found.int()
-            self.squares[some, at, :length] = squares.masked_fill_(found < 0, torch.inf)
+            # Ordered by these distances: neighbours that differ in float64 alone would change places later.
+            found, squares = in_order(found, squares.masked_fill_(found < 0, torch.inf), length)
+            self.indices[some, at, :length], self.squares[some, at, :length] = found.int(), squares
 
     def count(self) -> None:
         """Find `sizes`, from nothing."""
