@@ -461,7 +461,7 @@ class Gallery:
         checked_flag(raw, "raw")
         with self._lock.reading():
             state = self._content.state
-            places = self._places(list(self._content.places) if ids is None else ids)
+            places = self._chosen(ids)
             if state is None:
                 nothing = torch.empty((0, self._dim or 0), dtype=torch.float32, device="cpu")
                 return nothing.numpy() if self._like is None else as_container(nothing, self._like)
@@ -476,9 +476,7 @@ class Gallery:
             KeyError: an id that the gallery does not have.
         """
         with self._lock.reading():
-            content = self._content
-            places = list(content.places.values()) if ids is None else self._places(ids).tolist()
-            return _objects([content.labels[place] for place in places])
+            return _objects([self._content.labels[place] for place in self._chosen(ids).tolist()])
 
     def camids(self, ids: Any = None) -> NDArray[Any]:
         """Cameras of images: (N,) object array of integers and strings, None for unknown; as `labels`.
@@ -488,7 +486,7 @@ class Gallery:
         """
         with self._lock.reading():
             content, words = self._content, {number: word for word, number in dict(self._words).items()}  # others add
-            places = list(content.places.values()) if ids is None else self._places(ids).tolist()
+            places = self._chosen(ids)
             numbers = [] if content.state is None else content.state.images.cameras[places].tolist()
             return _objects([None if number < 0 else words.get(number, number) for number in numbers])
 
@@ -847,6 +845,10 @@ class Gallery:
         if len(set(names)) < len(names):
             raise ValueError("ids must name each image once.")
         return torch.tensor([known[name] for name in names], dtype=torch.int64, device="cpu")
+
+    def _chosen(self, ids: Any) -> Tensor:
+        """Places of some images, or of all, in the order of `ids`."""
+        return self._places(list(self._content.places) if ids is None else ids)
 
     def _as_ids(self, ids: list[Any]) -> NDArray[Any]:
         """Ids as an array: int64 with -1 for None, or objects."""
