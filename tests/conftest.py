@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -97,6 +98,16 @@ def _one_thread_for_miniatures(request):
     torch.set_num_threads(1 if miniature else threads)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _levels_of_loggers():
+    # Examples set them for the whole process: another file's tests would see more records.
+    loggers = [logging.getLogger(), logging.getLogger("pose2id")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
