@@ -125,6 +125,22 @@ def golden():
     return lambda name: np.load(ROOT / "tests" / "golden" / f"{name}.npz")
 
 
+@pytest.fixture(scope="session")
+def two_nodes():
+    """A running Ray cluster of two machines in miniature, one core each, and this process connected to it."""
+    ray = pytest.importorskip("ray", reason='Ray is in the extra "distributed"')
+    from ray.cluster_utils import Cluster  # noqa: PLC0415
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
 @pytest.fixture
 def hub():
     """The Hub that huggingface_hub talks to in tests: running, and empty."""

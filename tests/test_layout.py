@@ -16,7 +16,7 @@ FLOORS = (
     ("centralization", "retrieval"),
     ("extraction", "extractor", "ipg", "models", "plots"),
     ("centralizer", "training"),
-    ("gallery", "report"),
+    ("distributed", "gallery", "report"),
     ("demo",),
     ("cli", "__main__"),
 )

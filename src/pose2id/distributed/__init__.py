@@ -1,0 +1,1 @@
+"""Many processes and machines at one job, through Ray (extra "distributed")."""

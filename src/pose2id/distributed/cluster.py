@@ -1,0 +1,103 @@
+"""A Ray cluster to work on: one that runs, or one that is started on this machine for the job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from pose2id.io.checks import checked_count, require_modules
+
+_SECONDS = 5  # for a cluster's head to answer
+
+
+def _ray_module() -> ModuleType:
+    require_modules('Several processes or machines need the extra "distributed"', '"pose2id[distributed]"', "ray")
+    import ray  # noqa: PLC0415 - an extra
+
+    return ray
+
+
+@contextlib.contextmanager
+def connected(address: str | None = None, workers: int | None = None) -> Iterator[Cluster]:
+    """A connection to a Ray cluster, given back at the end.
+
+    Args:
+        address: "auto" (the cluster of this machine, as `ray start` left it), "host:port" of its head, or
+            "ray://host:port" of Ray's client server. None: a cluster of this process's own, on this machine. Where
+            Ray is connected already, that connection is used whatever the address, and kept.
+        workers: how many there are to be; None: one a GPU, or where there is none, one a machine.
+
+    Raises:
+        ConnectionError: nothing answers at the address.
+        ImportError: Ray is not installed.
+    """
+    count = None if workers is None else checked_count(workers, "workers")
+    where = None if address in (None, "local", "auto") else _host_and_port(address)
+    ray = _ray_module()
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(ray, address, where)
+    try:
+        yield Cluster(ray, count)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+class Cluster:
+    """What a connected cluster can hold: how many workers, and what each takes of it."""
+
+    def __init__(self, ray: Any, workers: int | None) -> None:
+        self.ray = ray
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.gpus = int(sum(node.get("GPU", 0) for node in nodes))
+        cores = int(sum(node.get("CPU", 0) for node in nodes))
+        self.workers = workers or self.gpus or len(nodes)
+        if self.gpus:
+            # Several workers may share a GPU, where more are asked for than there are.
+            share = 1.0 if self.workers <= self.gpus else self.gpus / self.workers
+            self.takes = {"num_cpus": 1.0, "num_gpus": share}
+        else:
+            # Ray gives a worker as many threads as cores; a worker lies on one machine.
+            spread = max(1, cores // self.workers)
+            self.takes = {"num_cpus": float(min(spread, *(int(node.get("CPU", 1)) or 1 for node in nodes)))}
+
+
+def _connect(ray: Any, address: str | None, where: tuple[str, int] | None) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Nobody asked this machine to tell Ray's authors of its use. Tasks that are left behind by an error are no news.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    if address in (None, "local"):
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
+    if where is not None:
+        _check_answers(where, address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConnectionError(
+            f"address must be that of a Ray cluster, and {address!r} can't be used: {error}"
+        ) from error
+
+
+def _host_and_port(address: Any) -> tuple[str, int]:
+    host, _, port = address.removeprefix("ray://").rpartition(":") if isinstance(address, str) else ("", "", "")
+    if not host or not port.isdecimal():
+        raise ValueError(f"address must be 'auto', 'host:port' or 'ray://host:port', got {address!r}.")
+    return host.strip("[]"), int(port)
+
+
+def _check_answers(where: tuple[str, int], address: Any) -> None:
+    """Ray itself tries for minutes."""
+    try:
+        socket.create_connection(where, timeout=_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        given = f"nothing answers at {address!r} ({error})"
+        remedy = "Start a head there with `ray start --head`, or leave the address out to work on this machine"
+        raise ConnectionError(f"address must be that of a Ray cluster; {given}. {remedy}.") from error

@@ -1,0 +1,170 @@
+"""Tasks on a Ray cluster of two machines in miniature: nothing lost, nothing twice, whatever dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+import pose2id
+from pose2id.distributed.cluster import connected
+from pose2id.distributed.workers import Workers
+
+# Workers don't find test modules.
+pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def results(cluster, make, tasks):
+    with Workers(cluster, make) as workers:
+        yield from workers.results(tasks)
+
+
+def squares():
+    """A worker's function, made once by each: the square, and the process that computed it."""
+    return lambda x: (x * x, os.getpid())
+
+
+def slow():
+    def work(x):
+        time.sleep(0.05)
+        return x, os.getpid()
+
+    return work
+
+
+def test_each_task_once_by_two_workers(two_nodes):
+    with connected() as cluster:
+        assert cluster.workers == 2
+        assert cluster.takes == {"num_cpus": 1.0}
+        found = dict(results(cluster, slow, iter(range(20))))
+    assert sorted(found) == list(range(20))
+    assert all(found[i][0] == i for i in found)
+    assert len({pid for _, pid in found.values()} - {os.getpid()}) == 2
+
+
+def test_no_tasks(two_nodes):
+    with connected(workers=1) as cluster:
+        assert list(results(cluster, squares, [])) == []
+
+
+def test_tasks_again_for_the_same_workers(two_nodes):
+    with connected(workers=1) as cluster, Workers(cluster, squares) as workers:
+        ((place, (nine, first)),) = workers.results([3])
+        again = dict(workers.results([4, 5]))
+    assert (place, nine) == (0, 9)
+    assert again == {0: (16, first), 1: (25, first)}
+
+
+def test_tasks_are_drawn_as_they_are_needed(two_nodes):
+    drawn = []
+    with connected(workers=2) as cluster:
+        for place, _ in results(cluster, slow, (drawn.append(i) or i for i in range(30))):
+            assert len(drawn) <= place + 8
+    assert drawn == list(range(30))
+
+
+@pytest.mark.parametrize("moment", range(2))
+def test_a_killed_worker_loses_nothing(two_nodes, caplog, moment):
+    found = []
+    with connected(workers=2) as cluster:
+        for place, (x, pid) in results(cluster, slow, range(12)):
+            assert place == x
+            if len(found) == 5 * moment:
+                os.kill(pid, signal.SIGKILL)
+            found.append(x)
+    assert sorted(found) == list(range(12))
+    assert "a worker died at task" in caplog.text
+    assert "is replaced" in caplog.text
+
+
+def test_a_task_that_kills_its_workers_ends_the_run(two_nodes):
+    def deadly():
+        return lambda x: os._exit(1) if x == 3 else x
+
+    with connected(workers=2) as cluster, pytest.raises(RuntimeError, match="3 workers died at task 4, the last of: "):
+        list(results(cluster, deadly, range(8)))
+
+
+def test_workers_that_die_as_they_begin(two_nodes):
+    with connected(workers=1) as cluster, pytest.raises(RuntimeError, match="3 workers died as they began"):
+        list(results(cluster, lambda: os._exit(1), range(8)))
+
+
+def test_errors_of_tasks_and_of_making_are_raised(two_nodes):
+    def fails():
+        raise ValueError("weights must be whole, got half.")
+
+    with connected(workers=2) as cluster:
+        with pytest.raises(ZeroDivisionError):
+            list(results(cluster, lambda: lambda x: 1 // x, [1, 2, 0]))
+        with pytest.raises(ValueError, match="weights must be whole, got half"):
+            list(results(cluster, fails, [1]))
+        with pytest.raises(FileNotFoundError, match="no/such/file"):
+            list(results(cluster, lambda: open, ["no/such/file"]))
+
+
+def test_a_full_disk_of_one_worker(two_nodes, tmp_path, caplog):
+    def make():
+        try:
+            (tmp_path / "full").touch(exist_ok=False)
+        except FileExistsError:
+            return lambda x: x
+
+        def full(x):
+            raise OSError(errno.ENOSPC, "No space left on device", f"/disk/{x}")
+
+        return full
+
+    with connected(workers=2) as cluster:
+        assert sorted(results(cluster, make, "abcdefg")) == list(enumerate("abcdefg"))
+        assert "a worker gets no more tasks: [Errno 28] No space left on device: '/disk/" in caplog.text
+        (tmp_path / "full").unlink()
+    with connected(workers=1) as cluster, pytest.raises(OSError, match="No space left on device"):
+        list(results(cluster, make, "abcdefg"))
+
+
+def test_another_version_on_a_worker(two_nodes, monkeypatch):
+    monkeypatch.setattr(pose2id, "__version__", "0.0.1")
+    with (
+        connected(workers=1) as cluster,
+        pytest.raises(RuntimeError, match=r"has pose2id .*, and this process 0\.0\.1"),
+    ):
+        list(results(cluster, squares, [1]))
+
+
+def test_a_machine_goes(two_nodes, caplog):
+    def make():
+        import ray  # noqa: PLC0415
+
+        return lambda x: time.sleep(0.05) or (x, ray.get_runtime_context().get_node_id())
+
+    third = two_nodes.add_node(num_cpus=1)
+    found, gone = [], False
+    with connected(workers=3) as cluster:
+        for place, (x, machine) in results(cluster, make, range(100)):
+            assert place == x
+            found.append(x)
+            if machine == third.node_id and not gone:
+                two_nodes.remove_node(third, allow_graceful=False)
+                gone = True
+    assert gone
+    assert sorted(found) == list(range(100))
+    assert "is replaced" in caplog.text  # that one finds no place, and nobody waits for it
+
+
+@pytest.mark.parametrize("address", ["cluster", "ray://", "head:port", 5])
+def test_addresses_that_are_none(address):
+    with pytest.raises(ValueError, match="address must be 'auto', 'host:port' or 'ray://host:port', got "):  # noqa: SIM117
+        with connected(address):
+            pass
+
+
+def test_nothing_answers(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("ray"), "is_initialized", lambda: False)
+    for address in ("127.0.0.1:1", "ray://localhost:1", "127.0.0.1:99999"):
+        with pytest.raises(ConnectionError, match=r"nothing answers at '.*Start a head there"), connected(address):
+            pass
