@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from pose2id.extractor import Extraction, Extractor, Images, SideInputs
 from pose2id.io.checks import as_numpy, checked_count, checked_flags, first_few
-from pose2id.io.images import load_image
+from pose2id.io.images import image_of, load_image
 from pose2id.io.rows import blocks
 from pose2id.io.whole_files import new_file, whole_file
 
@@ -73,6 +74,25 @@ def extract(
     checked_count(workers, "workers", least=0)
     if extractor.inputs == "batch" and extractor.transform is None:
         raise ValueError("extractor must have a transform, or inputs='images', to read image files.")
+
+    def features(start: int) -> Iterator[NDArray[Any]]:
+        images = Files(paths[start:], extractor, workers, SideInputs(side_inputs or {}, len(paths)), start)
+        yield from features_of(images, amp, progress)
+
+    return stored_features(paths, out, features, key=key, amp=amp, overwrite=overwrite, side_inputs=side_inputs)
+
+
+def stored_features(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    features: Callable[[int], Iterator[NDArray[Any]]],
+    *,
+    key: str | None,
+    amp: bool,
+    overwrite: bool,
+    side_inputs: Mapping[str, Any] | None = None,
+) -> NDArray[np.float32]:
+    """The file of `extract`: as it is, or with the rows that `features` gives, in order, from a row on."""
     target = _target(out)
     made_from = _made_from(paths, key, amp=amp, side_inputs=side_inputs)
     _settle(target, made_from, len(paths))
@@ -86,39 +106,55 @@ def extract(
     run = _Run(target, made_from, len(paths), again=key is not None)
     if run.done:
         logger.info("extract: goes on after %d of %d images", run.done, len(paths))
-    images = _Files(paths, extractor, workers, run.done, side_inputs or {})
     try:
-        with images.extractor.at_work(len(paths) - run.done, progress) as model, _precision(model, amp):
-            for block in blocks(len(paths) - run.done, extractor.batch_size):
-                features, visibility = model.next_features(images, block.stop - block.start)
-                if features.ndim != 2 or visibility is not None:
-                    given = tuple(features.shape)
-                    raise ValueError(f"extractor must return features (B, D) for a file, got {given}.")
+        with closing(features(run.done)) as some:  # type: ignore[type-var]
+            for rows in some:
                 with _named(out):
-                    run.add(as_numpy(features) if isinstance(features, Tensor) else features)
+                    run.add(rows)
     finally:
         run.close()
     run.finish()
     return _opened(target)
 
 
-class _Files(Images):
-    """Image files from one on, read and transformed by workers where there are any."""
+def features_of(images: Files, amp: bool, progress: bool) -> Iterator[NDArray[Any]]:
+    """Raw features (B, D) of image files, batch by batch."""
+    n = len(images.paths)
+    with images.extractor.at_work(n, progress) as model, _precision(model, amp):
+        for block in blocks(n, images.extractor.batch_size):
+            features, visibility = model.next_features(images, block.stop - block.start)
+            if features.ndim != 2 or visibility is not None:
+                given = tuple(features.shape)
+                raise ValueError(f"extractor must return features (B, D) for a file, got {given}.")
+            yield as_numpy(features) if isinstance(features, Tensor) else features
+
+
+class Files(Images):
+    """Image files, read and transformed by workers where there are any.
+
+    Args:
+        paths: of the files.
+        extractor: of features.
+        workers: threads.
+        side_inputs: of all images.
+        first: place of the first file among all images.
+        contents: of the files, where they were read elsewhere.
+    """
 
     def __init__(
         self,
         paths: Sequence[Any],
         extractor: Extractor,
         workers: int,
-        start: int,
-        side_inputs: Mapping[str, Any],
+        side_inputs: SideInputs,
+        first: int = 0,
+        contents: Sequence[bytes] | None = None,
     ) -> None:
-        self.paths, self.taken = paths, start
-        self.side_inputs = SideInputs(side_inputs, len(paths))
+        self.paths, self.taken, self.first = paths, first, first
+        self.side_inputs = side_inputs
         self.extractor = extractor
-        rest = range(start, len(paths))
         if extractor.inputs == "images":
-            self.stream = (paths[i] for i in rest)
+            self.stream = iter(paths)
             return
         # What comes is transformed already.
         self.extractor = Extractor(
@@ -129,35 +165,38 @@ class _Files(Images):
             pad_last_batch=extractor.pad_last_batch,
         )
         transform: Any = extractor.transform
-        self.stream = _read(paths, transform, rest, workers, extractor.batch_size)
+
+        def image(i: int) -> Image.Image:
+            name = f"images[{first + i}]"
+            return load_image(paths[i], name) if contents is None else image_of(contents[i], paths[i], name)
+
+        def read(block: slice) -> list[Tensor]:
+            return [transform(image(i)) for i in range(len(paths))[block]]
+
+        self.stream = _read(read, list(blocks(len(paths), extractor.batch_size)), workers)
 
     def name(self, row: int) -> str:
-        return f"images[{row}] ({os.fspath(self.paths[row])})"
+        """What errors call an image."""
+        return f"images[{row}] ({os.fspath(self.paths[row - self.first])})"
 
 
-def _read(
-    paths: Sequence[Any], transform: Callable[[Any], Tensor], rows: range, workers: int, batch_size: int
-) -> Iterator[Tensor]:
-    """Transformed images in order; with workers a few batches ahead.
+def _read(read: Callable[[slice], list[Tensor]], some: list[slice], workers: int) -> Iterator[Tensor]:
+    """Transformed images of blocks, in order; with workers a few batches ahead.
 
     Threads, not processes: Pillow and torch let others run while they work, and a batch of pixels need not be copied
     from one process to another.
     """
-
-    def read(block: slice) -> list[Tensor]:
-        return [transform(load_image(paths[i], f"images[{i}]")) for i in rows[block]]
-
-    some = iter(blocks(len(rows), batch_size))
+    rest = iter(some)
     if not workers:
-        for block in some:
+        for block in rest:
             yield from read(block)
         return
     with ThreadPoolExecutor(workers, "pose2id-read") as pool:
-        ahead = deque(pool.submit(read, block) for block in islice(some, 2 * workers))
+        ahead = deque(pool.submit(read, block) for block in islice(rest, 2 * workers))
         try:
             while ahead:
                 batch = ahead.popleft().result()
-                ahead += [pool.submit(read, block) for block in islice(some, 1)]
+                ahead += [pool.submit(read, block) for block in islice(rest, 1)]
                 yield from batch
         finally:
             pool.shutdown(cancel_futures=True)

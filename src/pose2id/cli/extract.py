@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pose2id.cli.options import add_model, command
+from pose2id.cli.options import add_cluster, add_model, command
 
 if TYPE_CHECKING:
     from pose2id.models import LoadedModel
@@ -29,30 +32,58 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--out", metavar="OUT.npy", required=True, help="file to write")
     parser.add_argument("--all-images", action="store_true", help="every image below PLACE, whatever it shows")
     parser.add_argument("--overwrite", action="store_true", help="replace features made from something else")
+    add_cluster(parser, "--processes")
 
 
 def loaded_model(args: argparse.Namespace) -> LoadedModel:
     """The model of `add_model`'s options."""
     from pose2id import models  # noqa: PLC0415 - torch takes seconds to import
 
-    options = {name: getattr(args, name) for name in ("transform", "batch_size", "device", "flip")}
-    return models.load(args.model, **options)
+    return models.load(args.model, **model_options(args))
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `models.load`."""
+    return {name: getattr(args, name) for name in ("transform", "batch_size", "device", "flip")}
 
 
 def _extract(args: argparse.Namespace) -> None:
-    from pose2id.extraction import extract  # noqa: PLC0415
     from pose2id.io.whole_files import new_file, whole_file  # noqa: PLC0415
 
     if args.model is None:
         raise ValueError("--model must be given.")
     listed = new_file(f"{args.out}.csv", overwrite=True)
     images = list(_images(args))
-    model = loaded_model(args)
-    options = {name: getattr(args, name) for name in ("workers", "amp", "overwrite")}
-    features = extract(model.extractor, [path for path, *_ in images], args.out, key=model.digest, **options)
+    features = _features(args, [path for path, *_ in images])
     with whole_file(listed) as unfinished, unfinished.open("x", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "identity", "camera", "split"), *images])
     print(f"wrote {args.out}: {features.shape[0]} images, {features.shape[1]} values each")
+
+
+def _features(args: argparse.Namespace, paths: list[Any]) -> Any:
+    options = {"amp": args.amp, "overwrite": args.overwrite}
+    if args.processes is None and args.ray is None:
+        from pose2id.extraction import extract  # noqa: PLC0415
+
+        model = loaded_model(args)
+        return extract(model.extractor, paths, args.out, key=model.digest, workers=args.workers, **options)
+    from pose2id.distributed import extraction  # noqa: PLC0415
+    from pose2id.distributed.cluster import connected  # noqa: PLC0415
+    from pose2id.io.checks import checked_count  # noqa: PLC0415
+
+    processes = None if args.processes is None else checked_count(args.processes, "--processes")
+    load = partial(_loaded_in, os.getcwd(), args.model, model_options(args))
+    with connected(args.ray, processes) as cluster:
+        return extraction.extract(cluster, load, paths, args.out, readers=args.workers, **options)
+
+
+def _loaded_in(folder: str, spec: str, options: dict[str, Any]) -> LoadedModel:
+    """A worker's model: names of modules and files are meant as in the folder of the command."""
+    from pose2id import models  # noqa: PLC0415
+
+    with suppress(OSError):  # it need not be on every machine
+        os.chdir(folder)
+    return models.load(spec, **options)
 
 
 def _images(args: argparse.Namespace) -> Iterator[tuple[str, Any, Any, str]]:

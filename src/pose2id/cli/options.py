@@ -20,6 +20,8 @@ _OPTION = {
     "infrared_cameras": ("infrared",),
     "directory": ("out",),
     "table": ("paper_table",),
+    "address": ("ray",),
+    "readers": ("workers",),
 }
 _NAMED = re.compile(r"\A(\w+)(?: \(\w+\))?(?: and (\w+))?(?= (?:\S+ )?(?:must|is) )")
 
@@ -72,6 +74,14 @@ def add_model(parser: Any) -> None:
     parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--flip", action="store_true", help="add the features of mirrored images")
+
+
+def add_cluster(parser: Any, processes: str = "--workers") -> None:
+    """Options for the work of several processes or machines."""
+    parser.add_argument(
+        processes, type=int, metavar="N", help="processes, on this machine unless --ray is given (needs Ray)"
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster to work on: auto, HOST:PORT, ray://HOST:PORT")
 
 
 def add_download(parser: argparse.ArgumentParser, what: str) -> None:

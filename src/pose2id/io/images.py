@@ -8,6 +8,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,14 @@ def _check_pixels(item: Any, name: str) -> None:
         raise ValueError(f"{name} must hold pixels, got an empty image of shape {shape}. Leave empty crops out.")
 
 
-def _read(path: str, name: str) -> Image.Image:
+def image_of(content: bytes, path: str | os.PathLike[str], name: str) -> Image.Image:
+    """An image file as an RGB picture, of whose path this process has only the content."""
+    return _read(os.fspath(path), name, BytesIO(content))
+
+
+def _read(path: str, name: str, content: BytesIO | None = None) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if content is None else content) as picture:
             mode = _stored_mode(picture)
             picture.load()
             picture.getexif()
