@@ -459,6 +459,26 @@ def test_tables_and_directories_are_checked_before_anything_is_downloaded(comman
     assert taken == {}
 
 
+def test_a_table_that_was_cleansed_is_not_cleansed_silently(command, table, taken, caplog, monkeypatch):
+    def told():
+        caplog.clear()
+        assert command() == command("--no-clean") == 0
+        return [line for line in caplog.messages if "--no-clean" in line]
+
+    assert told() == []
+    dropped = table.with_suffix(".dropped.csv")
+    dropped.touch()
+    try:
+        [line] = told()
+        assert line.startswith(
+            f"{table} is what pose2id clean kept ({dropped.name} is there): training leaves out more"
+        )
+        monkeypatch.setenv("RANK", "1")
+        assert told() == []
+    finally:
+        dropped.unlink()
+
+
 def test_flags_that_are_none(table, capsys):
     for flags in (["--schedul", "cosine"], ["--steps", "x"], ["--learning-rte", "1"], ["--cache", "yes", "x"], []):
         with pytest.raises(SystemExit, match="2"):
