@@ -341,7 +341,7 @@ def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):
     options = {"unet": tmp_path / "unet.json", "num_tokens": 3, "image_size": "32x16", "learning_rate": 1e-3}
     assert command(**{**SHORT, **options, "validation_images": 2, "validation_steps": 1}) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^generated images: cosine to their own .*retention", shown, re.MULTILINE)
+    assert re.search(r"^generated images of 2 originals: cosine to their own .*retention", shown, re.MULTILINE)
     assert not re.search(r"eta 0\)|published weights", shown)  # the reading is for ReID models
     generator = IdentityGenerator.from_pretrained(tmp_path / "run" / "weights", device="cpu")
     assert generator.image_size == (32, 16)
