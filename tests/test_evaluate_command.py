@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import importlib
 import itertools
 import json
@@ -199,8 +200,13 @@ def test_the_page_of_a_data_set(market, generated, folder, capsys):
     pytest.importorskip("sklearn", reason="needs scikit-learn")
     words = "--model", MARKET, "--workers", "0", "--generated", str(generated), "--table", "6", "--subsets", "1"
     assert main(["evaluate", str(market), *words, "--report", "page"]) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "wrote page/index.html"
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-1] == "wrote page/index.html"
     text = (folder / "page" / "index.html").read_text(encoding="utf-8")
+    *_, summary, reading = told.out.splitlines()
+    assert summary.startswith("generated images of ")
+    for line in (summary, reading):
+        assert line in html.unescape(text)
     assert "<h1>pose2id on Market1501</h1>" in text
     assert "What “auto, cameras” did" in text
     assert "mAP by M" in text
