@@ -244,6 +244,12 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
         ("convert {out} {out}", "SRC must be a directory or a repository"),
         ("convert tiny {out} --vae {out}", "--vae must be a directory or a repository"),
         ("generate {out} --out {out}", "IMAGES must be files or directories"),
+        ("evaluate {folder} --model timm:resnet18", "{folder} must hold images as identity/name.jpg"),
+        ("generate {folder} --out {out} --weights tyni", "--weights must be a directory or a repository"),
+        (
+            "generate {folder} --out {out} --poses {table}",
+            "{table} cannot be read as poses: it must be JSON, as written",
+        ),
         ("generate {folder} --out {out} --size 99999999x8", "--size must be at most 65535"),
         ("generate {folder} --out {out} --device mps", "--device must be one that torch"),
     ],
@@ -251,9 +257,10 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
 def test_errors_name_the_option_as_it_was_typed(words, message, path, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 16)).save(tmp_path / "images" / "0001_c1.png")
-    given = words.format(path=path, out=tmp_path / "none", folder=tmp_path / "images")
-    assert main(given.split()) == 2
-    assert capsys.readouterr().err.startswith(f"pose2id: {message}")
+    (tmp_path / "t.csv").write_text("path,identity\nimages/0001_c1.png,1\n")
+    places = {"path": path, "out": tmp_path / "none", "folder": tmp_path / "images", "table": tmp_path / "t.csv"}
+    assert main(words.format(**places).split()) == 2
+    assert capsys.readouterr().err.startswith(f"pose2id: {message.format(**places)}")
 
 
 def test_the_callers_logging_and_warnings_stay(path, tmp_path):

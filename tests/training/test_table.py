@@ -300,6 +300,13 @@ def test_names_that_do_not_fit(folder):
         ValueError, match=r"got 5 of 6 others: .*-2_c1\.jpg, .*2-c1\.jpg, .*3_cx\.png, \.\.\. and 2 more\."
     ):
         table_of_folder(root)
+    with pytest.raises(ValueError, match=r"more\. Rename or move them, or list them in a CSV"):
+        table_of_folder(root)
+    in_folders = folder("f/anna/a.jpg", "f/bert/b.jpg") / "f"
+    with pytest.raises(
+        ValueError, match=r"b\.jpg\. identity=\"folder\" \(--identity folder\) takes them from the fold"
+    ):
+        table_of_folder(in_folders)
 
 
 def test_folders_that_are_people(folder, monkeypatch):
@@ -314,8 +321,10 @@ def test_folders_that_are_people(folder, monkeypatch):
     monkeypatch.chdir(root)
     assert table_of_folder(".", identity="folder")[1] == PersonImage(Path("anna/a.jpg"), "anna")
     folder("stray.jpg")
-    with pytest.raises(ValueError, match=r"must be in folders.* got 1 of 6 others: .*stray\.jpg\. Move"):
+    with pytest.raises(ValueError, match=r"must be in folders.* got 1 of 6 others: .*stray\.jpg\. Rename"):
         table_of_folder(root, identity="folder")
+    with pytest.raises(ValueError, match=r"--identity name\) takes them from the names"):
+        table_of_folder(folder("n/1_c1.jpg", "n/2_c1.jpg") / "n", identity="folder")
 
 
 @pytest.mark.parametrize("junk", ["-1", "00-1", "-001", "0000", " -1 "])

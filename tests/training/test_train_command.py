@@ -453,6 +453,13 @@ def test_tables_and_directories_are_checked_before_anything_is_downloaded(comman
     (tmp_path / "table.csv").write_text("path,identity\na.png,1\nb.png,1\n")
     assert main(["train", str(tmp_path / "table.csv"), "--out", str(tmp_path / "run")]) == 2
     assert "2 images of which none can be used: 0 have such a pose, 1 people" in capsys.readouterr().err
+    pose = json.dumps([[0.5, 0.5]] * 18)
+    lines = [f'{name},1,"{pose}"' for name in ("a.png", "b.png")]
+    (tmp_path / "table.csv").write_text("\n".join(["path,identity,keypoints", *lines]))
+    assert main(["train", str(tmp_path / "table.csv"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "--validation must show at least 2 people" in said
+    assert "got 1. Show others (--validation TABLE), or none: " in said
     (tmp_path / "file").touch()
     assert command(directory=tmp_path / "file") == 2
     assert "must be new, empty, or the directory of a run" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         )
     validation, device = given.pop("validation", None), given.pop("device", None)
     shown = None if validation is None else read_table(validation)
-    training.require_ready(checked, images, args.out, device)  # before gigabytes are downloaded
+    training.require_ready(checked, images, args.out, device, shown)  # before gigabytes are downloaded
     if isinstance(given.get("image_size"), str):  # a flag
         given["image_size"] = size(given["image_size"], "--image-size")
     weights = given.pop("weights", "yuanc3/Pose2ID")

@@ -60,7 +60,14 @@ def read(
     threshold = checked_number(threshold, "threshold", 0, 1)
     content = Path(path).read_bytes()
     try:
-        poses = _parsed(json.loads(content), size, threshold)
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        kinds = "OpenPose, ControlNet, DWPose, COCO or `pose2id poses`"
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as poses: it must be JSON, as written by {kinds} ({error})."
+        ) from error
+    try:
+        poses = _parsed(data, size, threshold)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as poses: {error}") from error
     if not poses:

@@ -35,7 +35,7 @@ from pose2id.training.pairs import Pairs, PairSettings, require_pairs, select
 from pose2id.training.run_directory import RunDirectory, require_directory
 from pose2id.training.settings import TrainingSettings
 from pose2id.training.table import PersonImage, check_people
-from pose2id.training.validation import people_shown, validate
+from pose2id.training.validation import people_shown, require_people, validate
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def train(
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
     generator.described()  # what cannot be saved is told now, not when the first checkpoint is due
-    require_ready(given, images, directory, device)
+    require_ready(given, images, directory, device, validation)
     accelerator = new_accelerator(given, place.path, device)
     longer = given.schedule == "constant" and "steps" in settings  # with a cosine, all rates would differ
     try:
@@ -127,13 +127,18 @@ def train(
 
 
 def require_ready(
-    settings: TrainingSettings, images: Sequence[PersonImage], directory: str | os.PathLike[str], device: str | None
+    settings: TrainingSettings,
+    images: Sequence[PersonImage],
+    directory: str | os.PathLike[str],
+    device: str | None,
+    validation: Sequence[Any] | None = None,
 ) -> None:
     """What `train` checks before it has a generator: errors that come before a long download."""
     require_optimizer(settings)
     require_accelerate(device)
     check_people(images)
     require_pairs(images)
+    require_people(images if validation is None else validation, settings.validation_images)
     require_directory(directory)
 
 

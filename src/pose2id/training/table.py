@@ -307,7 +307,7 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     if strange:
         rule = "have names such as 0002_c1s1_000451_03.jpg" if identity == "name" else "be in folders, one per person"
         given = f"{len(strange)} of {len(files)} others: {first_few(strange)}"
-        raise ValueError(f"images in {folder} must {rule}, got {given}. Move them, or take identities from the other.")
+        raise ValueError(f"images in {folder} must {rule}, got {given}. {_other_identity(files, folder, identity)}")
     images = [PersonImage(file, *label) for file, label in labels.items() if label is not None]
     people = [image for image in images if not _NOBODY.fullmatch(image.identity)]
     if identity == "folder":
@@ -319,6 +319,14 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     if len(people) < len(files):
         logger.warning("%d of %d images left out: identities -1 (junk) and 0", len(files) - len(people), len(files))
     return people
+
+
+def _other_identity(files: Sequence[Path], folder: Path, identity: str) -> str:
+    """The remedy where files do not tell identities as asked: the other way, if that would do."""
+    other = {"name": "folder", "folder": "name"}[identity]
+    if all(_label(file, folder, other) for file in files):
+        return f'identity="{other}" (--identity {other}) takes them from the {other}s instead.'
+    return "Rename or move them, or list them in a CSV of your own: path, identity, camera."
 
 
 def _check_folders(images: Sequence[PersonImage]) -> None:
