@@ -97,6 +97,21 @@ def test_distances_by_hand():
     )
 
 
+@pytest.mark.parametrize("factor", [1.0, 40.0])
+def test_the_unit_of_distances(factor, rng):
+    """As documented, in whatever unit features are."""
+    features, who = people(rng, [6, 2, 9, 1], dim=12)
+    judged = who < 3  # of the fourth there is one image
+    options = {"normalize": False, "quantile": 0}
+    found = clean(factor * features, who, **options).distances
+    assert np.sqrt(np.square(found[judged]).mean()) == pytest.approx(np.sqrt(12))
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    own = clean(factor * features, who, covariance="ledoit-wolf", **options).distances
+    assert np.sqrt(np.square(own[who == 2]).mean()) == pytest.approx(1)
+    pooled = clean(factor * features, who, covariance="pooled", **options).distances
+    assert np.sqrt(12) / 2 < np.sqrt(np.square(pooled[judged]).mean()) < np.sqrt(12)
+
+
 def test_a_pooled_covariance_by_hand():
     """In one dimension nothing is shrunk: residuals are -1, 1 times sqrt 2, and two zeros, of variance 1."""
     features = np.array([[4.0], [6.0], [1.0], [1.0]])

@@ -21,7 +21,8 @@ Identities -1 (junk) and 0000 (distractors) are left out; a folder 0 is a person
 """
 _CLEAN = """Dropped are images whose feature is farther from the mean of their person's than 1 - P of all distances are,
 or nearer than P of them are. NEWTABLE.csv has the other lines' path, identity, camera and keypoints; what was dropped
-is in NEWTABLE.dropped.csv, with distance and reason.
+is in NEWTABLE.dropped.csv, with distance and reason. Distances have no unit: their root mean square over all images
+is sqrt(D) for features of D values, less with pooled, and 1 over each person with ledoit-wolf.
   --covariance spherical    Euclidean distance: it found most wrong labels
   --covariance pooled       one covariance of all people, shrunk (extra "train")
   --covariance ledoit-wolf  each person's own, shrunk (extra "train")

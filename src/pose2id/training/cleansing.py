@@ -31,7 +31,8 @@ class Cleansing:
 
     Attributes:
         kept: (N,) bool.
-        distances: (N,) float64, of a feature to its identity's mean; 0 where it was not judged.
+        distances: (N,) float64, of a feature to its identity's mean, without a unit (see `clean`); 0 where it was not
+            judged.
         reasons: N texts: "" where the image is kept, "far" above the upper quantile, "near" below the lower one.
         num_unjudged: images that are kept because their identity has too few to tell.
         least: images that an identity needs to be judged.
@@ -73,6 +74,9 @@ def clean(
         "pooled": the covariance of all images around their identity's mean, with Ledoit-Wolf shrinkage.
         "ledoit-wolf": each identity's own, with Ledoit-Wolf shrinkage; distances are in units of the identity's root
             mean square, because shrinkage depends on how many images there are. Identities need 3 images.
+
+    Distances have no unit: they count standard deviations. With "spherical" their root mean square over all images that
+    are judged is sqrt(D), with "pooled" at most that, and over each identity 1 with "ledoit-wolf".
 
     Computed on the CPU in float64, with memory for five copies of the features.
 
