@@ -147,6 +147,23 @@ def test_written_paths(tmp_path, monkeypatch):
     assert read_table("moved/table.csv")[0].path == Path("moved/images/a.png")
 
 
+def test_paths_from_a_folder_that_moves_with_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/new").mkdir(parents=True)
+    Path("linked").symlink_to("data/new")
+    given = [PersonImage(Path(path), "1") for path in ("data/a.png", "data/new/b.png", "c.png")]
+    absolute = [(Path.cwd() / image.path).as_posix() for image in given]
+
+    def written(table):
+        write_table(given, table, root="data")
+        return [line.split(",")[0] for line in Path(table).read_text().splitlines()[1:]]
+
+    assert written("data/new/table.csv") == ["../a.png", "b.png", absolute[2]]
+    assert written("table.csv") == ["data/a.png", "data/new/b.png", "c.png"]
+    # Whose ".." is data, not where the link stands; and a link to a folder that moved would lead elsewhere.
+    assert written("linked/other.csv") == absolute
+
+
 def test_a_table_is_replaced_only_when_asked(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("precious")

@@ -107,7 +107,8 @@ def _clean(args: argparse.Namespace) -> None:
 
     if args.model is None:
         raise ValueError("--model must be given.")
-    table = CleansedTable(args.out, args.sheet, overwrite=args.overwrite)
+    # Images below the old table's folder are found from the new one's: what moves with one moves with the other.
+    table = CleansedTable(args.out, args.sheet, overwrite=args.overwrite, root=Path(args.table).parent)
     images = read_table(args.table)
     options = {name: getattr(args, name) for name in ("quantile", "covariance", "quantiles")}
     check_rule(**options)

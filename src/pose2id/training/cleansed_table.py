@@ -29,6 +29,7 @@ class CleansedTable:
         path: of the new table, NAME.csv; NAME.dropped.csv lists what it lacks, with distances and reasons.
         sheet: a .png with the dropped crops, or None.
         overwrite: replace files that are there.
+        root: as of `write_table`.
 
     Raises:
         FileExistsError: a file is there, and `overwrite` is False.
@@ -36,9 +37,14 @@ class CleansedTable:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], sheet: str | os.PathLike[str] | None = None, *, overwrite: bool = False
+        self,
+        path: str | os.PathLike[str],
+        sheet: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: bool = False,
+        root: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.path, self.overwrite = Path(path), overwrite
+        self.path, self.overwrite, self.root = Path(path), overwrite, root
         new_file(path, overwrite=overwrite, suffixes=(".csv",))
         self.dropped = new_file(self.path.with_suffix(".dropped.csv"), overwrite=overwrite)
         self.sheet = None if sheet is None else new_file(sheet, overwrite=overwrite, suffixes=(".png",))
@@ -47,7 +53,7 @@ class CleansedTable:
         """Write all files, or none if one of them cannot be made."""
         lines = [_COLUMNS]
         for i in farthest_dropped(cleansing):
-            path = path_from(self.path, images[i].path)
+            path = path_from(self.path, images[i].path, self.root)
             distance = f"{cleansing.distances[i]:.6g}"
             lines.append((path, images[i].identity, images[i].camera, distance, cleansing.reasons[i]))
         with ExitStack() as files:
@@ -58,7 +64,7 @@ class CleansedTable:
                 sheet = files.enter_context(whole_file(self.sheet, replace=self.overwrite))
                 contact_sheet(images, cleansing).save(sheet, "PNG")
             kept = [image for image, keep in zip(images, cleansing.kept, strict=True) if keep]
-            write_table(kept, self.path, overwrite=self.overwrite)
+            write_table(kept, self.path, overwrite=self.overwrite, root=self.root)
 
 
 def farthest_dropped(cleansing: Cleansing) -> list[int]:

@@ -115,16 +115,25 @@ def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
     return people
 
 
-def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def write_table(
+    images: Sequence[PersonImage],
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    root: str | os.PathLike[str] | None = None,
+) -> None:
     """Write a table, whole or not at all; `read_table` gives equal images back, but for junk.
 
     Paths of images below the table's folder are written from there, so that both can move together; others are
-    absolute. Coordinates are rounded to 6 decimals, as for a pose's `key`. Names of poses are not kept.
+    absolute, but for those below `root`. Coordinates are rounded to 6 decimals, as for a pose's `key`. Names of poses
+    are not kept.
 
     Args:
         images: at least one, each once.
         path: of the table.
         overwrite: replace the file if it is there.
+        root: a folder that moves together with the table: paths of images below it are written from the table's folder,
+            by way of "..". None: there is none.
 
     Raises:
         FileExistsError: the file exists, and `overwrite` is False.
@@ -134,7 +143,7 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
     rows: dict[str, list[str]] = {}
     check_people(images)
     for i, image in enumerate(images):
-        written = path_from(path, image.path)
+        written = path_from(path, image.path, root)
         if written in rows:
             raise ValueError(f"images must hold each image once, got {image.path} again as images[{i}].")
         # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
@@ -147,10 +156,19 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
         unfinished.write_bytes(content)
 
 
-def path_from(table: str | os.PathLike[str], image: Path) -> str:
-    """An image's path as a table holds it: from the table's folder if it is below that, else absolute."""
+def path_from(table: str | os.PathLike[str], image: Path, root: str | os.PathLike[str] | None = None) -> str:
+    """An image's path as a table holds it: from the table's folder if it is below that or below `root`, else absolute.
+
+    Where the way from the table's folder to `root` leads through a link, or to another drive, it is absolute, too.
+    """
     folder, absolute = Path(os.path.abspath(table)).parent, Path(os.path.abspath(image))
-    return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
+    if absolute.is_relative_to(folder):
+        return absolute.relative_to(folder).as_posix()
+    inside = root is not None and absolute.is_relative_to(os.path.abspath(root))
+    # Of a linked folder, ".." is the folder above what it links to.
+    if inside and Path(os.path.realpath(folder)) == folder and folder.anchor == absolute.anchor:
+        return Path(os.path.relpath(absolute, folder)).as_posix()
+    return absolute.as_posix()
 
 
 def csv_content(rows: Iterable[Sequence[object]]) -> bytes:
