@@ -279,6 +279,24 @@ assert before == ([(logger.level, list(logger.handlers)) for logger in loggers],
     assert told.endswith("Cameras are not used.")
 
 
+def test_what_others_say_of_kernels_that_nothing_uses_is_not_shown(tmp_path):
+    """As bitsandbytes does, which diffusers imports where it is installed; its other warnings are shown."""
+    (tmp_path / "noisy.py").write_text(
+        "import logging\n"
+        "for name in ('backends.cpu.ops', 'optim'):\n"
+        "    logging.getLogger(f'bitsandbytes.{name}').warning('said by %s', name)\n"
+    )
+    words = ["extract", "people", "--model", "noisy:model", "--out", "f.npy"]
+    (tmp_path / "people" / "anna").mkdir(parents=True)
+    Image.new("RGB", (8, 16)).save(tmp_path / "people" / "anna" / "1.png")
+    code = f"from pose2id.cli import main\nmain({words!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert "said by optim" in done.stderr
+    assert "cpu.ops" not in done.stderr
+
+
 def test_bad_k_and_missing_labels(path, tmp_path, capsys):
     assert main(["evaluate", str(path), "--k1", "0"]) == 2
     assert "k1 must be at least 1" in capsys.readouterr().err
