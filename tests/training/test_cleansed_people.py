@@ -168,13 +168,17 @@ def test_a_run_tells_what_it_left_out(images, tmp_path, caplog):
     upset = [replace(image, pose=Pose(image.pose.keypoints * (1, -1) + (0, 1))) for image in images[3:5]]
     with caplog.at_level(logging.INFO, "pose2id"):
         run(tmp_path / "run", [*images[:3], *upset, *images[5:]], steps=1)
-    told = [line for message in caplog.messages for line in message.splitlines() if "cleansing" in line]
+    lines = [line for message in caplog.messages for line in message.splitlines()]
+    told = [line for line in lines if "cleansing" in line]
     assert len(told) == 1
     dropped = recorded(tmp_path / "run")["cleansing"]["dropped"]
     far = sum(image["reason"] == "far" for image in dropped)
     counts = f"left out {len(dropped)} of 54 images, {far} far from their person's mean, {len(dropped) - far} near it"
     assert f"data cleansing: {counts} ({dropped[0]['image']} far; " in told[0]
-    assert "no targets, by the rules of valid poses: " in told[0]
+    refused = recorded(tmp_path / "run")["poses_refused"]
+    assert f"({len(refused)} whose pose is not valid)" in lines[0]
+    [names] = [line for line in lines if line.startswith("poses that are not valid: ")]
+    assert refused[0][0] in names
 
 
 def test_the_tiny_encoder_finds_a_wrong_person(tmp_path):

@@ -361,7 +361,7 @@ def test_selection_of_a_good_table(selection, images):
     assert selection.images == images
     assert selection.targets == [0, 1, 3, 4, 5, 6, 7, 8]
     assert (selection.unreadable, selection.alone, selection.without_pose) == ([], [], 1)
-    assert str(selection) == ("9 images of 3 people: 8 targets, 1 without a valid pose, which are references only")
+    assert str(selection) == "9 images of 3 people: 8 targets, 1 references only (1 without a drawable pose)"
 
 
 def test_what_cannot_be_used_is_left_out_and_named(images, tmp_path):
@@ -383,7 +383,7 @@ def test_what_cannot_be_used_is_left_out_and_named(images, tmp_path):
     assert {image.path for image in selection.alone} == {image.path for image in (alone, widow[0], *faceless)}
     assert len(selection.unreadable) == 6
     report = str(selection)
-    assert report.startswith("2 images of 1 people: 2 targets, 0 without a valid pose")
+    assert report.startswith("2 images of 1 people: 2 targets, 0 references only\n")
     assert "left out, unreadable: 6 (" in report
     assert "left out, no second image or no pose of the person: 4 (" in report
     for name in broken:
@@ -406,9 +406,13 @@ def test_only_valid_poses(images):
     assert valid.alone == lost
     assert [name for name, _ in valid.refused] == [image.path.name for image in [*overturned, *lost]]
     assert all(": " in reason for _, reason in valid.refused)
-    assert "no targets, by the rules of valid poses: 4 of 5 (" in str(valid)
-    assert "by the rules" not in str(everything)
-    with pytest.raises(ValueError, match=r"(?s)of which none can be used.*--poses all.*by the rules of valid poses: 4"):
+    counts, names, alone = str(valid).splitlines()
+    assert counts == "3 images of 1 people: 1 targets, 2 references only (2 whose pose is not valid)"
+    assert names.startswith(f"poses that are not valid: {overturned[0].path.name}: ")
+    assert names.count("; ") >= 3  # those of images that are left out, too
+    assert alone.startswith("left out, ")
+    assert str(everything) == "5 images of 2 people: 5 targets, 0 references only"
+    with pytest.raises(ValueError, match=r"(?s)of which none can be used.*--poses all.*poses that are not valid: "):
         select([*overturned, *lost], poses="valid")
     with pytest.raises(ValueError, match="poses must be one of 'all', 'valid', got 'some'"):
         select(table, poses="some")

@@ -50,6 +50,7 @@ class Selection:
         refused: names of images that are references only because their pose is not valid, and why.
         cleansed: what data cleansing left out; None: it was not asked for.
         num_poses: how many poses were judged for `refused`.
+        num_refused: how many of `images` are in `refused`; others there are among `alone`.
         unreadable: images left out because they cannot be read, and why.
         alone: images left out because no pair can be made of their person's images.
         digests: SHA-256 of the files of `images`.
@@ -63,6 +64,7 @@ class Selection:
     refused: list[tuple[str, str]] = field(default_factory=list)
     cleansed: Cleansed | None = None
     num_poses: int = 0
+    num_refused: int = 0
 
     @property
     def without_pose(self) -> int:
@@ -81,16 +83,18 @@ class Selection:
     def __str__(self) -> str:
         """What is trained on, and what was left out, with the first few names."""
         people = len({image.identity for image in self.images})
-        lines = [
-            f"{len(self.images)} images of {people} people: {len(self.targets)} targets, {self.without_pose} without a "
-            "valid pose, which are references only"
-        ]
-        rules = [] if self.cleansed is None else [str(self.cleansed)]
+        reasons = {
+            "without a drawable pose": self.without_pose - self.num_refused,
+            "whose pose is not valid": self.num_refused,
+        }
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        counts = f"{len(self.targets)} targets, {self.without_pose} references only{f' ({why})' if why else ''}"
+        # The first line goes into model cards: no names.
+        lines = [f"{len(self.images)} images of {people} people: {counts}"]
+        if self.cleansed is not None:
+            lines.append(str(self.cleansed))
         if self.refused:
-            shown = _some([f"{name}: {reason}" for name, reason in self.refused])
-            rules.append(f"no targets, by the rules of valid poses: {len(self.refused)} of {self.num_poses} ({shown})")
-        if rules:
-            lines.append(". ".join(rules))
+            lines.append(f"poses that are not valid: {_some([f'{name}: {why}' for name, why in self.refused])}")
         if self.unreadable:
             lines.append(f"left out, unreadable: {len(self.unreadable)} ({_some(self.unreadable)})")
         if self.alone:
@@ -157,6 +161,7 @@ def select(
         refused=[(images[i].path.name, verdict.reasons[0]) for i, verdict in verdicts.items() if i in refused],
         cleansed=cleansed,
         num_poses=len(verdicts),
+        num_refused=sum(i in refused for i in kept),
     )
     if not targets:
         remedies = []
