@@ -19,7 +19,7 @@ Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
 
 # What is trained on, left out and done meanwhile.
-TOLD = ("pose2id.training.run", "pose2id.training.run_directory", "pose2id.training.cache")
+TOLD = ("pose2id.training.start", "pose2id.training.run", "pose2id.training.run_directory", "pose2id.training.cache")
 
 # Name, type and help of `training.settings.TrainingSettings`, which explains them in full; importing it takes seconds.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
@@ -58,6 +58,7 @@ STARTING: tuple[tuple[str, Any, str], ...] = (
     ("weights", str, "IPG weights to start from: directory, repository or tiny (yuanc3/Pose2ID)"),
     ("unet", str, "start both UNets from Stable Diffusion's (repository, directory) or random weights (FILE.json)"),
     ("num_tokens", int, "of the identity, with --unet (20)"),
+    ("ifr", bool, "--no-ifr: the encoder's feature itself as identity tokens, an ablation (as in the weights; on)"),
     ("image_size", str, "HEIGHTxWIDTH that is trained at (the weights' own)"),
     ("license", str, "of the trained UNets, as the Hub names it (that of the weights; other, from random ones)"),
     ("vae", str, "directory or repository of the VAE, for weights without one (stabilityai/sd-vae-ft-mse)"),

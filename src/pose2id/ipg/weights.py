@@ -296,7 +296,8 @@ def save(
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
             try:
-                save_file(tensors, file, metadata={"format": "pt"})
+                # Without tensors: safetensors 0.4.3 then writes metadata that it cannot read.
+                save_file(tensors, file, metadata={"format": "pt"} if tensors else None)
             except SafetensorError as error:  # a full disk is one of these
                 raise OSError(f"{file.name} could not be written: {error}") from error
             # safetensors makes files that only their owner may read.

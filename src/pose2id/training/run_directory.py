@@ -45,11 +45,12 @@ class RunDirectory:
 
     Attributes:
         path: as given.
-        content: of `run.json`. "settings", "images" (a digest) and "generator" (a digest of what training does not
-            change) must be the same at every start; "start" (a digest of the weights that training began with),
-            "license", "sources", "round_bank" and "origin" stay the first start's; "published" is the step of the
-            published weights, None: not known, or there are none. "cleansing" is what was left out
-            (`cleansed_people.Cleansed`; None: nothing was judged), "poses_refused" images that are no targets, and why.
+        content: of `run.json`. "settings" (among them the generator's "ifr"), "images" (a digest) and "generator" (a
+            digest of what training does not change) must be the same at every start; "start" (a digest of the weights
+            that training began with), "license", "sources", "round_bank" and "origin" stay the first start's;
+            "published" is the step of the published weights, None: not known, or there are none. "cleansing" is what
+            was left out (`cleansed_people.Cleansed`; None: nothing was judged), "poses_refused" images that are no
+            targets, and why.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +95,10 @@ class RunDirectory:
         self._about = f"{height} x {width} pixels, on {str(selection).splitlines()[0]}"
         self.content = {
             "format": _FORMAT,
-            "settings": {name: value for name, value in asdict(settings).items() if name not in FREE},
+            "settings": {
+                **{name: value for name, value in asdict(settings).items() if name not in FREE},
+                "ifr": generator.identity_tokens.ifr,
+            },
             "images": selection.digest,
             "generator": _architecture(generator),
             "start": fingerprint(generator, TRAINED, sampling=False),
@@ -195,7 +199,8 @@ class RunDirectory:
 
     def _check_same(self, began: Mapping[str, Any], free: Collection[str], newest: Path) -> None:
         """Raise if the run would go on as another one, or with fewer steps than it has done."""
-        fixed, before, elsewhere = self.content["settings"], _SINCE | began["settings"], "Train in another directory."
+        fixed, elsewhere = self.content["settings"], "Train in another directory."
+        before = {"ifr": True, **_SINCE, **began["settings"]}  # older runs had no tokens without IFR
         where = f"the run in {self.path} began with"
         differing = [name for name in fixed if name not in free and before.get(name) != fixed[name]]
         if differing:
