@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import sys
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 from pose2id.cli import main
 from pose2id.training import clean, read_table
-from pose2id.training.cleansed_table import SHEET_PAIRS, contact_sheet, farthest_dropped
+from pose2id.training.cleansed_table import SHEET_PAIRS, CleansedTable, contact_sheet, farthest_dropped
 from pose2id.training.cleansing import COVARIANCES, Cleansing, clean_people
 from pose2id.training.table import PersonImage
 
@@ -374,14 +376,55 @@ def test_nothing_is_replaced_unasked(cameras, capsys):
     assert len(read_table(cameras / "people.csv")) == 17
 
 
-def test_all_files_or_none(cameras, capsys, monkeypatch):
-    def full(images, path, *, overwrite):
-        raise OSError(28, "No space left on device")
+def naming(monkeypatch, number, act):
+    """Have `act` happen in place of giving this one of the files its name."""
+    link, seen = os.link, []
 
-    monkeypatch.setattr("pose2id.training.cleansed_table.write_table", full)
-    before = files(cameras)
+    def counted(source, path):
+        seen.append(path)
+        return act(path) if len(seen) == number else link(source, path)
+
+    monkeypatch.setattr(os, "link", counted)
+    return seen
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_all_files_or_none(number, cameras, capsys, monkeypatch):
+    def taken(path):
+        raise FileExistsError
+
+    before, seen = files(cameras), naming(monkeypatch, number, taken)
     assert main([*COMMAND, "kept.csv", "--sheet", "sheet.png"]) == 2
-    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert f"{seen[-1]} was created by another process in the meantime" in capsys.readouterr().err
+    assert files(cameras) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_where_the_table_is_its_list_and_sheet_are_after_a_kill(number, cameras):
+    images = read_table(cameras / "people.csv")
+    n = len(images)
+    found = Cleansing(np.arange(n) > 0, np.arange(n, dtype=float), ("near", *[""] * (n - 1)), 0, 2)
+    child = os.fork()
+    if not child:
+        with pytest.MonkeyPatch.context() as patch:
+            naming(patch, number, lambda path: os.kill(os.getpid(), signal.SIGKILL))
+            CleansedTable("kept.csv", "sheet.png").write(images, found)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    made = {name for name in files(cameras) if not name.startswith(".")} - {"people.csv"}
+    assert made == set(["kept.dropped.csv", "sheet.png"][: number - 1])
+
+
+def test_a_crop_that_cannot_be_read_is_not_said_to_be_unwritable(cameras):
+    images = read_table(cameras / "people.csv")
+    n = len(images)
+    images[0].path.write_text("no image", encoding="utf-8")
+    found = Cleansing(np.arange(n) > 0, np.arange(n, dtype=float), ("near", *[""] * (n - 1)), 0, 2)
+    before = files(cameras)
+    with pytest.raises((OSError, ValueError), match=r"red_0\.png") as caught:
+        CleansedTable("kept.csv", "sheet.png").write(images, found)
+    assert "cannot be written" not in str(caught.value)
     assert files(cameras) == before
 
 

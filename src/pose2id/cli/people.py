@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,9 @@ def _clean(args: argparse.Namespace) -> None:
 
 def _poses(args: argparse.Namespace) -> None:
     from pose2id.io.checks import checked_count  # noqa: PLC0415
-    from pose2id.io.whole_files import new_file, whole_file  # noqa: PLC0415
-    from pose2id.poses import check_pose, choose_poses, nearest_to_mean, write  # noqa: PLC0415
+    from pose2id.io.whole_files import new_file, write_files  # noqa: PLC0415
+    from pose2id.poses import check_pose, choose_poses, nearest_to_mean  # noqa: PLC0415
+    from pose2id.poses.files import file_content  # noqa: PLC0415
     from pose2id.poses.sheet import contact_sheet  # noqa: PLC0415
     from pose2id.training.table import read_table  # noqa: PLC0415
 
@@ -145,12 +146,14 @@ def _poses(args: argparse.Namespace) -> None:
     features = _features(args, [image.path for image in images])
     nearest = nearest_to_mean(features, [image.identity for image in images], valid).tolist()
     chosen = choose_poses([valid[i] for i in nearest], args.count, mirrored=args.mirrored)
-    with ExitStack() as files:
-        if sheet is not None:
-            # It gets its name when the poses, which are written last, have theirs.
-            unfinished = files.enter_context(whole_file(sheet, replace=args.overwrite))
-            contact_sheet(chosen, [images[nearest[each.index]].path for each in chosen]).save(unfinished, "PNG")
-        write([each.pose for each in chosen], out, overwrite=args.overwrite)
+    contents = {}
+    if sheet is not None:
+        picture = io.BytesIO()
+        contact_sheet(chosen, [images[nearest[each.index]].path for each in chosen]).save(picture, "PNG")
+        contents[sheet] = picture.getvalue()
+    # Last: where the poses are, their sheet is, too.
+    contents[out] = file_content([each.pose for each in chosen])
+    write_files(contents, replace=args.overwrite)
     listed = "; ".join(f"{each.pose.name} {each.facing:.0f} degrees, {each.share:.0%}" for each in chosen)
     print(f"wrote {args.out}: {len(chosen)} poses, of {len(nearest)} people: {listed}")
 
