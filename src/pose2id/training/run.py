@@ -80,8 +80,8 @@ def train(
     Args:
         generator: where to start: `start.start`, `start.fresh`, or any `IdentityGenerator`. Its networks are trained in
             place, in float32 on the device of training. Its `round_bank` has no part in training.
-        images: of people with two images or more. An image with a valid pose (`pairs.has_valid_pose`, and unless
-            `poses="all"` also `poses.check_pose`) is a target, any other of the same person its reference. Unreadable
+        images: of people with two images or more. An image with a valid pose (`poses.check_pose`; with `poses="all"`
+            a drawable one, `pairs.is_drawable`) is a target, any other of the same person its reference. Unreadable
             images, what data cleansing drops (unless `clean=False`), and people without a pair are left out and logged.
         directory: new or empty, or that of a run to go on with. Images must be the same then, and so must settings,
             except those that the weights do not depend on (`settings.FREE`) and, with a constant rate, `steps` if they
