@@ -161,11 +161,13 @@ class _Run:
             raise ValueError(f"batch_size must be a multiple of processes x gradient_accumulation, got {given}.")
         self.share = settings.batch_size // parts
         self.generator = generator.to(accelerator.device, torch.float32)
+        if self.main:
+            directory.claim(settings, generator, origin=origin, longer=longer)
         selection = select(images, poses=settings.poses, cleanse=self._cleansed if settings.clean else None)
         if self.main:
             level = logging.WARNING if selection.unreadable or selection.alone else logging.INFO
             logger.log(level, "%s", selection)
-            directory.claim(settings, selection, generator, origin=origin, longer=longer)
+            directory.begin(selection)
         accelerator.wait_for_everyone()
         self.pairs = Pairs(selection, PairSettings.of(settings, generator))
         if settings.cache:
