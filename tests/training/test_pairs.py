@@ -409,6 +409,20 @@ def test_only_valid_poses(images):
     assert str(valid).startswith("3 images of 1 people: 1 targets, 2 without a valid pose, which are references only")
     assert "no targets, by the rules of valid poses: 4 of 5 (" in str(valid)
     assert "by the rules" not in str(everything)
+    neckless = good.pose.keypoints.copy()
+    neckless[KEYPOINTS.index("neck")] = np.nan
+    found = select(
+        [replace(overturned[0], pose=Pose(neckless)), replace(overturned[1], pose=None), good], poses="valid"
+    )
+    assert found.targets == [2]
+    assert found.refused == [(overturned[0].path.name, "occlusion: neck 0 visible, at least 1")]
+    assert "2 without a valid pose" in str(found)
+    assert "1 of 2 (" in str(found)
+    with pytest.raises(
+        ValueError, match=r"(?s)of which none can be used.*by the rules of valid poses: 2 of 2"
+    ) as caught:
+        select([replace(image, pose=Pose(neckless)) for image in overturned], poses="valid")
+    assert "--poses" not in str(caught.value).replace("--poses valid", "")  # which would not help
     with pytest.raises(ValueError, match=r"(?s)of which none can be used.*--poses all.*by the rules of valid poses: 4"):
         select([*overturned, *lost], poses="valid")
     with pytest.raises(ValueError, match="poses must be one of 'all', 'valid', got 'some'"):

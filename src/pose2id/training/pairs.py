@@ -49,7 +49,7 @@ class Selection:
         targets: indices into `images` of those with a drawable pose, and if valid ones were asked for, a valid one.
         refused: names of images that are references only because their pose is not valid, and why.
         cleansed: what data cleansing left out; None: it was not asked for.
-        num_poses: how many drawable poses were judged for `refused`; 0: all of them are taken.
+        num_poses: how many poses were judged for `refused`.
         unreadable: images left out because they cannot be read, and why.
         alone: images left out because no pair can be made of their person's images.
         digests: SHA-256 of the files of `images`.
@@ -134,7 +134,8 @@ def select(
         raise ValueError(f"images must be files that can be read, {given}. Paths start at the table's folder.")
     readable = [i for i, problem in enumerate(problems) if not problem]
     drawable = [i for i in readable if is_drawable(images[i].pose)]
-    verdicts = {i: check_pose(cast("Pose", images[i].pose), size=sizes[i]) for i in drawable if poses == "valid"}
+    judged = [i for i in readable if images[i].pose is not None and poses == "valid"]
+    verdicts = {i: check_pose(cast("Pose", images[i].pose), size=sizes[i]) for i in judged}
     refused = {i for i, verdict in verdicts.items() if not verdict}
     fit = set(drawable) - refused
     kept, alone = _parted(images, readable, fit)
@@ -162,7 +163,7 @@ def select(
         remedies = []
         if cleansed is not None and cleansed.dropped:
             remedies.append("clean=False (--no-clean) trains on images that data cleansing leaves out.")
-        if refused:
+        if refused.intersection(drawable):
             remedies.append('poses="all" (--poses all) takes poses that are not valid as targets, too.')
         raise ValueError(" ".join([_rule(images), *remedies, str(selection)]))
     return selection
