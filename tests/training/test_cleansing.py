@@ -302,7 +302,7 @@ def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys, caplog
     told = capsys.readouterr()
     assert told.out == (
         "wrote new/kept.csv: dropped 2 of 19 images: 1 far from their person's mean, 1 near it; "
-        "1 not judged, of people with fewer than 2 images\n"
+        "1 not judged, of people with fewer than 2 images (spherical distances, p = 0.05 of all people together)\n"
     )
     assert told.err == ""
     assert "19 images are few: the farthest and the nearest are left out, good or bad" in caplog.text
@@ -323,6 +323,26 @@ def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys, caplog
     dropped = {far["path"], near["path"]}
     assert after == [image for image in before if str(cameras / image.path) not in dropped]
     assert len(after) == 17
+
+
+def test_it_says_where_good_images_are_dropped_for_being_the_farthest(cameras, capsys, caplog):
+    assert main([*COMMAND, "kept.csv", "--quantile", "0.05", "--keep-near"]) == 0
+    assert "19 images are few: the farthest is left out, good or bad (--quantile 0" in caplog.text
+    caplog.clear()
+    each = ["--quantiles", "identity", "--overwrite"]
+    assert main([*COMMAND, "kept.csv", *each]) == 0
+    assert "dropped 6 of 19 images: 3 far from their person's mean, 3 near it" in (out := capsys.readouterr().out)
+    assert out.endswith(" (spherical distances, p = 0.005 of each person)\n")
+    assert "3 of 4 people have few images: of each the farthest and the nearest are left out" in caplog.text
+    caplog.clear()
+    for quantile in ("0", "0.17"):  # of 6 images
+        assert main([*COMMAND, "kept.csv", *each, "--quantile", quantile]) == 0
+        assert not caplog.text
+    lines = (cameras / "people.csv").read_text(encoding="utf-8").splitlines()
+    (cameras / "people.csv").write_text("\n".join([*lines[:3], *lines[-1:]]), encoding="utf-8")
+    assert main([*COMMAND, "kept.csv", *each]) == 0  # a pair
+    assert capsys.readouterr().out.count("dropped 0 of 3") == 1
+    assert not caplog.text
 
 
 def test_the_sheet_shows_a_dropped_crop_beside_a_kept_one(cameras):

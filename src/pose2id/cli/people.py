@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,18 @@ def _clean(args: argparse.Namespace) -> None:
     features = _features(args, [image.path for image in images])
     cleansing = clean(features, [image.identity for image in images], lower=not args.keep_near, **options)
     table.write(images, cleansing)
+    ends = "the farthest is" if args.keep_near else "the farthest and the nearest are"
+    remedy = f"{ends} left out, good or bad (--quantile 0 leaves out none)"
     if args.quantiles == "pooled" and 0 < args.quantile * len(images) < 1:
-        logger.warning(
-            "%d images are few: the farthest and the nearest are left out, good or bad (--quantile 0 leaves out none)",
-            len(images),
-        )
-    print(f"wrote {args.out}: {cleansing}")
+        logger.warning("%d images are few: %s", len(images), remedy)
+    if args.quantiles == "identity":
+        counts = Counter(image.identity for image in images).values()
+        # Of two images, which are equally far, none is left out.
+        if few := sum(count > 2 and 0 < args.quantile * count < 1 for count in counts):
+            logger.warning("%d of %d people have few images: of each %s", few, len(counts), remedy)
+    whose = "all people together" if args.quantiles == "pooled" else "each person"
+    by = f"{args.covariance} distances, p = {args.quantile:g} of {whose}"
+    print(f"wrote {args.out}: {cleansing} ({by})")
 
 
 def _poses(args: argparse.Namespace) -> None:
