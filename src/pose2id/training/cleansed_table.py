@@ -44,7 +44,10 @@ class CleansedTable:
         self.sheet = None if sheet is None else new_file(sheet, overwrite=overwrite, suffixes=(".png",))
 
     def write(self, images: Sequence[PersonImage], cleansing: Cleansing) -> None:
-        """Write all files, or none if one of them cannot be made: where the table is, its list and sheet are, too."""
+        """Write all files, or none if one of them cannot be made: where a new table is, its list and sheet are, too.
+
+        A kill on the way may leave list and sheet without it, or, with `overwrite`, beside the old one.
+        """
         lines = [_COLUMNS]
         for i in farthest_dropped(cleansing):
             path = path_from(self.path, images[i].path)
