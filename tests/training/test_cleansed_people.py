@@ -183,9 +183,21 @@ def test_cleansing_can_be_switched_off(images, cleansed, going, tmp_path):
     assert any(not torch.equal(ours[name], cleansed[1][name]) for name in ours)
 
 
-def test_other_images_are_not_those_of_the_record(images, going):
+def test_other_images_are_not_those_of_the_record(images, going, monkeypatch):
+    """Which is told before they are judged."""
+    monkeypatch.setattr(cleansed_people, "identity_features", None)
     with pytest.raises(ValueError, match="images must be those that the run in"):
         run(going, images[:-1])
+
+
+def test_a_run_without_a_checkpoint_begins_with_other_images(images, going):
+    """As the first start left nothing that depends on its own."""
+    shutil.rmtree(checkpoints.found(going)[-1])
+    before = recorded(going)["cleansing"]
+    assert run(going, images[:-1]).step == 2
+    after = recorded(going)["cleansing"]
+    assert (before["num_images"], after["num_images"]) == (54, 53)
+    assert before["key"] != after["key"]
 
 
 def test_other_rules_of_poses_would_be_another_run(images, going, monkeypatch):

@@ -96,6 +96,13 @@ class Cleansed:
             return None
 
 
+def key_of(images: Sequence[PersonImage], digests: Sequence[str], generator: IdentityGenerator) -> str:
+    """The `Cleansed.key` of what `cleanse` would say of these."""
+    rows = [[image.identity, image.path.name, digest] for image, digest in zip(images, digests, strict=True)]
+    encoder = fingerprint(generator, ("identity_encoder",), sampling=False)
+    return hashlib.sha256(json.dumps([rows, encoder]).encode()).hexdigest()
+
+
 def cleanse(
     images: Sequence[PersonImage],
     digests: Sequence[str],
@@ -116,9 +123,7 @@ def cleanse(
         workers: processes that load images.
         progress: show a bar on a terminal.
     """
-    rows = [[image.identity, image.path.name, digest] for image, digest in zip(images, digests, strict=True)]
-    encoder = fingerprint(generator, ("identity_encoder",), sampling=False)
-    key = hashlib.sha256(json.dumps([rows, encoder]).encode()).hexdigest()
+    key = key_of(images, digests, generator)
     if known is not None and known.key == key:
         return known
     if len(images) < LEAST_CLEANSED:

@@ -27,7 +27,7 @@ from pose2id.io.checks import checked_flag
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.training import cache, checkpoints
 from pose2id.training.accelerator import new_accelerator, require_accelerate, said_by_main
-from pose2id.training.cleansed_people import Cleansed, cleanse
+from pose2id.training.cleansed_people import Cleansed, cleanse, key_of
 from pose2id.training.log import Metrics
 from pose2id.training.objective import TRAINED, Objective, TrainedParts, checkpoint_gradients
 from pose2id.training.optimizer import new_optimizer, rate, require_optimizer
@@ -194,7 +194,7 @@ class _Run:
         """The main process decides: features of several devices may differ in the last digits."""
         found = None
         if self.main:
-            known = self.directory.recorded_cleansing()
+            known = self.directory.recorded_cleansing(key_of(images, digests, self.generator))
             workers = self.settings.workers
             found = cleanse(images, digests, self.generator, known, workers=workers, progress=self.progress)
         return cast("Cleansed", said_by_main(found))

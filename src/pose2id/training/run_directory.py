@@ -75,9 +75,15 @@ class RunDirectory:
             return {}
         return {name: settings.get(name, value) for name, value in _SINCE.items()}
 
-    def recorded_cleansing(self) -> Cleansed | None:
-        """What the run left out at an earlier start, if there was one; after `claim`."""
-        return Cleansed.from_json(self._before.get("cleansing"))
+    def recorded_cleansing(self, key: str) -> Cleansed | None:
+        """What the run left out of the images of this key (`Cleansed.key`) at an earlier start, if there was one.
+
+        After `claim`, before minutes of work on images with which the run cannot go on.
+        """
+        found = Cleansed.from_json(self._before.get("cleansing"))
+        if found is not None and found.key != key and checkpoints.found(self.path):
+            raise self._other_images()
+        return found
 
     def claim(self, settings: TrainingSettings, generator: IdentityGenerator, *, origin: str, longer: bool) -> None:
         """Lock the directory until `release`, and see that it is free, or that its run can go on with these.
@@ -223,7 +229,7 @@ class RunDirectory:
     def _check_same_images(self) -> None:
         """Raise if the run would go on with other images, or other targets."""
         if self._before["images"] != self.content["images"]:
-            raise ValueError(f"images must be those that {self._began_with}, in the same order and poses. {_ELSEWHERE}")
+            raise self._other_images()
         # By the rules of another version other images would be targets.
         refused, now = ([name for name, *_ in of.get("poses_refused") or []] for of in (self._before, self.content))
         if refused != now:
@@ -231,6 +237,9 @@ class RunDirectory:
             raise ValueError(
                 f"poses must be valid by the rules that {self._began_with}: {given}. Go on with its version of pose2id."
             )
+
+    def _other_images(self) -> ValueError:
+        return ValueError(f"images must be those that {self._began_with}, in the same order and poses. {_ELSEWHERE}")
 
     @property
     def _began_with(self) -> str:
