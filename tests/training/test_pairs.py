@@ -20,7 +20,7 @@ from pose2id.ipg.pixels import load_poses, load_reference, pixels
 from pose2id.poses import KEYPOINTS, Pose, standard
 from pose2id.training.augmentation import augment
 from pose2id.training.cache import Latents, build, identity_features
-from pose2id.training.pairs import Pairs, PairSettings, has_valid_pose, require_pairs, select
+from pose2id.training.pairs import Pairs, PairSettings, is_drawable, require_pairs, select
 from pose2id.training.table import PersonImage, read_table
 
 SETTINGS = PairSettings(seed=7, image_size=(16, 8), identity_size=(24, 12), latent_shape=(4, 8, 4))
@@ -335,26 +335,26 @@ def test_damaged_latents_are_built_again(selection, tmp_path, name, damage):
     assert file.read_bytes() == whole
 
 
-def test_valid_poses():
+def test_drawable_poses():
     everything = Pose(np.full((18, 2), 0.5))
-    assert has_valid_pose(everything)
-    assert not has_valid_pose(None)
+    assert is_drawable(everything)
+    assert not is_drawable(None)
     points = np.full((18, 2), 0.5)
     for i, name in enumerate(KEYPOINTS):
         without = points.copy()
         without[i] = np.nan
-        assert has_valid_pose(Pose(without)) == (name != "neck"), name
+        assert is_drawable(Pose(without)) == (name != "neck"), name
     hips = [i for i, name in enumerate(KEYPOINTS) if name.endswith("hip")]
     assert len(hips) == 2
     without = points.copy()
     without[hips] = np.nan
-    assert not has_valid_pose(Pose(without))
+    assert not is_drawable(Pose(without))
     needed = [KEYPOINTS.index("neck"), hips[0]]
     others = [i for i in range(18) if i not in needed]
     for count in (7, 8):
         some = np.full((18, 2), np.nan)
         some[needed + others[: count - 2]] = 0.5
-        assert has_valid_pose(Pose(some)) == (count >= 8)
+        assert is_drawable(Pose(some)) == (count >= 8)
 
 
 def test_selection_of_a_good_table(selection, images):
@@ -412,6 +412,17 @@ def test_only_valid_poses(images):
     assert names.count("; ") >= 3  # those of images that are left out, too
     assert alone.startswith("left out, ")
     assert str(everything) == "5 images of 2 people: 5 targets, 0 references only"
+    neckless = good.pose.keypoints.copy()
+    neckless[KEYPOINTS.index("neck")] = np.nan
+    found = select(
+        [replace(overturned[0], pose=Pose(neckless)), replace(overturned[1], pose=None), good], poses="valid"
+    )
+    assert found.targets == [2]
+    assert found.refused == [(overturned[0].path.name, "occlusion: neck 0 visible, at least 1")]
+    assert "1 targets, 2 references only (2 without a drawable pose)" in str(found)
+    with pytest.raises(ValueError, match=r"(?s)of which none can be used.*poses that are not valid: ") as caught:
+        select([replace(image, pose=Pose(neckless)) for image in overturned], poses="valid")
+    assert "--poses" not in str(caught.value).replace("--poses valid", "")  # which would not help
     with pytest.raises(ValueError, match=r"(?s)of which none can be used.*--poses all.*poses that are not valid: "):
         select([*overturned, *lost], poses="valid")
     with pytest.raises(ValueError, match="poses must be one of 'all', 'valid', got 'some'"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from miniature import miniature
 from safetensors.torch import load_file
 
@@ -24,9 +22,10 @@ from pose2id.cli import main
 from pose2id.cli import train as train_command
 from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg.weights import VAE_REPO
-from pose2id.training import checkpoints, run_directory
+from pose2id.training import checkpoints, cleansed_people
 from pose2id.training import run as training
 from pose2id.training import start as starting
+from pose2id.training.cleansing import Cleansing
 from pose2id.training.objective import Objective
 from pose2id.training.settings import TrainingSettings
 from pose2id.training.table import read_table
@@ -43,18 +42,6 @@ UNET = {
     "mid_block_type": None,
     "up_block_types": ["CrossAttnUpBlock2D"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    """Accelerate's state and the level of the logger belong to the process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small networks
-    yield
-    torch.set_num_threads(threads)
-    for module in (training, run_directory):
-        logging.getLogger(module.__name__).setLevel(logging.NOTSET)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +397,20 @@ def test_errors_of_a_file(command, taken, capsys, content, message):
     assert command(config=content, **flags) == 2
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
     assert "train" not in taken
+
+
+def test_it_says_when_data_cleansing_begins_and_ends(command, caplog, monkeypatch):
+    """It may take minutes, and there is no bar without a terminal."""
+    monkeypatch.setattr(cleansed_people, "LEAST_CLEANSED", 4)
+    monkeypatch.setattr(cleansed_people, "clean_people", lambda people: judged(sum(map(len, people))))
+    assert command(**SHORT) == 0
+    told = caplog.messages
+    began = told.index("data cleansing: features of 4 images of 2 people, once in a run")
+    assert told[began + 1] == "data cleansing: 0 of 4 images are left out"
+
+
+def judged(n):
+    return Cleansing(np.ones(n, bool), np.ones(n), ("",) * n, 0, 2)
 
 
 def test_errors(command, weights, table, tmp_path, capsys, monkeypatch):

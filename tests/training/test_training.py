@@ -64,13 +64,6 @@ WHOLE = {
 SHORT = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1, "validation_images": 0}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps the first run's precision for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return people(tmp_path_factory.mktemp("training") / "people")

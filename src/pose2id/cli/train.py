@@ -19,7 +19,7 @@ Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
 
 # What is trained on, left out and done meanwhile.
-TOLD = ("pose2id.training.start", "pose2id.training.run", "pose2id.training.run_directory", "pose2id.training.cache")
+TOLD = tuple(f"pose2id.training.{name}" for name in ("start", "run", "run_directory", "cleansed_people", "cache"))
 
 # Name, type and help of `training.settings.TrainingSettings`, which explains them in full; importing it takes seconds.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (

@@ -87,14 +87,20 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
         FileExistsError: the file exists, and `overwrite` is False.
         OSError: the file cannot be written.
     """
+    content = file_content(poses)
+    with whole_file(new_file(path, overwrite=overwrite)) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def file_content(poses: Sequence[Pose]) -> bytes:
+    """What `write` writes."""
     for i, pose in enumerate(poses):
         if not isinstance(pose, Pose):
             raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")
     if not poses:
         raise ValueError("poses must hold at least one pose, got none.")
     entries = [{"name": pose.name, "keypoints": to_entries(pose.keypoints)} for pose in poses]
-    with whole_file(new_file(path, overwrite=overwrite)) as unfinished:
-        unfinished.write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
+    return (json.dumps({"poses": entries}, indent=1) + "\n").encode()
 
 
 def from_entries(entries: list[Any], where: str, name: Any = "") -> Pose:

@@ -27,7 +27,7 @@ from pose2id.io.checks import checked_flag
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.training import cache, checkpoints
 from pose2id.training.accelerator import new_accelerator, require_accelerate, said_by_main
-from pose2id.training.cleansed_people import Cleansed, cleanse
+from pose2id.training.cleansed_people import Cleansed, cleanse, key_of
 from pose2id.training.log import Metrics
 from pose2id.training.objective import TRAINED, Objective, TrainedParts, checkpoint_gradients
 from pose2id.training.optimizer import new_optimizer, rate, require_optimizer
@@ -80,8 +80,8 @@ def train(
     Args:
         generator: where to start: `start.start`, `start.fresh`, or any `IdentityGenerator`. Its networks are trained in
             place, in float32 on the device of training. Its `round_bank` has no part in training.
-        images: of people with two images or more. An image with a valid pose (`pairs.has_valid_pose`, and unless
-            `poses="all"` also `poses.check_pose`) is a target, any other of the same person its reference. Unreadable
+        images: of people with two images or more. An image with a valid pose (`poses.check_pose`; with `poses="all"`
+            a drawable one, `pairs.is_drawable`) is a target, any other of the same person its reference. Unreadable
             images, what data cleansing drops (unless `clean=False`), and people without a pair are left out and logged.
         directory: new or empty, or that of a run to go on with. Images must be the same then, and so must settings,
             except those that the weights do not depend on (`settings.FREE`) and, with a constant rate, `steps` if they
@@ -166,11 +166,13 @@ class _Run:
             raise ValueError(f"batch_size must be a multiple of processes x gradient_accumulation, got {given}.")
         self.share = settings.batch_size // parts
         self.generator = generator.to(accelerator.device, torch.float32)
+        if self.main:
+            directory.claim(settings, generator, origin=origin, longer=longer)
         selection = select(images, poses=settings.poses, cleanse=self._cleansed if settings.clean else None)
         if self.main:
             level = logging.WARNING if selection.unreadable or selection.alone else logging.INFO
             logger.log(level, "%s", selection)
-            directory.claim(settings, selection, generator, origin=origin, longer=longer)
+            directory.begin(selection)
         accelerator.wait_for_everyone()
         self.pairs = Pairs(selection, PairSettings.of(settings, generator))
         if settings.cache:
@@ -197,7 +199,7 @@ class _Run:
         """The main process decides: features of several devices may differ in the last digits."""
         found = None
         if self.main:
-            known = self.directory.recorded_cleansing()
+            known = self.directory.recorded_cleansing(key_of(images, digests, self.generator))
             workers = self.settings.workers
             found = cleanse(images, digests, self.generator, known, workers=workers, progress=self.progress)
         return cast("Cleansed", said_by_main(found))

@@ -140,6 +140,15 @@ def write_table(
         OSError: the file cannot be written.
         ValueError: no images, one of them twice, a text that UTF-8 has no bytes for.
     """
+    content = table_content(images, path, root)
+    with whole_file(new_file(path, overwrite=overwrite), replace=overwrite) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def table_content(
+    images: Sequence[PersonImage], path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
+) -> bytes:
+    """What `write_table` writes."""
     rows: dict[str, list[str]] = {}
     check_people(images)
     for i, image in enumerate(images):
@@ -151,9 +160,7 @@ def write_table(
         rows[written] = [written, image.identity, image.camera, entries or ""]
     if not rows:
         raise ValueError("images must hold at least one image, got none.")
-    content = csv_content([_COLUMNS, *rows.values()])
-    with whole_file(new_file(path, overwrite=overwrite), replace=overwrite) as unfinished:
-        unfinished.write_bytes(content)
+    return csv_content([_COLUMNS, *rows.values()])
 
 
 def path_from(table: str | os.PathLike[str], image: Path, root: str | os.PathLike[str] | None = None) -> str:
