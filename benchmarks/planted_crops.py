@@ -42,7 +42,7 @@ from pose2id.ipg.pixels import pixels
 from pose2id.poses import Pose, check_pose
 from pose2id.training import clean
 from pose2id.training.cleansing import FAR, NEAR
-from pose2id.training.pairs import has_valid_pose
+from pose2id.training.pairs import is_drawable
 
 REAL = "cuhk03_p1_det_val100"
 PAPER = 0.005
@@ -121,7 +121,7 @@ def auc(planted: NDArray[np.bool_], distances: NDArray[np.float64]) -> float:
 
 
 def can_be_drawn(crop: Crop) -> bool:
-    return not np.isnan(crop.joints).all() and has_valid_pose(Pose(crop.joints))
+    return not np.isnan(crop.joints).all() and is_drawable(Pose(crop.joints))
 
 
 def is_valid(crop: Crop) -> bool:

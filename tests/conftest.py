@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def pytest_configure(config):
     settings.register_profile("default", max_examples=25, deadline=None)
     settings.register_profile("stress", max_examples=200, deadline=None)
     settings.load_profile("stress" if config.getoption("--stress") else "default")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps the first run's precision and device for the whole process: no test hands them on."""
+    yield
+    state = sys.modules.get("accelerate.state")  # an extra, and slow to import
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -244,6 +244,12 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
         ("convert {out} {out}", "SRC must be a directory or a repository"),
         ("convert tiny {out} --vae {out}", "--vae must be a directory or a repository"),
         ("generate {out} --out {out}", "IMAGES must be files or directories"),
+        ("evaluate {folder} --model timm:resnet18", "{folder} must hold images as identity/name.jpg"),
+        ("generate {folder} --out {out} --weights tyni", "--weights must be a directory or a repository"),
+        (
+            "generate {folder} --out {out} --poses {table}",
+            "{table} cannot be read as poses: it must be JSON, as written",
+        ),
         ("generate {folder} --out {out} --size 99999999x8", "--size must be at most 65535"),
         ("generate {folder} --out {out} --device mps", "--device must be one that torch"),
     ],
@@ -251,9 +257,10 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
 def test_errors_name_the_option_as_it_was_typed(words, message, path, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 16)).save(tmp_path / "images" / "0001_c1.png")
-    given = words.format(path=path, out=tmp_path / "none", folder=tmp_path / "images")
-    assert main(given.split()) == 2
-    assert capsys.readouterr().err.startswith(f"pose2id: {message}")
+    (tmp_path / "t.csv").write_text("path,identity\nimages/0001_c1.png,1\n")
+    places = {"path": path, "out": tmp_path / "none", "folder": tmp_path / "images", "table": tmp_path / "t.csv"}
+    assert main(words.format(**places).split()) == 2
+    assert capsys.readouterr().err.startswith(f"pose2id: {message.format(**places)}")
 
 
 def test_the_callers_logging_and_warnings_stay(path, tmp_path):
@@ -270,6 +277,24 @@ assert before == ([(logger.level, list(logger.handlers)) for logger in loggers],
     assert warning.startswith("method='nfc' may harm here")  # without the line of code that warns
     assert told.startswith("enhance: nfc, k1 2, k2 2")
     assert told.endswith("Cameras are not used.")
+
+
+def test_what_others_say_of_kernels_that_nothing_uses_is_not_shown(tmp_path):
+    """As bitsandbytes does, which diffusers imports where it is installed; its other warnings are shown."""
+    (tmp_path / "noisy.py").write_text(
+        "import logging\n"
+        "for name in ('backends.cpu.ops', 'optim'):\n"
+        "    logging.getLogger(f'bitsandbytes.{name}').warning('said by %s', name)\n"
+    )
+    words = ["extract", "people", "--model", "noisy:model", "--out", "f.npy"]
+    (tmp_path / "people" / "anna").mkdir(parents=True)
+    Image.new("RGB", (8, 16)).save(tmp_path / "people" / "anna" / "1.png")
+    code = f"from pose2id.cli import main\nmain({words!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert "said by optim" in done.stderr
+    assert "cpu.ops" not in done.stderr
 
 
 def test_bad_k_and_missing_labels(path, tmp_path, capsys):

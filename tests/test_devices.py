@@ -542,15 +542,8 @@ def test_generate(more, folder, capsys):
     assert len(list((folder / "out").rglob("*.png"))) == 8
 
 
-@pytest.fixture
-def fresh_accelerate():
-    state = pytest.importorskip("accelerate").state.AcceleratorState
-    state._reset_state(reset_partial_state=True)
-    yield
-    state._reset_state(reset_partial_state=True)
-
-
-def test_train(folder, capsys, fresh_accelerate):
+def test_train(folder, capsys):
+    pytest.importorskip("accelerate")
     write_people(SyntheticPedestrians(3, num_cameras=1, images_per_camera=2), "cameras", progress=False)
     command = ["train", "cameras/table.csv", "--out", "run", "--weights", "tiny", "--steps", "2", "--batch-size", "2"]
     command += ["--validation-images", "2", "--validation-steps", "1", "--checkpoint-every", "1", "--device", "cuda"]

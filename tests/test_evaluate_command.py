@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -17,6 +19,7 @@ from pose2id import Centralizer, evaluate
 from pose2id.cli import main
 from pose2id.datasets import open_dataset
 from pose2id.io.feature_files import FeatureFile
+from pose2id.ipg.batch import collect_images
 from pose2id.report import compare, records, study
 from pose2id.retrieval import protocols
 
@@ -197,8 +200,13 @@ def test_the_page_of_a_data_set(market, generated, folder, capsys):
     pytest.importorskip("sklearn", reason="needs scikit-learn")
     words = "--model", MARKET, "--workers", "0", "--generated", str(generated), "--table", "6", "--subsets", "1"
     assert main(["evaluate", str(market), *words, "--report", "page"]) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "wrote page/index.html"
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-1] == "wrote page/index.html"
     text = (folder / "page" / "index.html").read_text(encoding="utf-8")
+    *_, summary, reading = told.out.splitlines()
+    assert summary.startswith("generated images of ")
+    for line in (summary, reading):
+        assert line in html.unescape(text)
     assert "<h1>pose2id on Market1501</h1>" in text
     assert "What “auto, cameras” did" in text
     assert "mAP by M" in text
@@ -312,6 +320,24 @@ def test_errors_name_the_option(words, message, folder, rng, capsys):
     assert main(["evaluate", *words]) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "home").exists()  # no image went through the model
+
+
+def test_a_table_whose_images_lie_elsewhere(folder, rng, capsys):
+    """`--weights` names pictures as `pose2id generate TABLE` does, so that they complete one another."""
+    rows_of_table = ["path,identity,camera,split"]
+    for pid, split in itertools.product(range(2), ("query", "gallery")):
+        paint(folder / "crops" / split / f"{pid}.jpg", pid, rng)
+        rows_of_table.append(f"../crops/{split}/{pid}.jpg,{pid},{split},{split}")
+    paint(folder / "train" / "7.jpg", 7, rng)  # which moves the folder that all of them have in common
+    rows_of_table.append("../train/7.jpg,7,query,train")
+    (folder / "tables").mkdir()
+    (folder / "tables" / "t.csv").write_text("\n".join(rows_of_table))
+    words = "tables/t.csv", "--model", MARKET, "--workers", 0, "--weights", "tiny", "--generated", "made"
+    assert "IPG" in rows(capsys, *words, "--device", "cpu")
+    made = {path.relative_to(folder / "made").as_posix() for path in (folder / "made").rglob("*.png")}
+    names = {f"crops/{split}/{pid}" for pid in range(2) for split in ("query", "gallery")}
+    assert made == {f"pose{m}/{name}.png" for m in range(1, 9) for name in names}
+    assert set(collect_images([folder / "tables" / "t.csv"])) == {*names, "train/7"}
 
 
 def test_the_tiny_weights_draw_what_is_missing(folder, rng, capsys):

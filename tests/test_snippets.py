@@ -24,10 +24,12 @@ from stand_ins import bpbreid, deep_person_reid, fastreid, roboflow_reid, saai, 
 from pose2id.cli import main
 from pose2id.demo import SyntheticPedestrians, colour_stripes
 from pose2id.demo import write_people as draw_people
+from pose2id.poses import Pose, write
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Of what takes minutes: option to value.
+MINE = ("my_people", "my_keypoints")
 SHORTER = {"--people": "3", "-n": "2", "--steps": "2", "--batch-size": "2"}
 
 
@@ -35,6 +37,17 @@ def write_people(given):
     for path, image in zip(given["paths"], given["images"], strict=False):
         Path(path).parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
+
+
+def write_my_people():
+    """A user's crops, a folder for each person, and their keypoints."""
+    for i, sample in enumerate(SyntheticPedestrians(3, num_cameras=2, images_per_camera=2, size=(64, 32))[:]):
+        image, keypoints = (Path(name, f"person{sample.pid}", f"{i}_c{sample.camid}") for name in MINE)
+        for path in (image, keypoints):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sample.image).save(image.with_suffix(".png"))
+        seen = np.where(sample.visible[:, None], sample.keypoints, np.nan).astype(np.float64)
+        write([Pose(seen)], keypoints.with_suffix(".json"))
 
 
 MY_MODEL = """
@@ -169,6 +182,7 @@ def test_commands_of(page, given, weights, hub, my_model, tmp_path, monkeypatch)
     keys = ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids")
     np.savez("features.npz", **{key: given[key] for key in keys})
     write_people(given)
+    write_my_people()
     for line in commands(page):
         words = shlex.split(line, comments=True)
         if words[:1] == ["pose2id"] and words != ["pose2id", "demo"]:  # the bare demo has tests of its own

@@ -635,6 +635,17 @@ class TestGenerationDiagnostics:
         assert "eta 0)" in reading or "start at 0" in reading
         assert "the paper has" not in reading
 
+    def test_it_says_how_many_images_there_are_and_whether_these_are_few(self, rng):
+        f, g = rng.standard_normal((15, 8)), rng.standard_normal((15, 2, 8))
+        few, enough = generation_diagnostics(f[:14], g[:14]), generation_diagnostics(f, g)
+        assert (few.num_images, enough.num_images) == (14, 15)
+        assert few.summary.startswith("generated images of 14 originals: cosine to their own")
+        assert "14 images are few to go by" in few.reading
+        unknown = GenerationDiagnostics(0.5, 0.0, None)
+        assert unknown.summary.startswith("generated images: cosine")
+        for found in (enough, unknown):
+            assert "few to go by" not in str(found)
+
     def test_bad_input(self):
         with pytest.raises(ValueError, match="at least 2 images"):
             generation_diagnostics(np.ones((1, 2)), np.ones((1, 3, 2)))

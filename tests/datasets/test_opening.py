@@ -43,7 +43,7 @@ def test_a_set_asked_for_by_name_says_what_it_lacks(key, spelled, tmp_path):
 
 def test_three_levels_down_is_too_deep(tmp_path):
     trees.market1501(tmp_path / "a" / "b" / "c")
-    with pytest.raises(ValueError, match=r"must hold images as identity/name\.jpg"):
+    with pytest.raises(ValueError, match=r"must hold images as identity/name\.jpg.*`pose2id table FOLDER OUT\.csv`"):
         open_dataset(tmp_path)
 
 

@@ -9,6 +9,7 @@ import pytest
 import trees
 
 from pose2id.datasets import read_table
+from pose2id.datasets.tables import listed_images
 
 FILES = [f"{i}.jpg" for i in range(8)]
 
@@ -178,7 +179,10 @@ def test_paths_start_from_root_or_from_the_table(write, tmp_path, monkeypatch):
         (["path,identity", "0.jpg,1,2"], "must have 2 cells in each line, got 3 in line 2"),
         (["path,identity", "0.jpg,", ",1", "1.jpg,"], "each image's path; empty cells are not allowed, got line 3"),
         (["path,identity", "0.jpg,", "", "1.jpg, "], "identity; empty cells are not allowed, got line 2, line 4"),
-        (["path,pid,cam", "0.jpg,1,"], "camera .drop the column if there are none.; empty cells .* got line 2"),
+        (
+            ["path,pid,cam", "0.jpg,1,", "1.jpg,1,2"],
+            "camera .drop the column if there are none.; empty cells .* got line 2",
+        ),
         (["path,pid,set", "0.jpg,1,val"], "must have a split of train, .*, test, got 'val' in line 2"),
         (
             ["path,pid", "0.jpg,1", "1.jpg,1", "x/../0.jpg,2"],
@@ -206,6 +210,22 @@ def test_missing_files_are_named_with_their_lines(write, tmp_path):
         read_table(write("path,pid", "0.jpg,1", *lines))
     with pytest.raises(FileNotFoundError, match="There is no table"):
         read_table(tmp_path / "none.csv")
+
+
+def test_optional_columns_without_any_cell_count_as_none(write):
+    found = read_table(write("path,identity,camera,split", "0.jpg,anna,,", "1.jpg,anna, ,"))
+    assert found.gallery.camids is None
+    assert found.protocol == "leave-one-out"
+
+
+def test_images_are_listed_whoever_is_on_them(write, tmp_path):
+    rows = ["3.jpg,-1,,train", "0.jpg,anna,1,", "1.jpg,unknown,1,", f"{tmp_path}/2.jpg,01,x,val", "4.jpg,1,,"]
+    assert listed_images(write("path,identity,camera,split", *rows)) == [tmp_path / f"{i}.jpg" for i in (3, 0, 2, 4)]
+    for row, message in ((",anna", "each image's path"), ("./0.jpg,b", "one row per image")):
+        with pytest.raises(ValueError, match=message):
+            listed_images(write("path,identity", "0.jpg,a", row))
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg \(line 2\)"):
+        listed_images(write("path,identity", "gone.jpg,a"))
 
 
 def test_text_that_is_not_utf8(write):

@@ -194,7 +194,7 @@ def test_demo_prints_all_of_it_and_draws(shown, repeated, tmp_path, capsys, monk
     assert "not real people" in printed
     assert "8 pictures generated from each image: tiny weights, 1 steps, guidance 1" in printed
     assert f"by number of generated images, eta {demo.TINY.eta:g}" in printed
-    assert "generated images: cosine to their own" in printed
+    assert re.search(r"^generated images of \d+ originals: cosine to their own", printed, re.MULTILINE)
     found = re.findall(r"^(\S.*?) {2,}\d+\.\d\d ", printed, re.MULTILINE)
     whole = [*NAMES, "control", "control + NFC", "control + auto"]
     reranked = [*RERANKED, "control + re-ranking", "control + NFC + re-ranking", *SAFE]

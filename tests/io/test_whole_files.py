@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pose2id.io.whole_files import new_directory, new_file, whole_directory, whole_file
+from pose2id.io.whole_files import new_directory, new_file, whole_directory, whole_file, write_files
 
 
 def test_a_new_file(tmp_path):
@@ -121,6 +121,79 @@ def test_what_is_whole_or_of_others_stays(tmp_path, event, number):
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         new_directory(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def together(folder, **options):
+    write_files({folder / name: name.encode() for name in ("c.txt", "a.txt", "b.txt")}, **options)
+
+
+def shown(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_files_that_belong_together(tmp_path, replace):
+    together(tmp_path, replace=replace)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt", "c.txt"}
+    assert shown(tmp_path) == {"a.txt": "a.txt", "b.txt": "b.txt", "c.txt": "c.txt"}
+
+
+NAMING = """
+import os, signal, sys
+from pathlib import Path
+from pose2id.io.whole_files import write_files
+folder, event, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+seen = []
+def kill(name, _):
+    if name == event:
+        seen.append(name)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+write_files({folder / name: b"new" for name in ("c.txt", "a.txt", "b.txt")}, replace=event == "os.rename")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nobody is asked there whether a process lives")
+@pytest.mark.parametrize("event", ["os.rename", "os.link"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_kill_between_names_leaves_no_last_file(tmp_path, event, number):
+    killed = subprocess.run([sys.executable, "-c", NAMING, tmp_path, event, str(number)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert shown(tmp_path) == dict.fromkeys(["c.txt", "a.txt"][: number - 1], "new")
+    assert len([path for path in tmp_path.glob(".*") if path.read_text() == "new"]) == 3 - (number - 1) * (
+        event == "os.rename"
+    )  # all were whole
+    together(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt", "c.txt"}
+
+
+@pytest.mark.parametrize("taken", ["a.txt", "b.txt", "c.txt"])
+def test_files_that_belong_together_are_all_there_or_none(tmp_path, taken):
+    (tmp_path / taken).write_text("precious")
+    with pytest.raises(FileExistsError, match=rf"{taken} was created by another process in the meantime"):
+        together(tmp_path, replace=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {taken: "precious"}
+    (tmp_path / taken).unlink()
+    (tmp_path / taken).mkdir()  # which no file replaces
+    with pytest.raises(OSError, match=rf"{taken} cannot be written: Is a directory\."):
+        together(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [taken]
+
+
+def test_a_file_that_cannot_be_written_is_named_among_several(tmp_path, monkeypatch):
+    write, given = Path.write_bytes, []
+
+    def full(path, content):
+        given.append(path)
+        if len(given) == 2:
+            raise OSError(28, "No space left")
+        write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"[/\\]a\.txt cannot be written: No space left\.$"):
+        together(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 LONG = "a" * 300

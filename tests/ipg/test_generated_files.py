@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pose2id import IdentityGenerator, poses
 from pose2id.cli import main
+from pose2id.datasets import open_dataset
 from pose2id.ipg import batch as files
 from pose2id.ipg import generate_files
 from pose2id.ipg.batch import collect_images, contact_sheet, missing_pictures, seconds_per_picture
@@ -319,6 +321,18 @@ class TestCollect:
         (tmp_path / "linked" / "link").symlink_to(people)
         assert set(collect_images([tmp_path / "linked"])) == {"link/a", "link/b", "link/cam1/a"}
 
+    @pytest.mark.parametrize(
+        ("folder", "names"), [("people", ["cam1/a", "a"]), (".", ["people/cam1/a", "people/a"]), ("x", ["cam1/a", "a"])]
+    )
+    def test_a_table_names_images_by_their_common_folder(self, folder, names, people, tmp_path):
+        (tmp_path / "x").mkdir()
+        table = tmp_path / folder / "some.CSV"
+        paths = [os.path.relpath(people / name, table.parent) for name in ("cam1/a.png", "a.png")]
+        table.write_text(f"path,identity,camera\n{paths[0]},1,\n{paths[1]},-1,2\n{paths[1]}x,unknown,2\n")
+        (people / "a.pngx").write_bytes(b"")
+        assert list(collect_images([table])) == names
+        assert list(collect_images([table], root=tmp_path)) == ["people/cam1/a", "people/a"]
+
     def test_errors(self, people, tmp_path):
         with pytest.raises(ValueError, match=r"images must have different names, got .*people/a.png and .*cam1/a.png"):
             collect_images([people / "a.png", people / "cam1"])
@@ -387,6 +401,25 @@ def test_the_command(command, weights, people, tmp_path, capsys):
         assert np.array_equal(picture, expected[1][1])
     assert command(*words, "--dtype", "bfloat16", "--batch-size", "4") == 0
     assert capsys.readouterr().out == f"wrote 0 pictures to {out}; 6 were there already\n"
+
+
+def test_the_command_takes_a_table(command, people, tmp_path, capsys):
+    """Its images alone, whatever is beside them; pictures are found by the table as a data set, and go on."""
+    table = tmp_path / "tables" / "two.csv"
+    table.parent.mkdir()
+    table.write_text("path,identity,camera,keypoints\n../people/cam1/a.png,7,,\n../people/a.png,-1,,\n")
+    poses.write(FEW, tmp_path / "poses.json")
+    words, out = ("--poses", str(tmp_path / "poses.json")), tmp_path / "out"
+    assert command(*words, images=[str(table)]) == 0
+    assert capsys.readouterr().out == f"wrote 4 pictures to {out}\n"
+    assert below(out) == {"pose1/a.png", "pose2/a.png", "pose1/cam1/a.png", "pose2/cam1/a.png"}
+    found = PictureFolder(out, FEW)(open_dataset(table).query.paths)
+    assert list(found) == [[out / f"pose{m}" / name for m in (1, 2)] for name in ("cam1/a.png", "a.png")]
+    (out / "pose2" / "cam1" / "a.png").unlink()
+    assert command(*words, "--dry-run", images=[str(table)]) == 0
+    assert capsys.readouterr().out.startswith("1 pictures to generate, of 2 images in 2 poses")
+    assert command(*words, images=[str(table)]) == 0
+    assert capsys.readouterr().out == f"wrote 1 pictures to {out}; 3 were there already\n"
 
 
 def test_the_command_warns_of_poses_that_are_not_valid(command, people, tmp_path, caplog):

@@ -400,7 +400,11 @@ def test_a_sampler_of_ones_own(own):
         ({"dtype": torch.int8}, TypeError, "dtype must be one of"),
         ({"device": "gpu"}, ValueError, "device must be a torch device"),
         ({"repo_or_dir": None}, TypeError, "PathLike.*not .?NoneType"),
-        ({"repo_or_dir": "mistyped"}, FileNotFoundError, "there is no directory 'mistyped'"),
+        (
+            {"repo_or_dir": "mistyped"},
+            FileNotFoundError,
+            "'mistyped'. Known are the published 'yuanc3/Pose2ID', or the .*'tiny'",
+        ),
         ({"repo_or_dir": "mistyped", "sampler": "ddim"}, TypeError, "sampler must be callable"),
     ],
 )

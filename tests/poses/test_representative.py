@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import onnx_files
@@ -416,12 +417,18 @@ class TestCommand:
                 path.unlink()
 
     def test_both_files_or_none(self, made, folder, capsys, monkeypatch):
-        def full(poses, path, *, overwrite):
-            raise OSError(28, "No space left on device")
+        """The poses are named last: a kill before leaves the sheet alone, an error nothing."""
+        link = os.link
 
-        monkeypatch.setattr("pose2id.poses.write", full)
+        def full(source, path):
+            if path.name == "poses.json":
+                assert [path.name for path in folder.glob("[!.]*")] == ["sheet.png"]
+                raise FileExistsError
+            link(source, path)
+
+        monkeypatch.setattr(os, "link", full)
         assert main(command(made, "-n", "2", "--sheet", "sheet.png")) == 2
-        assert "No space left on device" in capsys.readouterr().err
+        assert "poses.json was created by another process in the meantime" in capsys.readouterr().err
         assert list(folder.iterdir()) == []
 
     def test_the_command_names_what_is_wrong_before_any_work(self, made, folder, capsys, monkeypatch):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pose2id
 from pose2id.poses import KEYPOINTS, LIMBS, PALETTE, Pose, standard
@@ -163,13 +165,24 @@ def test_flipped():
     for i, name in enumerate(KEYPOINTS):
         swapped = {"left": "right", "right": "left"}
         j = KEYPOINTS.index("_".join(swapped.get(word, word) for word in name.split("_")))
-        np.testing.assert_allclose(flipped.keypoints[j], [1 - pose.keypoints[i, 0], pose.keypoints[i, 1]])
+        np.testing.assert_allclose(flipped.keypoints[j], [1 - pose.keypoints[i, 0], pose.keypoints[i, 1]], atol=5e-7)
     assert not flipped.visible[KEYPOINTS.index("left_elbow")]
     assert flipped != pose
     assert flipped.name == "a-flipped"
     assert flipped.flipped() == pose
     assert flipped.flipped().name == "a"
     assert Pose(SCHEME).flipped().name == ""
+
+
+@given(st.lists(st.one_of(st.floats(-1, 2), st.integers(-2_000_000, 4_000_000).map(lambda n: n / 2e6)), min_size=18))
+def test_twice_flipped_is_the_pose(places):
+    """Half millionths, which a difference from 1 rounds to either side, are among them."""
+    pose = Pose(np.column_stack([places[:18], places[17::-1]]))
+    assert pose.flipped().flipped() == pose
+    assert np.abs(pose.flipped().flipped().keypoints - pose.keypoints).max() <= 0.501e-6
+    rounded = Pose(np.rint(pose.keypoints * 1e6) / 1e6)
+    assert rounded == pose
+    assert rounded.flipped() == pose.flipped()
 
 
 def test_flipping_keeps_the_range():

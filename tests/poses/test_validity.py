@@ -234,6 +234,19 @@ def test_reasons_say_where_how_much_and_what_would_be_right():
     assert not verdict.valid
 
 
+@pytest.mark.parametrize("excess", [1e-4, 1e-5, -1e-5])
+def test_a_value_hardly_outside_is_shown_outside(excess):
+    body = Body()
+    bound = 1.2 if excess > 0 else 0.17
+    body.at["left_ankle"] = body.at["left_knee"] + (bound + excess) * turned(0)
+    (reason,) = (reason for reason in check_pose(body.pose()).reasons if "left shin" in reason)
+    shown, end = re.fullmatch(
+        r"limb proportions: left shin ([\d.]+) torso lengths, at (least|most) [\d.]+", reason
+    ).groups()
+    assert (float(shown) > bound) == (end == "most") == (excess > 0)
+    assert float(shown) != bound
+
+
 def test_without_neck_or_hips_the_reason_is_that():
     body = Body()
     body.hide("neck")

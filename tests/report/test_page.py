@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pose2id import evaluate
+from pose2id.centralization.diagnostics import GenerationDiagnostics
 from pose2id.plots.content import pair_distances
 from pose2id.report import Row, compare
 from pose2id.report import page as page_module
@@ -280,11 +281,15 @@ def test_without_paths_labels_are_shown(material, tmp_path):
     before, after, labels, _ = material
     names = [np.array([f"<script>{pid}" if pid > 0 else "-1" for pid in side]) for side in labels[:2]]
     rows = rows_of(before, after, labels)
-    path = write_page(tmp_path / "r", rows, before=before, after=after, labels=(*names, *labels[2:]))
+    found = GenerationDiagnostics(0.5, 0.3, None, 3)
+    path = write_page(tmp_path / "r", rows, before=before, after=after, labels=(*names, *labels[2:]), diagnostics=found)
     tree = Tree(path.read_text(encoding="utf-8"))
     assert not tree.all("img")
     assert "script" not in {tag for tag, _, _ in tree.elements}
     assert "identity <script>3, camera" in tree.text
+    assert found.summary in tree.text
+    assert found.reading in tree.text
+    assert "First the reference" not in tree.text  # there are no sheets
     assert not list((path.parent / "images").iterdir())
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from filelock import FileLock, Timeout
 from miniature import assert_equal, miniature, people, weights
 
 from pose2id.demo.people import SyntheticPedestrians, write_people
@@ -18,6 +18,7 @@ from pose2id.ipg import IdentityGenerator
 from pose2id.ipg.pixels import load_reference, pixels
 from pose2id.poses import Pose, validity
 from pose2id.training import checkpoints, cleansed_people
+from pose2id.training import run as training
 from pose2id.training.cleansed_people import LEAST_CLEANSED, Cleansed, Dropped, cleanse
 from pose2id.training.cleansing import clean
 from pose2id.training.pairs import select
@@ -25,13 +26,6 @@ from pose2id.training.run import train
 from pose2id.training.table import read_table
 
 SHORT = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1, "validation_images": 0}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps the first run's precision for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +100,67 @@ def test_what_the_distances_say_is_left_out_and_recorded(images, cleansed):
     ]
 
 
-def test_a_run_does_not_judge_again(images, cleansed, going, monkeypatch):
+def test_a_run_does_not_judge_again(images, cleansed, going, monkeypatch, caplog):
     """What another device would find must not matter."""
     monkeypatch.setattr(cleansed_people, "clean_people", None)
-    assert_equal(cleansed[1], weights(run(going, images).weights))
+    with caplog.at_level(logging.INFO, "pose2id"):
+        assert_equal(cleansed[1], weights(run(going, images).weights))
     assert recorded(going)["cleansing"] == recorded(cleansed[0])["cleansing"]
+    assert "once in a run" not in caplog.text
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """An image that is read, or a feature that is computed, fails."""
+    monkeypatch.setattr(training, "select", None)
+    monkeypatch.setattr(cleansed_people, "identity_features", None)
+
+
+def test_a_directory_in_use_is_told_of_before_images_are_read(images, going, tmp_path, unread):
+    (tmp_path / "new").mkdir()
+    for directory in (going, tmp_path / "new"):
+        lock = FileLock(directory / ".lock")
+        with lock, pytest.raises(FileExistsError, match="is being trained in by another process"):
+            run(directory, images)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rate": 0.5}, "settings must be those that the run in .*learning_rate 0.001 then, 0.5 now"),
+        ({"clean": False}, "clean True then, False now"),
+        ({"salt": "other"}, "generator must be the one that the run in"),
+    ],
+)
+def test_a_run_of_something_else_is_told_of_before_images_are_read(images, going, unread, changed, message):
+    before = {path: path.read_bytes() for path in going.rglob("*") if path.is_file()}
+    generator = miniature(salt=changed.pop("salt", ""))
+    with pytest.raises(ValueError, match=message):
+        train(generator, images, going, device="cpu", progress=False, **{**SHORT, **changed})
+    assert {path: path.read_bytes() for path in going.rglob("*") if path.is_file()} == before
+
+
+def test_weights_without_checkpoints_are_told_of_before_images_are_read(images, going, unread):
+    checkpoints.found(going)[-1].rename(going / "weights")
+    with pytest.raises(FileExistsError, match="has weights of a run whose checkpoints are gone"):
+        run(going, images)
+
+
+def test_the_directory_is_locked_while_images_are_judged(images, tmp_path, monkeypatch):
+    """And a start that is killed then leaves a directory to begin in."""
+
+    def second(*_):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "run" / ".lock").acquire(timeout=0)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        raise KeyboardInterrupt
+
+    judged = cleansed_people.clean_people
+    monkeypatch.setattr(cleansed_people, "clean_people", second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", images)
+    monkeypatch.setattr(cleansed_people, "clean_people", judged)
+    assert run(tmp_path / "run", images).step == 2
 
 
 @pytest.mark.parametrize("record", [None, "damaged", {"dropped": [{}]}, {"dropped": 1}])
@@ -133,9 +183,21 @@ def test_cleansing_can_be_switched_off(images, cleansed, going, tmp_path):
     assert any(not torch.equal(ours[name], cleansed[1][name]) for name in ours)
 
 
-def test_other_images_are_not_those_of_the_record(images, going):
+def test_other_images_are_not_those_of_the_record(images, going, monkeypatch):
+    """Which is told before they are judged."""
+    monkeypatch.setattr(cleansed_people, "identity_features", None)
     with pytest.raises(ValueError, match="images must be those that the run in"):
         run(going, images[:-1])
+
+
+def test_a_run_without_a_checkpoint_begins_with_other_images(images, going):
+    """As the first start left nothing that depends on its own."""
+    shutil.rmtree(checkpoints.found(going)[-1])
+    before = recorded(going)["cleansing"]
+    assert run(going, images[:-1]).step == 2
+    after = recorded(going)["cleansing"]
+    assert (before["num_images"], after["num_images"]) == (54, 53)
+    assert before["key"] != after["key"]
 
 
 def test_other_rules_of_poses_would_be_another_run(images, going, monkeypatch):
@@ -168,13 +230,19 @@ def test_a_run_tells_what_it_left_out(images, tmp_path, caplog):
     upset = [replace(image, pose=Pose(image.pose.keypoints * (1, -1) + (0, 1))) for image in images[3:5]]
     with caplog.at_level(logging.INFO, "pose2id"):
         run(tmp_path / "run", [*images[:3], *upset, *images[5:]], steps=1)
-    told = [line for message in caplog.messages for line in message.splitlines() if "cleansing" in line]
+    lines = [line for message in caplog.messages for line in message.splitlines()]
+    began, ended, *told = [line for line in lines if "cleansing" in line]
     assert len(told) == 1
     dropped = recorded(tmp_path / "run")["cleansing"]["dropped"]
+    assert began == "data cleansing: features of 54 images of 18 people, once in a run"
+    assert ended == f"data cleansing: {len(dropped)} of 54 images are left out"
     far = sum(image["reason"] == "far" for image in dropped)
     counts = f"left out {len(dropped)} of 54 images, {far} far from their person's mean, {len(dropped) - far} near it"
     assert f"data cleansing: {counts} ({dropped[0]['image']} far; " in told[0]
-    assert "no targets, by the rules of valid poses: " in told[0]
+    refused = recorded(tmp_path / "run")["poses_refused"]
+    assert f"({len(refused)} whose pose is not valid)" in lines[2]
+    [names] = [line for line in lines if line.startswith("poses that are not valid: ")]
+    assert refused[0][0] in names
 
 
 def test_the_tiny_encoder_finds_a_wrong_person(tmp_path):

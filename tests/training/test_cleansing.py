@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx_files
@@ -13,7 +16,7 @@ from PIL import Image
 
 from pose2id.cli import main
 from pose2id.training import clean, read_table
-from pose2id.training.cleansed_table import SHEET_PAIRS, contact_sheet, farthest_dropped
+from pose2id.training.cleansed_table import SHEET_PAIRS, CleansedTable, contact_sheet, farthest_dropped
 from pose2id.training.cleansing import COVARIANCES, Cleansing, clean_people
 from pose2id.training.table import PersonImage
 
@@ -95,6 +98,21 @@ def test_distances_by_hand():
         "dropped 1 of 5 images: 0 far from their person's mean, 1 near it; "
         "0 not judged, of people with fewer than 2 images"
     )
+
+
+@pytest.mark.parametrize("factor", [1.0, 40.0])
+def test_the_unit_of_distances(factor, rng):
+    """As documented, in whatever unit features are."""
+    features, who = people(rng, [6, 2, 9, 1], dim=12)
+    judged = who < 3  # of the fourth there is one image
+    options = {"normalize": False, "quantile": 0}
+    found = clean(factor * features, who, **options).distances
+    assert np.sqrt(np.square(found[judged]).mean()) == pytest.approx(np.sqrt(12))
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    own = clean(factor * features, who, covariance="ledoit-wolf", **options).distances
+    assert np.sqrt(np.square(own[who == 2]).mean()) == pytest.approx(1)
+    pooled = clean(factor * features, who, covariance="pooled", **options).distances
+    assert np.sqrt(12) / 2 < np.sqrt(np.square(pooled[judged]).mean()) < np.sqrt(12)
 
 
 def test_a_pooled_covariance_by_hand():
@@ -300,7 +318,7 @@ def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys, caplog
     told = capsys.readouterr()
     assert told.out == (
         "wrote new/kept.csv: dropped 2 of 19 images: 1 far from their person's mean, 1 near it; "
-        "1 not judged, of people with fewer than 2 images\n"
+        "1 not judged, of people with fewer than 2 images (spherical distances, p = 0.05 of all people together)\n"
     )
     assert told.err == ""
     assert "19 images are few: the farthest and the nearest are left out, good or bad" in caplog.text
@@ -313,14 +331,40 @@ def test_the_command_writes_what_is_kept_and_what_is_not(cameras, capsys, caplog
     assert files(cameras / "new") == {"kept.csv", "kept.dropped.csv"}
     with open(cameras / "new" / "kept.dropped.csv", encoding="utf-8", newline="") as file:
         far, near = csv.DictReader(file)
-    wrong = {"path": str(cameras / "images" / WRONG), "identity": "red", "camera": "c0", "reason": "far"}
+    wrong = {"path": f"../images/{WRONG}", "identity": "red", "camera": "c0", "reason": "far"}
     assert {name: far[name] for name in wrong} == wrong
     assert near["reason"] == "near"
     assert float(far["distance"]) > float(near["distance"]) > 0
     before, after = read_table(cameras / "people.csv"), read_table(cameras / "new" / "kept.csv")
     dropped = {far["path"], near["path"]}
-    assert after == [image for image in before if str(cameras / image.path) not in dropped]
+    # Written from the new table's folder, so that all can move together.
+    written = {image.path: f"../{image.path.relative_to(cameras).as_posix()}" for image in before}
+    assert after == [
+        replace(image, path=cameras / "new" / written[image.path])
+        for image in before
+        if written[image.path] not in dropped
+    ]
     assert len(after) == 17
+
+
+def test_it_says_where_good_images_are_dropped_for_being_the_farthest(cameras, capsys, caplog):
+    assert main([*COMMAND, "kept.csv", "--quantile", "0.05", "--keep-near"]) == 0
+    assert "19 images are few: the farthest is left out, good or bad (--quantile 0" in caplog.text
+    caplog.clear()
+    each = ["--quantiles", "identity", "--overwrite"]
+    assert main([*COMMAND, "kept.csv", *each]) == 0
+    assert "dropped 6 of 19 images: 3 far from their person's mean, 3 near it" in (out := capsys.readouterr().out)
+    assert out.endswith(" (spherical distances, p = 0.005 of each person)\n")
+    assert "3 of 4 people have few images: of each the farthest and the nearest are left out" in caplog.text
+    caplog.clear()
+    for quantile in ("0", "0.17"):  # of 6 images
+        assert main([*COMMAND, "kept.csv", *each, "--quantile", quantile]) == 0
+        assert not caplog.text
+    lines = (cameras / "people.csv").read_text(encoding="utf-8").splitlines()
+    (cameras / "people.csv").write_text("\n".join([*lines[:3], *lines[-1:]]), encoding="utf-8")
+    assert main([*COMMAND, "kept.csv", *each]) == 0  # a pair
+    assert capsys.readouterr().out.count("dropped 0 of 3") == 1
+    assert not caplog.text
 
 
 def test_the_sheet_shows_a_dropped_crop_beside_a_kept_one(cameras):
@@ -374,14 +418,55 @@ def test_nothing_is_replaced_unasked(cameras, capsys):
     assert len(read_table(cameras / "people.csv")) == 17
 
 
-def test_all_files_or_none(cameras, capsys, monkeypatch):
-    def full(images, path, *, overwrite):
-        raise OSError(28, "No space left on device")
+def naming(monkeypatch, number, act):
+    """Have `act` happen in place of giving this one of the files its name."""
+    link, seen = os.link, []
 
-    monkeypatch.setattr("pose2id.training.cleansed_table.write_table", full)
-    before = files(cameras)
+    def counted(source, path):
+        seen.append(path)
+        return act(path) if len(seen) == number else link(source, path)
+
+    monkeypatch.setattr(os, "link", counted)
+    return seen
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_all_files_or_none(number, cameras, capsys, monkeypatch):
+    def taken(path):
+        raise FileExistsError
+
+    before, seen = files(cameras), naming(monkeypatch, number, taken)
     assert main([*COMMAND, "kept.csv", "--sheet", "sheet.png"]) == 2
-    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert f"{seen[-1]} was created by another process in the meantime" in capsys.readouterr().err
+    assert files(cameras) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_where_the_table_is_its_list_and_sheet_are_after_a_kill(number, cameras):
+    images = read_table(cameras / "people.csv")
+    n = len(images)
+    found = Cleansing(np.arange(n) > 0, np.arange(n, dtype=float), ("near", *[""] * (n - 1)), 0, 2)
+    child = os.fork()
+    if not child:
+        with pytest.MonkeyPatch.context() as patch:
+            naming(patch, number, lambda path: os.kill(os.getpid(), signal.SIGKILL))
+            CleansedTable("kept.csv", "sheet.png").write(images, found)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    made = {name for name in files(cameras) if not name.startswith(".")} - {"people.csv"}
+    assert made == set(["kept.dropped.csv", "sheet.png"][: number - 1])
+
+
+def test_a_crop_that_cannot_be_read_is_not_said_to_be_unwritable(cameras):
+    images = read_table(cameras / "people.csv")
+    n = len(images)
+    images[0].path.write_text("no image", encoding="utf-8")
+    found = Cleansing(np.arange(n) > 0, np.arange(n, dtype=float), ("near", *[""] * (n - 1)), 0, 2)
+    before = files(cameras)
+    with pytest.raises((OSError, ValueError), match=r"red_0\.png") as caught:
+        CleansedTable("kept.csv", "sheet.png").write(images, found)
+    assert "cannot be written" not in str(caught.value)
     assert files(cameras) == before
 
 

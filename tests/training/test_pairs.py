@@ -20,7 +20,7 @@ from pose2id.ipg.pixels import load_poses, load_reference, pixels
 from pose2id.poses import KEYPOINTS, Pose, standard
 from pose2id.training.augmentation import augment
 from pose2id.training.cache import Latents, build, identity_features
-from pose2id.training.pairs import Pairs, PairSettings, has_valid_pose, require_pairs, select
+from pose2id.training.pairs import Pairs, PairSettings, is_drawable, require_pairs, select
 from pose2id.training.table import PersonImage, read_table
 
 SETTINGS = PairSettings(seed=7, image_size=(16, 8), identity_size=(24, 12), latent_shape=(4, 8, 4))
@@ -335,33 +335,33 @@ def test_damaged_latents_are_built_again(selection, tmp_path, name, damage):
     assert file.read_bytes() == whole
 
 
-def test_valid_poses():
+def test_drawable_poses():
     everything = Pose(np.full((18, 2), 0.5))
-    assert has_valid_pose(everything)
-    assert not has_valid_pose(None)
+    assert is_drawable(everything)
+    assert not is_drawable(None)
     points = np.full((18, 2), 0.5)
     for i, name in enumerate(KEYPOINTS):
         without = points.copy()
         without[i] = np.nan
-        assert has_valid_pose(Pose(without)) == (name != "neck"), name
+        assert is_drawable(Pose(without)) == (name != "neck"), name
     hips = [i for i, name in enumerate(KEYPOINTS) if name.endswith("hip")]
     assert len(hips) == 2
     without = points.copy()
     without[hips] = np.nan
-    assert not has_valid_pose(Pose(without))
+    assert not is_drawable(Pose(without))
     needed = [KEYPOINTS.index("neck"), hips[0]]
     others = [i for i in range(18) if i not in needed]
     for count in (7, 8):
         some = np.full((18, 2), np.nan)
         some[needed + others[: count - 2]] = 0.5
-        assert has_valid_pose(Pose(some)) == (count >= 8)
+        assert is_drawable(Pose(some)) == (count >= 8)
 
 
 def test_selection_of_a_good_table(selection, images):
     assert selection.images == images
     assert selection.targets == [0, 1, 3, 4, 5, 6, 7, 8]
     assert (selection.unreadable, selection.alone, selection.without_pose) == ([], [], 1)
-    assert str(selection) == ("9 images of 3 people: 8 targets, 1 without a valid pose, which are references only")
+    assert str(selection) == "9 images of 3 people: 8 targets, 1 references only (1 without a drawable pose)"
 
 
 def test_what_cannot_be_used_is_left_out_and_named(images, tmp_path):
@@ -383,7 +383,7 @@ def test_what_cannot_be_used_is_left_out_and_named(images, tmp_path):
     assert {image.path for image in selection.alone} == {image.path for image in (alone, widow[0], *faceless)}
     assert len(selection.unreadable) == 6
     report = str(selection)
-    assert report.startswith("2 images of 1 people: 2 targets, 0 without a valid pose")
+    assert report.startswith("2 images of 1 people: 2 targets, 0 references only\n")
     assert "left out, unreadable: 6 (" in report
     assert "left out, no second image or no pose of the person: 4 (" in report
     for name in broken:
@@ -406,9 +406,24 @@ def test_only_valid_poses(images):
     assert valid.alone == lost
     assert [name for name, _ in valid.refused] == [image.path.name for image in [*overturned, *lost]]
     assert all(": " in reason for _, reason in valid.refused)
-    assert "no targets, by the rules of valid poses: 4 of 5 (" in str(valid)
-    assert "by the rules" not in str(everything)
-    with pytest.raises(ValueError, match=r"(?s)of which none can be used.*--poses all.*by the rules of valid poses: 4"):
+    counts, names, alone = str(valid).splitlines()
+    assert counts == "3 images of 1 people: 1 targets, 2 references only (2 whose pose is not valid)"
+    assert names.startswith(f"poses that are not valid: {overturned[0].path.name}: ")
+    assert names.count("; ") >= 3  # those of images that are left out, too
+    assert alone.startswith("left out, ")
+    assert str(everything) == "5 images of 2 people: 5 targets, 0 references only"
+    neckless = good.pose.keypoints.copy()
+    neckless[KEYPOINTS.index("neck")] = np.nan
+    found = select(
+        [replace(overturned[0], pose=Pose(neckless)), replace(overturned[1], pose=None), good], poses="valid"
+    )
+    assert found.targets == [2]
+    assert found.refused == [(overturned[0].path.name, "occlusion: neck 0 visible, at least 1")]
+    assert "1 targets, 2 references only (2 without a drawable pose)" in str(found)
+    with pytest.raises(ValueError, match=r"(?s)of which none can be used.*poses that are not valid: ") as caught:
+        select([replace(image, pose=Pose(neckless)) for image in overturned], poses="valid")
+    assert "--poses" not in str(caught.value).replace("--poses valid", "")  # which would not help
+    with pytest.raises(ValueError, match=r"(?s)of which none can be used.*--poses all.*poses that are not valid: "):
         select([*overturned, *lost], poses="valid")
     with pytest.raises(ValueError, match="poses must be one of 'all', 'valid', got 'some'"):
         select(table, poses="some")

@@ -147,6 +147,23 @@ def test_written_paths(tmp_path, monkeypatch):
     assert read_table("moved/table.csv")[0].path == Path("moved/images/a.png")
 
 
+def test_paths_from_a_folder_that_moves_with_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/new").mkdir(parents=True)
+    Path("linked").symlink_to("data/new")
+    given = [PersonImage(Path(path), "1") for path in ("data/a.png", "data/new/b.png", "c.png")]
+    absolute = [(Path.cwd() / image.path).as_posix() for image in given]
+
+    def written(table):
+        write_table(given, table, root="data")
+        return [line.split(",")[0] for line in Path(table).read_text().splitlines()[1:]]
+
+    assert written("data/new/table.csv") == ["../a.png", "b.png", absolute[2]]
+    assert written("table.csv") == ["data/a.png", "data/new/b.png", "c.png"]
+    # Whose ".." is data, not where the link stands; and a link to a folder that moved would lead elsewhere.
+    assert written("linked/other.csv") == absolute
+
+
 def test_a_table_is_replaced_only_when_asked(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("precious")
@@ -300,6 +317,13 @@ def test_names_that_do_not_fit(folder):
         ValueError, match=r"got 5 of 6 others: .*-2_c1\.jpg, .*2-c1\.jpg, .*3_cx\.png, \.\.\. and 2 more\."
     ):
         table_of_folder(root)
+    with pytest.raises(ValueError, match=r"more\. Rename or move them, or list them in a CSV"):
+        table_of_folder(root)
+    in_folders = folder("f/anna/a.jpg", "f/bert/b.jpg") / "f"
+    with pytest.raises(
+        ValueError, match=r"b\.jpg\. identity=\"folder\" \(--identity folder\) takes them from the fold"
+    ):
+        table_of_folder(in_folders)
 
 
 def test_folders_that_are_people(folder, monkeypatch):
@@ -314,8 +338,10 @@ def test_folders_that_are_people(folder, monkeypatch):
     monkeypatch.chdir(root)
     assert table_of_folder(".", identity="folder")[1] == PersonImage(Path("anna/a.jpg"), "anna")
     folder("stray.jpg")
-    with pytest.raises(ValueError, match=r"must be in folders.* got 1 of 6 others: .*stray\.jpg\. Move"):
+    with pytest.raises(ValueError, match=r"must be in folders.* got 1 of 6 others: .*stray\.jpg\. Rename"):
         table_of_folder(root, identity="folder")
+    with pytest.raises(ValueError, match=r"--identity name\) takes them from the names"):
+        table_of_folder(folder("n/1_c1.jpg", "n/2_c1.jpg") / "n", identity="folder")
 
 
 @pytest.mark.parametrize("junk", ["-1", "00-1", "-001", "0000", " -1 "])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from miniature import miniature
 from safetensors.torch import load_file
 
@@ -24,9 +22,10 @@ from pose2id.cli import main
 from pose2id.cli import train as train_command
 from pose2id.demo.people import SyntheticPedestrians, write_people
 from pose2id.ipg.weights import VAE_REPO
-from pose2id.training import checkpoints, run_directory
+from pose2id.training import checkpoints, cleansed_people
 from pose2id.training import run as training
 from pose2id.training import start as starting
+from pose2id.training.cleansing import Cleansing
 from pose2id.training.objective import Objective
 from pose2id.training.settings import TrainingSettings
 from pose2id.training.table import read_table
@@ -43,18 +42,6 @@ UNET = {
     "mid_block_type": None,
     "up_block_types": ["CrossAttnUpBlock2D"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _as_before():
-    """Accelerate's state and the level of the logger belong to the process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small networks
-    yield
-    torch.set_num_threads(threads)
-    for module in (training, run_directory):
-        logging.getLogger(module.__name__).setLevel(logging.NOTSET)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +328,7 @@ def test_a_run_from_scratch_with_validation(command, tmp_path, capsys):
     options = {"unet": tmp_path / "unet.json", "num_tokens": 3, "image_size": "32x16", "learning_rate": 1e-3}
     assert command(**{**SHORT, **options, "validation_images": 2, "validation_steps": 1}) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^generated images: cosine to their own .*retention", shown, re.MULTILINE)
+    assert re.search(r"^generated images of 2 originals: cosine to their own .*retention", shown, re.MULTILINE)
     assert not re.search(r"eta 0\)|published weights", shown)  # the reading is for ReID models
     generator = IdentityGenerator.from_pretrained(tmp_path / "run" / "weights", device="cpu")
     assert generator.image_size == (32, 16)
@@ -412,6 +399,20 @@ def test_errors_of_a_file(command, taken, capsys, content, message):
     assert "train" not in taken
 
 
+def test_it_says_when_data_cleansing_begins_and_ends(command, caplog, monkeypatch):
+    """It may take minutes, and there is no bar without a terminal."""
+    monkeypatch.setattr(cleansed_people, "LEAST_CLEANSED", 4)
+    monkeypatch.setattr(cleansed_people, "clean_people", lambda people: judged(sum(map(len, people))))
+    assert command(**SHORT) == 0
+    told = caplog.messages
+    began = told.index("data cleansing: features of 4 images of 2 people, once in a run")
+    assert told[began + 1] == "data cleansing: 0 of 4 images are left out"
+
+
+def judged(n):
+    return Cleansing(np.ones(n, bool), np.ones(n), ("",) * n, 0, 2)
+
+
 def test_errors(command, weights, table, tmp_path, capsys, monkeypatch):
     def said(**options):
         assert command(**{**SHORT, **options}) == 2
@@ -453,10 +454,37 @@ def test_tables_and_directories_are_checked_before_anything_is_downloaded(comman
     (tmp_path / "table.csv").write_text("path,identity\na.png,1\nb.png,1\n")
     assert main(["train", str(tmp_path / "table.csv"), "--out", str(tmp_path / "run")]) == 2
     assert "2 images of which none can be used: 0 have such a pose, 1 people" in capsys.readouterr().err
+    pose = json.dumps([[0.5, 0.5]] * 18)
+    lines = [f'{name},1,"{pose}"' for name in ("a.png", "b.png")]
+    (tmp_path / "table.csv").write_text("\n".join(["path,identity,keypoints", *lines]))
+    assert main(["train", str(tmp_path / "table.csv"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "--validation must show at least 2 people" in said
+    assert "got 1. Show others (--validation TABLE), or none: " in said
     (tmp_path / "file").touch()
     assert command(directory=tmp_path / "file") == 2
     assert "must be new, empty, or the directory of a run" in capsys.readouterr().err
     assert taken == {}
+
+
+def test_a_table_that_was_cleansed_is_not_cleansed_silently(command, table, taken, caplog, monkeypatch):
+    def told():
+        caplog.clear()
+        assert command() == command("--no-clean") == 0
+        return [line for line in caplog.messages if "--no-clean" in line]
+
+    assert told() == []
+    dropped = table.with_suffix(".dropped.csv")
+    dropped.touch()
+    try:
+        [line] = told()
+        assert line.startswith(
+            f"{table} is what pose2id clean kept ({dropped.name} is there): training leaves out more"
+        )
+        monkeypatch.setenv("RANK", "1")
+        assert told() == []
+    finally:
+        dropped.unlink()
 
 
 def test_flags_that_are_none(table, capsys):

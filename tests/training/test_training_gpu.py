@@ -17,6 +17,7 @@ from pose2id.training import run as training
 from pose2id.training import start as starting
 from pose2id.training.table import read_table
 
+pytest.importorskip("accelerate")
 pytestmark = pytest.mark.gpu
 
 
@@ -24,14 +25,6 @@ pytestmark = pytest.mark.gpu
 def images(tmp_path_factory):
     people = SyntheticPedestrians(6, num_cameras=2, images_per_camera=2)
     return read_table(write_people(people, tmp_path_factory.mktemp("people") / "drawn", progress=False))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    state = pytest.importorskip("accelerate").state.AcceleratorState
-    state._reset_state(reset_partial_state=True)
-    yield
-    state._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamw8bit"])

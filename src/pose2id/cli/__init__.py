@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pose2id.cli import demo, evaluate, extract, features, generate, people, train
 from pose2id.cli.options import command, in_words_of
 
+# diffusers imports bitsandbytes where that is installed; it warns of 4-bit kernels for CPUs, which nothing here uses.
+_NOT_OURS = "bitsandbytes.backends.cpu"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 after an error that was printed, 130 if interrupted."""
@@ -36,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _console(told: Sequence[str]) -> Iterator[None]:
     """Within, log records and warnings are lines of their text, of these loggers from level INFO on."""
     root, form = logging.getLogger(), warnings.formatwarning
-    loggers = [root, *map(logging.getLogger, told)]
+    loggers = [root, *map(logging.getLogger, (*told, _NOT_OURS))]
     levels, handlers = [logger.level for logger in loggers], list(root.handlers)
     try:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        for logger in loggers[1:]:
+        for logger in loggers[1:-1]:
             logger.setLevel(logging.INFO)
+        loggers[-1].setLevel(logging.ERROR)
         warnings.formatwarning = lambda message, category, *given, **options: (
             f"{message}\n" if category is UserWarning else form(message, category, *given, **options)
         )

@@ -99,9 +99,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         comparison = study(args.paper_table, found.features, centralizer=centralizer, **options)
     else:
         comparison = compare(found.features, rerank=not args.no_rerank, centralizer=centralizer, **options)
-    _print(args, found, comparison)
+    pictures = _diagnostics(found)
+    _print(args, found, comparison, pictures)
     if args.report:
-        print(f"wrote {_write_page(args, found, comparison, centralizer)}", file=sys.stderr)
+        print(f"wrote {_write_page(args, found, comparison, centralizer, pictures)}", file=sys.stderr)
 
 
 def _centralizer(args: argparse.Namespace, data_set: str) -> Centralizer:
@@ -119,10 +120,12 @@ def _centralizer(args: argparse.Namespace, data_set: str) -> Centralizer:
     return Centralizer(k1=k1, k2=k2, eta=eta)
 
 
-def _print(args: argparse.Namespace, found: Material, comparison: Comparison) -> None:
+def _print(
+    args: argparse.Namespace, found: Material, comparison: Comparison, pictures: GenerationDiagnostics | None
+) -> None:
     from pose2id.report import labels_of, records  # noqa: PLC0415
 
-    told, pictures = _evidence(found), _diagnostics(found)
+    told = _evidence(found)
     if args.format == "json":
         figures = {name: vars(of_gallery) for name, of_gallery in told.items()}
         if pictures is not None:
@@ -181,7 +184,13 @@ def _diagnostics(found: Material) -> GenerationDiagnostics | None:
     return generation_diagnostics(found.features.gallery_feats[first], found.generated[1][first])
 
 
-def _write_page(args: argparse.Namespace, found: Material, comparison: Comparison, centralizer: Centralizer) -> Path:
+def _write_page(
+    args: argparse.Namespace,
+    found: Material,
+    comparison: Comparison,
+    centralizer: Centralizer,
+    pictures: GenerationDiagnostics | None,
+) -> Path:
     """The page of the safe default, with cameras where they are known, beside the features as they are."""
     from pose2id.report import labels_of, pair_of, safely, unpublished  # noqa: PLC0415
     from pose2id.report.page import write_page  # noqa: PLC0415
@@ -206,6 +215,7 @@ def _write_page(args: argparse.Namespace, found: Material, comparison: Compariso
         gallery_paths=paths[1],
         protocol=found.protocol,
         sheets=sheets,
+        diagnostics=pictures,
         curves=_curves(comparison),
         title=f"pose2id on {found.name or Path(args.place).name}",
         facts=found.facts,

@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 
 _TOKEN = "Private repositories: set HF_TOKEN, or log in with `hf auth login`."
 _ABLATION = "measure what is lost: pose-alone, appearance-alone, no-bank, no-tokens (%(default)s)"
-_GENERATE = f"""Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name.
+_GENERATE = f"""Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name;
+for a table the path below its folder, or below the one that all its images have in common if some lie elsewhere.
 Run again after an interruption: pictures that are there are kept, the others come out as they would have, up to
 the last digits that another batch costs (1 or 2 of 255 in single values).
 {_TOKEN}
@@ -24,7 +25,7 @@ def add_commands(commands: Any) -> None:
     """Both commands with their options."""
     generate = command(commands, "generate", "generate people of images in other poses", _generate, _GENERATE)
     generate.add_argument(
-        "images", metavar="IMAGES", nargs="+", help="image files, or directories of them at any depth"
+        "images", metavar="IMAGES", nargs="+", help="image files, tables of them (.csv), or directories at any depth"
     )
     generate.add_argument("--out", metavar="OUT", required=True, help="directory to write; made if it isn't there")
     kinds = "JSON of poses, or random: the standard ones with their joints exchanged by --seed (default: standard)"

@@ -230,8 +230,15 @@ class _Extraction:
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         generator = IdentityGenerator.from_pretrained(args.weights, device=args.device)
-        generate_files(generator, self.paths, folder, root=self.found.root)
+        generate_files(generator, self.paths, folder, root=self._root())
         return folder
+
+    def _root(self) -> Path:
+        """The folder below which images are named: as `pose2id generate` names those of the data set or table."""
+        from pose2id.ipg.batch import common_folder  # noqa: PLC0415
+
+        train = () if self.found.train is None else self.found.train.paths
+        return common_folder(self.found.root, [*self.paths, *train])
 
     def _all_there(self, folder: Path) -> bool:
         """Whether a folder has all pictures, under whatever names; not where it would get two names for one."""
@@ -242,14 +249,15 @@ class _Extraction:
         made = next(first.rglob("*.png"), None) if first.is_dir() else None
         if made is None:
             return False
-        names = collect_images(self.paths, folder, self.found.root)
+        root = self._root()
+        names = collect_images(self.paths, folder, root)
         if any((first / f"{name}.png").is_file() for name in names):
             return False  # those that are missing are drawn beside them
         try:
             PictureFolder(folder)(self.paths)
         except ValueError as error:
             given = f"{made}, and not all pictures under such names ({error})"
-            rule = f"be named by paths below {self.found.root}, or all be there"
+            rule = f"be named by paths below {root}, or all be there"
             raise ValueError(
                 f"pictures in --generated {folder} must {rule}, got {given}. Complete them with `pose2id generate`, or "
                 "choose another folder."

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ Identities -1 (junk) and 0000 (distractors) are left out; a folder 0 is a person
 """
 _CLEAN = """Dropped are images whose feature is farther from the mean of their person's than 1 - P of all distances are,
 or nearer than P of them are. NEWTABLE.csv has the other lines' path, identity, camera and keypoints; what was dropped
-is in NEWTABLE.dropped.csv, with distance and reason.
+is in NEWTABLE.dropped.csv, with distance and reason. Distances have no unit: their root mean square over all images
+is sqrt(D) for features of D values, less with pooled, and 1 over each person with ledoit-wolf.
   --covariance spherical    Euclidean distance: it found most wrong labels
   --covariance pooled       one covariance of all people, shrunk (extra "train")
   --covariance ledoit-wolf  each person's own, shrunk (extra "train")
@@ -106,25 +108,33 @@ def _clean(args: argparse.Namespace) -> None:
 
     if args.model is None:
         raise ValueError("--model must be given.")
-    table = CleansedTable(args.out, args.sheet, overwrite=args.overwrite)
+    # Images below the old table's folder are found from the new one's: what moves with one moves with the other.
+    table = CleansedTable(args.out, args.sheet, overwrite=args.overwrite, root=Path(args.table).parent)
     images = read_table(args.table)
     options = {name: getattr(args, name) for name in ("quantile", "covariance", "quantiles")}
     check_rule(**options)
     features = _features(args, [image.path for image in images])
     cleansing = clean(features, [image.identity for image in images], lower=not args.keep_near, **options)
     table.write(images, cleansing)
+    ends = "the farthest is" if args.keep_near else "the farthest and the nearest are"
+    remedy = f"{ends} left out, good or bad (--quantile 0 leaves out none)"
     if args.quantiles == "pooled" and 0 < args.quantile * len(images) < 1:
-        logger.warning(
-            "%d images are few: the farthest and the nearest are left out, good or bad (--quantile 0 leaves out none)",
-            len(images),
-        )
-    print(f"wrote {args.out}: {cleansing}")
+        logger.warning("%d images are few: %s", len(images), remedy)
+    if args.quantiles == "identity":
+        counts = Counter(image.identity for image in images).values()
+        # Of two images, which are equally far, none is left out.
+        if few := sum(count > 2 and 0 < args.quantile * count < 1 for count in counts):
+            logger.warning("%d of %d people have few images: of each %s", few, len(counts), remedy)
+    whose = "all people together" if args.quantiles == "pooled" else "each person"
+    by = f"{args.covariance} distances, p = {args.quantile:g} of {whose}"
+    print(f"wrote {args.out}: {cleansing} ({by})")
 
 
 def _poses(args: argparse.Namespace) -> None:
     from pose2id.io.checks import checked_count  # noqa: PLC0415
-    from pose2id.io.whole_files import new_file, whole_file  # noqa: PLC0415
-    from pose2id.poses import check_pose, choose_poses, nearest_to_mean, write  # noqa: PLC0415
+    from pose2id.io.whole_files import new_file, write_files  # noqa: PLC0415
+    from pose2id.poses import check_pose, choose_poses, nearest_to_mean  # noqa: PLC0415
+    from pose2id.poses.files import file_content  # noqa: PLC0415
     from pose2id.poses.sheet import contact_sheet  # noqa: PLC0415
     from pose2id.training.table import read_table  # noqa: PLC0415
 
@@ -145,12 +155,14 @@ def _poses(args: argparse.Namespace) -> None:
     features = _features(args, [image.path for image in images])
     nearest = nearest_to_mean(features, [image.identity for image in images], valid).tolist()
     chosen = choose_poses([valid[i] for i in nearest], args.count, mirrored=args.mirrored)
-    with ExitStack() as files:
-        if sheet is not None:
-            # It gets its name when the poses, which are written last, have theirs.
-            unfinished = files.enter_context(whole_file(sheet, replace=args.overwrite))
-            contact_sheet(chosen, [images[nearest[each.index]].path for each in chosen]).save(unfinished, "PNG")
-        write([each.pose for each in chosen], out, overwrite=args.overwrite)
+    contents = {}
+    if sheet is not None:
+        picture = io.BytesIO()
+        contact_sheet(chosen, [images[nearest[each.index]].path for each in chosen]).save(picture, "PNG")
+        contents[sheet] = picture.getvalue()
+    # Last: where the poses are, their sheet is, too.
+    contents[out] = file_content([each.pose for each in chosen])
+    write_files(contents, replace=args.overwrite)
     listed = "; ".join(f"{each.pose.name} {each.facing:.0f} degrees, {each.share:.0%}" for each in chosen)
     print(f"wrote {args.out}: {len(chosen)} poses, of {len(nearest)} people: {listed}")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """TABLE is CSV: path, identity, camera, keypoints (`pose2id table`, `pose2id draw-people`).
 --config FILE.yaml holds any of these options by name, with underscores (batch_size: 8); a flag wins over it.
@@ -16,7 +19,7 @@ Several GPUs: accelerate launch -m pose2id train TABLE --out DIR ...
 """
 
 # What is trained on, left out and done meanwhile.
-TOLD = ("pose2id.training.run", "pose2id.training.run_directory", "pose2id.training.cache")
+TOLD = tuple(f"pose2id.training.{name}" for name in ("start", "run", "run_directory", "cleansed_people", "cache"))
 
 # Name, type and help of `training.settings.TrainingSettings`, which explains them in full; importing it takes seconds.
 SETTINGS: tuple[tuple[str, Any, str], ...] = (
@@ -55,6 +58,7 @@ STARTING: tuple[tuple[str, Any, str], ...] = (
     ("weights", str, "IPG weights to start from: directory, repository or tiny (yuanc3/Pose2ID)"),
     ("unet", str, "start both UNets from Stable Diffusion's (repository, directory) or random weights (FILE.json)"),
     ("num_tokens", int, "of the identity, with --unet (20)"),
+    ("ifr", bool, "--no-ifr: the encoder's feature itself as identity tokens, an ablation (as in the weights; on)"),
     ("image_size", str, "HEIGHTxWIDTH that is trained at (the weights' own)"),
     ("license", str, "of the trained UNets, as the Hub names it (that of the weights; other, from random ones)"),
     ("vae", str, "directory or repository of the VAE, for weights without one (stabilityai/sd-vae-ft-mse)"),
@@ -92,21 +96,34 @@ def run(args: argparse.Namespace) -> None:
 
     checked = TrainingSettings(**settings)
     images = read_table(args.table)
+    dropped = Path(args.table).with_suffix(".dropped.csv")
+    if checked.clean and dropped.is_file() and _is_main():
+        logger.warning(
+            "%s is what pose2id clean kept (%s is there): training leaves out more images, by its identity encoder. "
+            "--no-clean trains on all of the table.",
+            args.table,
+            dropped.name,
+        )
     validation, device = given.pop("validation", None), given.pop("device", None)
     shown = None if validation is None else read_table(validation)
-    training.require_ready(checked, images, args.out, device)  # before gigabytes are downloaded
+    training.require_ready(checked, images, args.out, device, shown)  # before gigabytes are downloaded
     if isinstance(given.get("image_size"), str):  # a flag
         given["image_size"] = size(given["image_size"], "--image-size")
     weights = given.pop("weights", "yuanc3/Pose2ID")
     generator = starting.start(weights, device="cpu", **given)
     origin = _origin(weights, given.get("unet"))
     result = training.train(generator, images, args.out, validation=shown, origin=origin, device=device, **settings)
-    if os.environ.get("RANK", "0") != "0":  # one of several processes says it
+    if not _is_main():
         return
     print(f"{result.step} steps, loss {result.loss:.4f} (mean of the last {min(log.RECENT, result.step)})")
     if result.diagnostics is not None:
         print(result.diagnostics.summary)  # the reading is for ReID models, not for the encoder that guides
     print(f"weights: {result.weights}")
+
+
+def _is_main() -> bool:
+    """Whether this is the one of several processes that says things."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _origin(weights: str, unet: Any) -> str:

@@ -34,7 +34,8 @@ def folders(root: str | os.PathLike[str]) -> Dataset:
     if misplaced:
         raise ValueError(
             f"{top} must hold images as identity/name.jpg, got {first_few(misplaced)}. It is no data set known by its "
-            "folders either. List your images in a CSV with the columns path, identity, camera, split: read_table."
+            "folders either. List your images in a CSV with the columns path, identity, camera, split (read_table); "
+            "`pose2id table FOLDER OUT.csv` writes one where names or folders tell who it is."
         )
     people = [image.partition("/")[0] for image in names]
     taken = sorted({person for person in people if person.lower() in _SPLITS})

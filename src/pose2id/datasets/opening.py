@@ -25,7 +25,7 @@ from pose2id.datasets.regdb import LAYOUT as REGDB
 from pose2id.datasets.regdb import regdb
 from pose2id.datasets.sysu_mm01 import LAYOUT as SYSU_MM01
 from pose2id.datasets.sysu_mm01 import sysu_mm01
-from pose2id.datasets.tables import read_table
+from pose2id.datasets.tables import TABLES, read_table
 from pose2id.datasets.vehicleid import LAYOUT as VEHICLEID
 from pose2id.datasets.vehicleid import vehicleid
 from pose2id.datasets.veri776 import LAYOUT as VERI776
@@ -57,7 +57,6 @@ _LAYOUTS: Mapping[str, Layout] = {
     "vehicleid": VEHICLEID,
 }
 _OPTIONS = {"boxes": "cuhk03", "direction": "regdb", "trial": "regdb", "size": "vehicleid"}
-TABLES = (".csv", ".tsv")
 _FEATURES = (".npz", ".mat", ".npy", ".pt", ".pth")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
 

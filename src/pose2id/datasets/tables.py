@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pose2id.datasets.dataset import Dataset, Split
 from pose2id.io.checks import first_few, labels_together
 
+TABLES = (".csv", ".tsv")
 ROLES = {
     "path": ("path", "image", "file", "filename", "filepath"),
     "identity": ("identity", "pid", "person", "vehicle", "label"),
@@ -65,6 +66,8 @@ def read_table(table: Any, *, root: str | os.PathLike[str] | None = None) -> Dat
     * camera, camid or cam (optional);
     * split, subset or set (optional): train, query (probe), gallery (database) or test.
 
+    An optional column whose cells are all empty counts as none.
+
     That fits the metadata of wildlife-datasets: `read_table(dataset.df, root=dataset.root)`. Rows whose identity is
     "unknown" are left out. Images of the split "test", or all where there is no split, are query and gallery at once:
     each is searched for among all others.
@@ -90,6 +93,9 @@ def read_table(table: Any, *, root: str | os.PathLike[str] | None = None) -> Dat
     else:
         raise TypeError(f"table must be the path of a CSV file or a DataFrame, got {type(table).__name__}.")
     base = base if root is None else Path(root).expanduser()
+    for role in ("camera", "split"):  # a column without any is none: `pose2id table` always writes one of cameras
+        if not any(rows.columns.get(role, ())):
+            rows.columns.pop(role, None)
     _check_cells(rows)
     paths = [str(base / cell) for cell in rows.columns["path"]]
     _check_paths(rows, paths)
@@ -109,6 +115,20 @@ def read_table(table: Any, *, root: str | os.PathLike[str] | None = None) -> Dat
     assert query is not None and gallery is not None  # noqa: PT018
     protocol = "market1501" if test is None else "leave-one-out"
     return Dataset(name, base, query, gallery, train, protocol, notes=notes)
+
+
+def listed_images(table: str | os.PathLike[str]) -> list[Path]:
+    """The images that a table lists, in its order, whoever is on them, without "unknown" ones, as in `read_table`.
+
+    A relative path starts from the table's folder. Raises as `read_table`, for paths and identities alone.
+    """
+    path = Path(table).expanduser()
+    rows = _from_csv(path)
+    _check_cells(rows, ("path", "identity"))
+    paths = [str(path.parent / cell) for cell in rows.columns["path"]]
+    _check_paths(rows, paths)
+    people = rows.columns["identity"]
+    return [Path(image) for image, person in zip(paths, people, strict=True) if person != UNKNOWN]
 
 
 def check_words(words: Iterable[str], what: str) -> None:
@@ -203,15 +223,16 @@ def _roles(names: list[str], where: str) -> tuple[dict[str, int], tuple[str, ...
     return {role: places[0] for role, places in found.items()}, tuple(notes)
 
 
-def _check_cells(table: _Table) -> None:
+def _check_cells(table: _Table, roles: Iterable[str] = tuple(ROLES)) -> None:
     if not table.lines:
         raise ValueError(f"{table.where} must list at least one image, got none.")
-    for role, cells in table.columns.items():
+    for role in roles:
+        cells = table.columns.get(role, [])
         empty = [row for row, cell in enumerate(cells) if not cell]
         if empty:
             advice = " (drop the column if there are none)" if role in ("camera", "split") else ""
             raise table.fail(f"must give each image's {role}{advice}; empty cells are not allowed", empty)
-    splits = table.columns.get("split", [])
+    splits = table.columns.get("split", []) if "split" in roles else []
     strange = [row for row, cell in enumerate(splits) if cell.lower() not in SPLITS]
     if strange:
         rule = f"must have a split of {', '.join(SPLITS)}"

@@ -285,3 +285,12 @@ def _checked_features(features: Any, name: str, *, parts: bool) -> Any:
     if 0 in features.shape[1:]:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(features.shape)}.")
     return features
+
+
+def centred(x: NDArray[np.float64], group: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Rows (N, D) minus the mean of their group; (N,) groups' numbers from 0, and how many rows each one has."""
+    order = np.argsort(group, kind="stable")
+    starts = np.cumsum(counts) - counts
+    x = x - x[order[starts]][group]  # so that equal features leave exact zeros
+    x -= (np.add.reduceat(x[order], starts, axis=0) / counts[:, None])[group]
+    return x

@@ -12,8 +12,8 @@ import platform
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +89,41 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; named. FileExistsError: without `replace`, it appeared in the meantime.
     """
-    try:
-        with _hidden(path.parent, f".{path.name[:40]}.") as unfinished:
-            yield unfinished
-            if replace:
-                unfinished.replace(path)
-            else:
-                _link(unfinished, path)
-    except FileExistsError as error:
-        raise FileExistsError(f"{path} was created by another process in the meantime. Choose another name.") from error
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with _told_of(path), _hidden_beside(path) as unfinished:
+        yield unfinished
+        _give_name(unfinished, path, replace)
+
+
+def write_files(contents: Mapping[Path, bytes], *, replace: bool = True) -> None:
+    """Write files that belong together: all are whole before one gets its name; where the last one is, all are.
+
+    If one cannot be written or named, those that are new are removed. With `replace`, a process killed between two
+    names leaves an older last file beside what is new.
+
+    Args:
+        contents: of each path, in the order of naming.
+        replace: as of `whole_file`.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    new = []
+    with ExitStack() as files:
+        whole = {}
+        for path, content in contents.items():
+            with _told_of(path):
+                whole[path] = files.enter_context(_hidden_beside(path))
+                whole[path].write_bytes(content)
+        try:
+            for path, unfinished in whole.items():
+                is_new = not path.exists()
+                with _told_of(path):
+                    _give_name(unfinished, path, replace)
+                new += [path] * is_new
+        except BaseException:
+            for path in new:
+                _remove(path)
+            raise
 
 
 @contextmanager
@@ -143,6 +167,21 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
         raise type(error)(f"{path} cannot be written: {error.strerror or error}.") from error
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)!r} cannot be the name of a file: {error}.") from error
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Say in an OSError which file it is about, whatever hidden name the file has."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise FileExistsError(f"{path} was created by another process in the meantime. Choose another name.") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _hidden_beside(path: Path) -> AbstractContextManager[Path]:
+    return _hidden(path.parent, f".{path.name[:40]}.")
 
 
 @contextmanager
@@ -202,6 +241,13 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _give_name(source: Path, path: Path, replace: bool) -> None:
+    if replace:
+        source.replace(path)
+    else:
+        _link(source, path)
 
 
 def _link(source: Path, path: Path) -> None:

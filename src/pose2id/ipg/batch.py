@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from pose2id.datasets.tables import TABLES, listed_images
 from pose2id.io.checks import checked_flag, checked_flags, first_few
 from pose2id.io.images import content_key, image_files, load_image
 from pose2id.io.whole_files import check_folder, whole_file
@@ -49,27 +50,39 @@ def collect_images(
     without: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
 ) -> dict[str, Path]:
-    """Name to file, in order, of image files and of all image files below directories, hidden ones left out.
+    """Name to file, in order, of image files, of those that tables list, and of those below directories.
+
+    Hidden files and folders are left out, and what a directory has below `without`: pictures that were generated into
+    it. A table is a .csv or .tsv file with the columns path and identity (`pose2id.datasets.read_table`), of which all
+    images count but "unknown" ones.
 
     A file's name is its path without suffix: below `root`, else below the directory, or the last part for a file given
-    by itself. What a directory has below `without` is left out: pictures that were generated into it. Two files of one
-    name are errors.
+    by itself. Images of a table are named from `common_folder` on. Two files of one name are errors.
     """
     if isinstance(images, (str, os.PathLike)):
         raise TypeError(f"images must be a sequence of files and directories, got {images!r}. Wrap it in a list.")
     found: dict[str, Path] = {}
     for given in map(Path, images):
-        for path in _files_of(given, without):
-            below = Path(root) if root is not None else given if given.is_dir() else given.parent
-            if not path.is_relative_to(below):
+        files, start = _files_of(given, without)
+        below = Path(os.path.abspath(start if root is None else root))
+        for path in files:
+            absolute = Path(os.path.abspath(path))  # a table's paths may have ".." in them
+            if not absolute.is_relative_to(below):
                 raise ValueError(f"images must be below root, {below}, got {path}.")
-            name = path.relative_to(below).with_suffix("").as_posix()
+            name = absolute.relative_to(below).with_suffix("").as_posix()
             if name in found:
                 raise ValueError(f"images must have different names, got {found[name]} and {path}. Pass their folder.")
             found[name] = path
     if not found:
         raise ValueError("images must name at least one file or directory, got none.")
     return found
+
+
+def common_folder(folder: str | os.PathLike[str], images: Iterable[str | os.PathLike[str]]) -> Path:
+    """A folder, such as a table's, if all images are below it, else the deepest one that has them all."""
+    parents = {os.path.dirname(os.path.abspath(image)) for image in images}
+    inside = all(Path(parent).is_relative_to(os.path.abspath(folder)) for parent in parents)
+    return Path(folder) if inside else Path(os.path.commonpath(parents))
 
 
 def generate_files(
@@ -96,8 +109,8 @@ def generate_files(
 
     Args:
         generator: of the pictures.
-        images: files, and directories with image files at any depth (`collect_images`). Each is decoded twice at most:
-            to see what is there already, and to generate.
+        images: files, tables of them (.csv), and directories with image files at any depth (`collect_images`). Each is
+            decoded twice at most: to see what is there already, and to generate.
         directory: made if there is none. Pictures go to `pose{i}/NAME.png`, i from 1.
         poses: see `IdentityGenerator.generate`.
         grid: also write `sheets/NAME.png`: the reference, the poses, the pictures.
@@ -105,7 +118,8 @@ def generate_files(
         sampling: settings of all pictures; None: the default.
         batch_size: pictures per forward.
         progress: show a bar on a terminal, of the pictures that are missing.
-        root: folder below which an image's path is its NAME; None: that which was given, or the file's own.
+        root: folder below which an image's path is its NAME; None: that which was given, the file's own, or the one
+            that all images of a table have in common.
         **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size`, `ablation` of `IdentityGenerator.generate`.
 
     Raises:
@@ -330,11 +344,15 @@ class _Job:
         )
 
 
-def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]:
+def _files_of(given: Path, without: str | os.PathLike[str] | None) -> tuple[list[Path], Path]:
+    """Files, and the folder below which their paths are names."""
     if not given.exists():
         raise FileNotFoundError(f"images must be files or directories; there is no {given}.")
+    if given.is_file() and given.suffix.lower() in TABLES:
+        listed = listed_images(given)
+        return listed, common_folder(given.parent, listed)
     if not given.is_dir():
-        return [given]
+        return [given], given.parent
     left_out = None if without is None else Path(without).resolve()
     if left_out is not None and given.resolve().is_relative_to(left_out):
         raise ValueError(f"images must not be inside the directory to write, got {given} inside {without}.")
@@ -342,7 +360,7 @@ def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]
     files = [file for file in files if left_out is None or not file.resolve().is_relative_to(left_out)]
     if not files:
         raise FileNotFoundError(f"{given} must hold image files, and has none.")
-    return files
+    return files, given
 
 
 def _content_keys(images: Mapping[str, Path], references: References) -> list[str]:

@@ -35,8 +35,9 @@ class MissingFilesError(FileNotFoundError):
 class Place:
     """A directory if there is one of this name, else a repository at one commit; neither is a FileNotFoundError.
 
-    `argument` is the caller's name for it, in errors; for the rest see `IdentityGenerator.from_pretrained`. `commit` is
-    what `revision` resolved to, once a file was there; None for a directory.
+    `argument` is the caller's name for it, and `known` what it may be, for errors; for the rest see
+    `IdentityGenerator.from_pretrained`. `commit` is what `revision` resolved to, once a file was there; None for a
+    directory.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Place:
         repo_or_dir: str | os.PathLike[str],
         argument: str,
         *,
+        known: str = "",
         revision: str = "main",
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -68,7 +70,8 @@ class Place:
                 if "/" in self.name:  # without a user, a mistyped directory is likelier
                     return
             rule = "a directory or a repository such as 'user/name'"
-            raise FileNotFoundError(f"{argument} must be {rule}; there is no directory {self.name!r}.")
+            remedy = f" Known are {known}." if known else ""
+            raise FileNotFoundError(f"{argument} must be {rule}; there is no directory {self.name!r}.{remedy}")
 
     def __str__(self) -> str:
         return f"directory {self.name}" if self._directory else f"repository {self.name} at {self._revision!r}"

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pose2id.io.checks import checked_count, checked_flag
+
 
 class TransReID(nn.Module):
     """The identity encoder of the published weights: TransReID (ViT, overlapping patches, JPM), before the neck.
@@ -90,21 +92,41 @@ class IdentityTokens(nn.Module):
 
     Args:
         feature_dim: width of the identity encoder's feature.
-        num_tokens: N.
+        num_tokens: N; None: 20, or without IFR feature_dim / dim, which is then the only one.
         dim: D, the width that the UNets' cross-attention takes.
+        ifr: False: the paper's ablation without IFR. The tokens are the feature itself, cut into D values each, and
+            nothing is learned.
+
+    Raises:
+        ValueError: without IFR, a feature that cannot be cut into such tokens.
     """
 
-    def __init__(self, feature_dim: int = 3840, num_tokens: int = 20, dim: int = 768) -> None:
+    def __init__(
+        self, feature_dim: int = 3840, num_tokens: int | None = None, dim: int = 768, *, ifr: bool = True
+    ) -> None:
         super().__init__()
-        self.config = {"feature_dim": feature_dim, "num_tokens": num_tokens, "dim": dim}
-        self.feature_dim, self.num_tokens, self.dim = feature_dim, num_tokens, dim
+        self.feature_dim, self.dim = checked_count(feature_dim, "feature_dim"), checked_count(dim, "dim")
+        self.ifr = checked_flag(ifr, "ifr")
+        if num_tokens is None:
+            num_tokens = 20 if ifr else max(1, feature_dim // dim)
+        self.num_tokens = checked_count(num_tokens, "num_tokens")
+        self.config = {"feature_dim": self.feature_dim, "num_tokens": self.num_tokens, "dim": self.dim}
+        if not ifr:
+            if num_tokens * dim != feature_dim:
+                rule = "a multiple of cross_attention_dim without IFR, num_tokens times as many"
+                given = f"feature_dim {feature_dim} (of the identity encoder), cross_attention_dim {dim} (of the UNets)"
+                raise ValueError(f"feature_dim must be {rule}, got {given}, num_tokens {num_tokens}.")
+            self.config["ifr"] = False  # else not named: older versions read the configuration of IFR
+            return
         # The names of the published state dict.
-        self.proj_motion = nn.Linear(feature_dim, num_tokens * dim)
-        self.norm_motion = nn.LayerNorm(dim)
+        self.proj_motion = nn.Linear(self.feature_dim, self.num_tokens * self.dim)
+        self.norm_motion = nn.LayerNorm(self.dim)
 
     def forward(self, features: Tensor) -> Tensor:
         """Tokens (B, N, D) of identity features (B, feature_dim)."""
-        return self.norm_motion(self.proj_motion(features).unflatten(1, (self.num_tokens, self.dim)))
+        values = self.proj_motion(features) if self.ifr else features
+        tokens = values.unflatten(1, (self.num_tokens, self.dim))
+        return self.norm_motion(tokens) if self.ifr else tokens
 
 
 class _Trunk(nn.Module):

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 VAE_REPO = "stabilityai/sd-vae-ft-mse"
 TINY = "tiny"
+PUBLISHED_REPO = "yuanc3/Pose2ID"
 CONFIG_FILE, CARD = "pose2id.json", "README.md"
 OPENRAIL = "creativeml-openrail-m"
 OTHER = "other"
@@ -231,7 +232,8 @@ def open_weights(
     options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     if repo_or_dir == TINY:
         repo_or_dir = Path(__file__).parent.parent / "demo" / TINY
-    place = Place(repo_or_dir, "repo_or_dir", revision=revision, **options)
+    known = f"the published {PUBLISHED_REPO!r}, or the package's own {TINY!r}, for drawn people"
+    place = Place(repo_or_dir, "repo_or_dir", known=known, revision=revision, **options)
     place.settle([CONFIG_FILE, *(part.published_file for part in PARTS.values())])
     try:
         (config_file,) = place.files([CONFIG_FILE])
@@ -294,7 +296,8 @@ def save(
             file = unfinished / f"{name}.safetensors"
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
             try:
-                save_file(tensors, file, metadata={"format": "pt"})
+                # Without tensors: safetensors 0.4.3 then writes metadata that it cannot read.
+                save_file(tensors, file, metadata={"format": "pt"} if tensors else None)
             except SafetensorError as error:  # a full disk is one of these
                 raise OSError(f"{file.name} could not be written: {error}") from error
             # safetensors makes files that only their owner may read.

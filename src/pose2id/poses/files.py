@@ -60,7 +60,14 @@ def read(
     threshold = checked_number(threshold, "threshold", 0, 1)
     content = Path(path).read_bytes()
     try:
-        poses = _parsed(json.loads(content), size, threshold)
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        kinds = "OpenPose, ControlNet, DWPose, COCO or `pose2id poses`"
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as poses: it must be JSON, as written by {kinds} ({error})."
+        ) from error
+    try:
+        poses = _parsed(data, size, threshold)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as poses: {error}") from error
     if not poses:
@@ -80,14 +87,20 @@ def write(poses: Sequence[Pose], path: str | os.PathLike[str], *, overwrite: boo
         FileExistsError: the file exists, and `overwrite` is False.
         OSError: the file cannot be written.
     """
+    content = file_content(poses)
+    with whole_file(new_file(path, overwrite=overwrite)) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def file_content(poses: Sequence[Pose]) -> bytes:
+    """What `write` writes."""
     for i, pose in enumerate(poses):
         if not isinstance(pose, Pose):
             raise TypeError(f"poses[{i}] must be a Pose, got {type(pose).__name__}.")
     if not poses:
         raise ValueError("poses must hold at least one pose, got none.")
     entries = [{"name": pose.name, "keypoints": to_entries(pose.keypoints)} for pose in poses]
-    with whole_file(new_file(path, overwrite=overwrite)) as unfinished:
-        unfinished.write_text(json.dumps({"poses": entries}, indent=1) + "\n", encoding="utf-8")
+    return (json.dumps({"poses": entries}, indent=1) + "\n").encode()
 
 
 def from_entries(entries: list[Any], where: str, name: Any = "") -> Pose:

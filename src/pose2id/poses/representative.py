@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pose2id.io.checks import checked_count, checked_flag, checked_identities, checked_size
-from pose2id.io.rows import Rows
+from pose2id.io.rows import Rows, centred
 from pose2id.poses.medoids import k_medoids
 from pose2id.poses.skeleton import KEYPOINTS, Pose
 from pose2id.poses.validity import Body, body_of, check_pose
@@ -85,11 +85,7 @@ def nearest_to_mean(
     posed = np.zeros(rows.n, dtype=bool)
     posed[_valid(poses, size)] = True
     x = rows.read(slice(None), torch.float64).cpu().numpy()
-    order = np.argsort(group, kind="stable")
-    starts = np.cumsum(counts) - counts
-    x = x - x[order[starts]][group]  # so that equal features leave exact zeros
-    x -= (np.add.reduceat(x[order], starts, axis=0) / counts[:, None])[group]
-    squares = np.where(posed, np.square(x).sum(1), np.inf)
+    squares = np.where(posed, np.square(centred(x, group, counts)).sum(1), np.inf)
     least = np.full(len(counts), np.inf)
     np.minimum.at(least, group, squares)
     near = np.flatnonzero(posed & (squares <= least[group] + _ROUNDING))
@@ -149,11 +145,10 @@ def choose_poses(
     indices = _valid(poses, size)
     given = [pose for i in indices if (pose := poses[i]) is not None]
     everything = [*given, *(pose.flipped() for pose in given)] if checked_flag(mirrored, "mirrored") else given
-    candidates = list({pose: place for place, pose in reversed(list(enumerate(everything)))}.values())[::-1]
+    candidates = sorted({pose: place for place, pose in reversed(list(enumerate(everything)))}.values())
     if len(candidates) < number:
         what = f"the number of different valid poses{', mirror images included' if mirrored else ''}"
         raise ValueError(f"count must be at most {len(candidates)}, {what}, got {number}.")
-    candidates.sort()
     distances = pose_distances(everything, [everything[i] for i in candidates], size=size)
     medoids = k_medoids(distances, number)
     shares = np.bincount(distances[:, medoids].argmin(1), minlength=number) / len(everything)

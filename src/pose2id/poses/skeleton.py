@@ -54,6 +54,7 @@ LOWEST, HIGHEST = -1.0, 2.0
 
 _NAME = re.compile(r"(\w([\w .-]*\w)?)?")
 _FLIPPED = "-flipped"
+_MILLION = 1e6
 _TO_COCO = tuple(KEYPOINTS.index(name) for name in COCO_KEYPOINTS)
 _SHOULDERS = tuple(COCO_KEYPOINTS.index(name) for name in ("left_shoulder", "right_shoulder"))
 _MIRRORED = tuple(
@@ -106,15 +107,21 @@ class Pose:
     def key(self) -> str:
         """Hexadecimal SHA-256 of the keypoints, rounded to 6 decimals, and their visibility, whatever the name."""
         # Whole millionths in a fixed byte order: the same bytes on every machine, and no negative zero.
-        millionths = np.rint(np.nan_to_num(self.keypoints) * 1e6).astype("<i8")
+        millionths = np.rint(np.nan_to_num(self.keypoints) * _MILLION).astype("<i8")
         return hashlib.sha256(millionths.tobytes() + self.visible.tobytes()).hexdigest()
 
     def flipped(self) -> Pose:
-        """The mirror image: x becomes 1 - x, left and right change places; "a" is named "a-flipped", and back."""
+        """The mirror image: x becomes 1 - x, left and right change places; "a" is named "a-flipped", and back.
+
+        In whole millionths, as in `key`: equal poses have equal mirror images, and the mirror image's is equal to the
+        pose.
+        """
         name = self.name.removesuffix(_FLIPPED)
         if name == self.name and name:
             name += _FLIPPED
-        return Pose((self.keypoints * (-1, 1) + (1, 0))[list(_MIRRORED)], name)
+        keypoints = self.keypoints.copy()
+        keypoints[:, 0] = (_MILLION - np.rint(keypoints[:, 0] * _MILLION)) / _MILLION
+        return Pose(keypoints[list(_MIRRORED)], name)
 
     @classmethod
     def from_coco(

@@ -121,7 +121,10 @@ def measured(pose: Pose, *, size: tuple[int, int] = (256, 128)) -> dict[str, lis
 def _reason(rule: Rule, side: str, value: float) -> str:
     where = " ".join(word for word in (side, rule.name) if word)
     bound = f"at least {rule.low:g}" if value < rule.low else f"at most {rule.high:g}"
-    return f"{rule.kind}: {where} {value:.4g} {rule.unit}, {bound}"
+    # As many digits, at least 4, as it takes to show a value that is hardly outside as one that is.
+    shown = (f"{value:.{digits}g}" for digits in range(4, 18))
+    number = next(text for text in shown if not rule.low <= float(text) <= rule.high)
+    return f"{rule.kind}: {where} {number} {rule.unit}, {bound}"
 
 
 def body_of(pose: Pose, size: tuple[int, int]) -> Body:

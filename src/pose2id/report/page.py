@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pose2id import __version__
+from pose2id.centralization.diagnostics import GenerationDiagnostics
 from pose2id.io.checks import checked_flag, require_modules
 from pose2id.io.whole_files import check_folder as check_no_file
 from pose2id.io.whole_files import new_directory, whole_directory, whole_file
@@ -67,6 +68,7 @@ def write_page(
     gallery_paths: Sequence[Any] | None = None,
     protocol: EvaluationProtocol = MARKET1501,
     sheets: Sequence[tuple[Any, Sequence[Any]]] | None = None,
+    diagnostics: GenerationDiagnostics | None = None,
     curves: Curves | None = None,
     title: str = "",
     facts: Sequence[str] = (),
@@ -90,6 +92,7 @@ def write_page(
         gallery_paths: G images of the gallery.
         protocol: as in `compare`.
         sheets: generated images to show: pairs of a reference and a list of images; the first 12, and 16 of each.
+        diagnostics: of generated images, which the page quotes with their reading.
         curves: for each title, from names to (xs, values), of which a line is drawn.
         title: of the page.
         facts: lines that say what was measured, and how.
@@ -125,6 +128,7 @@ def write_page(
         "maps": _maps(trial, names, seed),
         "curves": [_curve(name, lines) for name, lines in (curves or {}).items()],
         "sheets": _sheets(sheets or (), pictures),
+        "diagnostics": diagnostics,
         "version": __version__,
     }
     return _written(Path(folder).expanduser(), _rendered(content), pictures.files)

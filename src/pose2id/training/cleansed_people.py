@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ from pose2id.training.cache import identity_features
 from pose2id.training.cleansed_table import farthest_dropped
 from pose2id.training.cleansing import FAR, NEAR, clean_people
 from pose2id.training.table import PersonImage
+
+logger = logging.getLogger(__name__)
 
 LEAST_CLEANSED = 50
 """With fewer images nothing is left out.
@@ -93,6 +96,13 @@ class Cleansed:
             return None
 
 
+def key_of(images: Sequence[PersonImage], digests: Sequence[str], generator: IdentityGenerator) -> str:
+    """The `Cleansed.key` of what `cleanse` would say of these."""
+    rows = [[image.identity, image.path.name, digest] for image, digest in zip(images, digests, strict=True)]
+    encoder = fingerprint(generator, ("identity_encoder",), sampling=False)
+    return hashlib.sha256(json.dumps([rows, encoder]).encode()).hexdigest()
+
+
 def cleanse(
     images: Sequence[PersonImage],
     digests: Sequence[str],
@@ -113,9 +123,7 @@ def cleanse(
         workers: processes that load images.
         progress: show a bar on a terminal.
     """
-    rows = [[image.identity, image.path.name, digest] for image, digest in zip(images, digests, strict=True)]
-    encoder = fingerprint(generator, ("identity_encoder",), sampling=False)
-    key = hashlib.sha256(json.dumps([rows, encoder]).encode()).hexdigest()
+    key = key_of(images, digests, generator)
     if known is not None and known.key == key:
         return known
     if len(images) < LEAST_CLEANSED:
@@ -123,6 +131,7 @@ def cleanse(
     members: dict[str, list[int]] = defaultdict(list)
     for i, image in enumerate(images):
         members[image.identity].append(i)
+    logger.info("data cleansing: features of %d images of %d people, once in a run", len(images), len(members))
     order = [i for places in members.values() for i in places]
     crops = _Crops([images[i].path for i in order], generator.identity_encoder.image_size)
     with tqdm(total=len(images), desc="cleansing", unit="img", disable=None if progress else True) as bar:
@@ -145,6 +154,7 @@ def cleanse(
     for row in farthest_dropped(found):
         image, distance = images[order[row]], float(found.distances[row])
         dropped.append(Dropped(order[row], image.path.name, image.identity, distance, found.reasons[row]))
+    logger.info("data cleansing: %d of %d images are left out", len(dropped), len(images))
     return Cleansed(key, len(images), tuple(dropped))
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pose2id.io.images import load_image
-from pose2id.io.whole_files import new_file, whole_file
+from pose2id.io.whole_files import new_file, write_files
 from pose2id.training.cleansing import Cleansing
-from pose2id.training.table import PersonImage, csv_content, path_from, write_table
+from pose2id.training.table import PersonImage, csv_content, path_from, table_content
 
 SHEET_PAIRS = 200
 _COLUMNS = ("path", "identity", "camera", "distance", "reason")
@@ -29,6 +29,7 @@ class CleansedTable:
         path: of the new table, NAME.csv; NAME.dropped.csv lists what it lacks, with distances and reasons.
         sheet: a .png with the dropped crops, or None.
         overwrite: replace files that are there.
+        root: as of `write_table`.
 
     Raises:
         FileExistsError: a file is there, and `overwrite` is False.
@@ -36,29 +37,36 @@ class CleansedTable:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], sheet: str | os.PathLike[str] | None = None, *, overwrite: bool = False
+        self,
+        path: str | os.PathLike[str],
+        sheet: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: bool = False,
+        root: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.path, self.overwrite = Path(path), overwrite
-        new_file(path, overwrite=overwrite, suffixes=(".csv",))
+        self.path, self.overwrite, self.root = Path(path), overwrite, root
+        self._table = new_file(path, overwrite=overwrite, suffixes=(".csv",))
         self.dropped = new_file(self.path.with_suffix(".dropped.csv"), overwrite=overwrite)
         self.sheet = None if sheet is None else new_file(sheet, overwrite=overwrite, suffixes=(".png",))
 
     def write(self, images: Sequence[PersonImage], cleansing: Cleansing) -> None:
-        """Write all files, or none if one of them cannot be made."""
+        """Write all files, or none if one of them cannot be made: where a new table is, its list and sheet are, too.
+
+        A kill on the way may leave list and sheet without it, or, with `overwrite`, beside the old one.
+        """
         lines = [_COLUMNS]
         for i in farthest_dropped(cleansing):
-            path = path_from(self.path, images[i].path)
+            path = path_from(self.path, images[i].path, self.root)
             distance = f"{cleansing.distances[i]:.6g}"
             lines.append((path, images[i].identity, images[i].camera, distance, cleansing.reasons[i]))
-        with ExitStack() as files:
-            # These get their names when the table, which is written last, has its own.
-            listed = files.enter_context(whole_file(self.dropped, replace=self.overwrite))
-            listed.write_bytes(csv_content(lines))
-            if self.sheet is not None:
-                sheet = files.enter_context(whole_file(self.sheet, replace=self.overwrite))
-                contact_sheet(images, cleansing).save(sheet, "PNG")
-            kept = [image for image, keep in zip(images, cleansing.kept, strict=True) if keep]
-            write_table(kept, self.path, overwrite=self.overwrite)
+        contents = {self.dropped: csv_content(lines)}
+        if self.sheet is not None:
+            picture = io.BytesIO()
+            contact_sheet(images, cleansing).save(picture, "PNG")
+            contents[self.sheet] = picture.getvalue()
+        kept = [image for image, keep in zip(images, cleansing.kept, strict=True) if keep]
+        contents[self._table] = table_content(kept, self.path, self.root)
+        write_files(contents, replace=self.overwrite)
 
 
 def farthest_dropped(cleansing: Cleansing) -> list[int]:

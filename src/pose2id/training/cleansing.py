@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pose2id.io.checks import checked_choice, checked_flag, checked_identities, checked_number, require_modules
-from pose2id.io.rows import Rows
+from pose2id.io.rows import Rows, centred
 
 COVARIANCES = ("spherical", "pooled", "ledoit-wolf")
 QUANTILES = ("pooled", "identity")
@@ -31,7 +31,8 @@ class Cleansing:
 
     Attributes:
         kept: (N,) bool.
-        distances: (N,) float64, of a feature to its identity's mean; 0 where it was not judged.
+        distances: (N,) float64, of a feature to its identity's mean, without a unit (see `clean`); 0 where it was not
+            judged.
         reasons: N texts: "" where the image is kept, "far" above the upper quantile, "near" below the lower one.
         num_unjudged: images that are kept because their identity has too few to tell.
         least: images that an identity needs to be judged.
@@ -73,6 +74,9 @@ def clean(
         "pooled": the covariance of all images around their identity's mean, with Ledoit-Wolf shrinkage.
         "ledoit-wolf": each identity's own, with Ledoit-Wolf shrinkage; distances are in units of the identity's root
             mean square, because shrinkage depends on how many images there are. Identities need 3 images.
+
+    Distances have no unit: they count standard deviations. With "spherical" their root mean square over all images that
+    are judged is sqrt(D), with "pooled" at most that, and over each identity 1 with "ledoit-wolf".
 
     Computed on the CPU in float64, with memory for five copies of the features.
 
@@ -125,7 +129,7 @@ def clean_people(people: Iterable[Any]) -> Cleansing:
     for features in people:
         rows = Rows(features, "features", normalize=True)
         n, dim = rows.n, rows.dim
-        x = _centred(rows.read(slice(None), torch.float64).cpu().numpy(), np.zeros(n, np.int64), np.array([n]))
+        x = centred(rows.read(slice(None), torch.float64).cpu().numpy(), np.zeros(n, np.int64), np.array([n]))
         parts.append(np.square(x).sum(1) * n / max(n - 1, 1))
     squares = np.concatenate(parts)
     mean = squares.mean()
@@ -173,19 +177,10 @@ def _residuals(x: NDArray[np.float64], group: NDArray[np.int64], counts: NDArray
     A mean of N moves towards each of its own images, which leaves (N - 1) / N of the variance. With the factor images
     of small identities are as far from their means as others.
     """
-    x = _centred(x, group, counts)
+    x = centred(x, group, counts)
     peak = np.abs(x).max()  # squares must neither overflow nor vanish; the distances have no unit
     x /= peak if peak > 0 else 1.0
     return x * np.sqrt(counts / np.maximum(counts - 1, 1))[group, None]
-
-
-def _centred(x: NDArray[np.float64], group: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Features minus the mean of their identity."""
-    order = np.argsort(group, kind="stable")
-    starts = np.cumsum(counts) - counts
-    x = x - x[order[starts]][group]  # so that equal features leave exact zeros
-    x -= (np.add.reduceat(x[order], starts, axis=0) / counts[:, None])[group]
-    return x
 
 
 def _members(group: NDArray[np.int64], judged: NDArray[np.bool_], *, each: bool) -> list[NDArray[np.int64]]:

@@ -46,10 +46,10 @@ class Selection:
 
     Attributes:
         images: readable images of people with two of them or more, one of them a target.
-        targets: indices into `images` of those with a valid pose.
+        targets: indices into `images` of those with a drawable pose, and if valid ones were asked for, a valid one.
         refused: names of images that are references only because their pose is not valid, and why.
         cleansed: what data cleansing left out; None: it was not asked for.
-        num_poses: how many poses were judged for `refused`.
+        num_refused: how many of `images` are drawable and in `refused`.
         unreadable: images left out because they cannot be read, and why.
         alone: images left out because no pair can be made of their person's images.
         digests: SHA-256 of the files of `images`.
@@ -62,7 +62,7 @@ class Selection:
     digests: list[str]
     refused: list[tuple[str, str]] = field(default_factory=list)
     cleansed: Cleansed | None = None
-    num_poses: int = 0
+    num_refused: int = 0
 
     @property
     def without_pose(self) -> int:
@@ -81,16 +81,18 @@ class Selection:
     def __str__(self) -> str:
         """What is trained on, and what was left out, with the first few names."""
         people = len({image.identity for image in self.images})
-        lines = [
-            f"{len(self.images)} images of {people} people: {len(self.targets)} targets, {self.without_pose} without a "
-            "valid pose, which are references only"
-        ]
-        rules = [] if self.cleansed is None else [str(self.cleansed)]
+        reasons = {
+            "without a drawable pose": self.without_pose - self.num_refused,
+            "whose pose is not valid": self.num_refused,
+        }
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        counts = f"{len(self.targets)} targets, {self.without_pose} references only{f' ({why})' if why else ''}"
+        # The first line goes into model cards: no names.
+        lines = [f"{len(self.images)} images of {people} people: {counts}"]
+        if self.cleansed is not None:
+            lines.append(str(self.cleansed))
         if self.refused:
-            shown = _some([f"{name}: {reason}" for name, reason in self.refused])
-            rules.append(f"no targets, by the rules of valid poses: {len(self.refused)} of {self.num_poses} ({shown})")
-        if rules:
-            lines.append(". ".join(rules))
+            lines.append(f"poses that are not valid: {_some([f'{name}: {why}' for name, why in self.refused])}")
         if self.unreadable:
             lines.append(f"left out, unreadable: {len(self.unreadable)} ({_some(self.unreadable)})")
         if self.alone:
@@ -99,8 +101,8 @@ class Selection:
         return "\n".join(lines)
 
 
-def has_valid_pose(pose: Pose | None) -> bool:
-    """Whether a pose is enough to draw a person: neck, a hip, and at least 8 of the 18 keypoints."""
+def is_drawable(pose: Pose | None) -> bool:
+    """Whether a pose is enough to draw a person by: it shows neck, a hip, and at least 8 of the 18 keypoints."""
     if pose is None:
         return False
     visible = pose.visible
@@ -117,8 +119,8 @@ def select(
 
     Args:
         images: of people.
-        poses: "all": whatever `has_valid_pose` is a target; "valid": only what `check_pose` accepts too, in the
-            image's proportions.
+        poses: "all": images with a drawable pose (`is_drawable`) are targets; "valid": of these only what `check_pose`
+            accepts too, in the image's proportions.
         cleanse: gets what could be trained on, and the files' SHA-256, and tells what of it to leave out; None: nothing
             is left out.
 
@@ -133,10 +135,11 @@ def select(
         given = f"got {len(images)} of which none can ({_some(unreadable)})"
         raise ValueError(f"images must be files that can be read, {given}. Paths start at the table's folder.")
     readable = [i for i, problem in enumerate(problems) if not problem]
-    shown = [i for i in readable if has_valid_pose(images[i].pose)]
-    verdicts = {i: check_pose(cast("Pose", images[i].pose), size=sizes[i]) for i in shown if poses == "valid"}
+    drawable = [i for i in readable if is_drawable(images[i].pose)]
+    judged = [i for i in readable if images[i].pose is not None and poses == "valid"]
+    verdicts = {i: check_pose(cast("Pose", images[i].pose), size=sizes[i]) for i in judged}
     refused = {i for i, verdict in verdicts.items() if not verdict}
-    fit = set(shown) - refused
+    fit = set(drawable) - refused
     kept, alone = _parted(images, readable, fit)
     cleansed = None
     if cleanse is not None and kept:
@@ -156,13 +159,13 @@ def select(
         digests=[digests[i] for i in kept],
         refused=[(images[i].path.name, verdict.reasons[0]) for i, verdict in verdicts.items() if i in refused],
         cleansed=cleansed,
-        num_poses=len(verdicts),
+        num_refused=len(refused.intersection(kept, drawable)),
     )
     if not targets:
         remedies = []
         if cleansed is not None and cleansed.dropped:
             remedies.append("clean=False (--no-clean) trains on images that data cleansing leaves out.")
-        if refused:
+        if refused.intersection(drawable):
             remedies.append('poses="all" (--poses all) takes poses that are not valid as targets, too.')
         raise ValueError(" ".join([_rule(images), *remedies, str(selection)]))
     return selection
@@ -170,8 +173,8 @@ def select(
 
 def require_pairs(images: Sequence[PersonImage]) -> None:
     """Raise the ValueError of `select` if the table alone shows that no pair can be made; no image is read."""
-    shown = {i for i, image in enumerate(images) if has_valid_pose(image.pose)}
-    if not _parted(images, range(len(images)), shown)[0]:
+    drawable = {i for i, image in enumerate(images) if is_drawable(image.pose)}
+    if not _parted(images, range(len(images)), drawable)[0]:
         raise ValueError(_rule(images))
 
 
@@ -192,13 +195,13 @@ def _parted(
 
 def _rule(images: Sequence[PersonImage]) -> str:
     """The error of images without a pair."""
-    valid = sum(has_valid_pose(image.pose) for image in images)
+    drawable = sum(is_drawable(image.pose) for image in images)
     several = sum(count > 1 for count in Counter(image.identity for image in images).values())
-    hint = "" if valid else " Add keypoints: `pose2id table --keypoints DIR` or `--detect`."
+    hint = "" if drawable else " Add keypoints: `pose2id table --keypoints DIR` or `--detect`."
     return (
         "images must hold two images of a person at least, one of them with a pose that shows neck, a hip and "
-        f"{LEAST_KEYPOINTS} keypoints, got {len(images)} images of which none can be used: {valid} have such a pose, "
-        f"{several} people have two images or more.{hint}"
+        f"{LEAST_KEYPOINTS} keypoints, got {len(images)} images of which none can be used: {drawable} have such a "
+        f"pose, {several} people have two images or more.{hint}"
     )
 
 

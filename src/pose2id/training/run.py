@@ -27,7 +27,7 @@ from pose2id.io.checks import checked_flag
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.training import cache, checkpoints
 from pose2id.training.accelerator import new_accelerator, require_accelerate, said_by_main
-from pose2id.training.cleansed_people import Cleansed, cleanse
+from pose2id.training.cleansed_people import Cleansed, cleanse, key_of
 from pose2id.training.log import Metrics
 from pose2id.training.objective import TRAINED, Objective, TrainedParts, checkpoint_gradients
 from pose2id.training.optimizer import new_optimizer, rate, require_optimizer
@@ -35,7 +35,7 @@ from pose2id.training.pairs import Pairs, PairSettings, require_pairs, select
 from pose2id.training.run_directory import RunDirectory, require_directory
 from pose2id.training.settings import TrainingSettings
 from pose2id.training.table import PersonImage, check_people
-from pose2id.training.validation import people_shown, validate
+from pose2id.training.validation import people_shown, require_people, validate
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def train(
     Args:
         generator: where to start: `start.start`, `start.fresh`, or any `IdentityGenerator`. Its networks are trained in
             place, in float32 on the device of training. Its `round_bank` has no part in training.
-        images: of people with two images or more. An image with a valid pose (`pairs.has_valid_pose`, and unless
-            `poses="all"` also `poses.check_pose`) is a target, any other of the same person its reference. Unreadable
+        images: of people with two images or more. An image with a valid pose (`poses.check_pose`; with `poses="all"`
+            a drawable one, `pairs.is_drawable`) is a target, any other of the same person its reference. Unreadable
             images, what data cleansing drops (unless `clean=False`), and people without a pair are left out and logged.
         directory: new or empty, or that of a run to go on with. Images must be the same then, and so must settings,
             except those that the weights do not depend on (`settings.FREE`) and, with a constant rate, `steps` if they
@@ -110,7 +110,7 @@ def train(
     if not isinstance(generator, IdentityGenerator):
         raise TypeError(f"generator must be an IdentityGenerator, got {type(generator).__name__}.")
     generator.described()  # what cannot be saved is told now, not when the first checkpoint is due
-    require_ready(given, images, directory, device)
+    require_ready(given, images, directory, device, validation)
     accelerator = new_accelerator(given, place.path, device)
     longer = given.schedule == "constant" and "steps" in settings  # with a cosine, all rates would differ
     try:
@@ -127,13 +127,18 @@ def train(
 
 
 def require_ready(
-    settings: TrainingSettings, images: Sequence[PersonImage], directory: str | os.PathLike[str], device: str | None
+    settings: TrainingSettings,
+    images: Sequence[PersonImage],
+    directory: str | os.PathLike[str],
+    device: str | None,
+    validation: Sequence[Any] | None = None,
 ) -> None:
     """What `train` checks before it has a generator: errors that come before a long download."""
     require_optimizer(settings)
     require_accelerate(device)
     check_people(images)
     require_pairs(images)
+    require_people(images if validation is None else validation, settings.validation_images)
     require_directory(directory)
 
 
@@ -161,11 +166,13 @@ class _Run:
             raise ValueError(f"batch_size must be a multiple of processes x gradient_accumulation, got {given}.")
         self.share = settings.batch_size // parts
         self.generator = generator.to(accelerator.device, torch.float32)
+        if self.main:
+            directory.claim(settings, generator, origin=origin, longer=longer)
         selection = select(images, poses=settings.poses, cleanse=self._cleansed if settings.clean else None)
         if self.main:
             level = logging.WARNING if selection.unreadable or selection.alone else logging.INFO
             logger.log(level, "%s", selection)
-            directory.claim(settings, selection, generator, origin=origin, longer=longer)
+            directory.begin(selection)
         accelerator.wait_for_everyone()
         self.pairs = Pairs(selection, PairSettings.of(settings, generator))
         if settings.cache:
@@ -192,7 +199,7 @@ class _Run:
         """The main process decides: features of several devices may differ in the last digits."""
         found = None
         if self.main:
-            known = self.directory.recorded_cleansing()
+            known = self.directory.recorded_cleansing(key_of(images, digests, self.generator))
             workers = self.settings.workers
             found = cleanse(images, digests, self.generator, known, workers=workers, progress=self.progress)
         return cast("Cleansed", said_by_main(found))

@@ -1,4 +1,7 @@
-"""The directory of a training run: what it began with, who trains in it, and which weights it has published."""
+"""The directory of a training run: what it began with, who trains in it, and which weights it has published.
+
+A start claims it first, before minutes of work on images; then it begins with the images.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE, LOCK = "run.json", ".lock"
 _FORMAT = 2
+_ELSEWHERE = "Train in another directory."
 # Of the first start, whatever generator a later one is given: the checkpoints' weights come from there.
 _OPTIONS = ("license", "sources", "round_bank")
 _ORIGIN = (*_OPTIONS, "origin")
@@ -45,17 +49,19 @@ class RunDirectory:
 
     Attributes:
         path: as given.
-        content: of `run.json`. "settings", "images" (a digest) and "generator" (a digest of what training does not
-            change) must be the same at every start; "start" (a digest of the weights that training began with),
-            "license", "sources", "round_bank" and "origin" stay the first start's; "published" is the step of the
-            published weights, None: not known, or there are none. "cleansing" is what was left out
-            (`cleansed_people.Cleansed`; None: nothing was judged), "poses_refused" images that are no targets, and why.
+        content: of `run.json`. "settings" (among them the generator's "ifr"), "images" (a digest) and "generator" (a
+            digest of what training does not change) must be the same at every start; "start" (a digest of the weights
+            that training began with), "license", "sources", "round_bank" and "origin" stay the first start's;
+            "published" is the step of the published weights, None: not known, or there are none. "cleansing" is what
+            was left out (`cleansed_people.Cleansed`; None: nothing was judged), "poses_refused" images that are no
+            targets, and why.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.content: dict[str, Any] = {}
         self._about = ""
+        self._before: dict[str, Any] = {}  # of the run that goes on, as it was found
         self._lock = FileLock(path / LOCK)
 
     @property
@@ -70,56 +76,67 @@ class RunDirectory:
             return {}
         return {name: settings.get(name, value) for name, value in _SINCE.items()}
 
-    def recorded_cleansing(self) -> Cleansed | None:
-        """What the run left out at an earlier start, if there was one."""
-        file = self.path / RUN_FILE
-        return Cleansed.from_json(_read(file).get("cleansing")) if file.is_file() else None
+    def recorded_cleansing(self, key: str) -> Cleansed | None:
+        """What the run left out of the images of this key (`Cleansed.key`) at an earlier start, if there was one.
 
-    def claim(
-        self,
-        settings: TrainingSettings,
-        selection: Selection,
-        generator: IdentityGenerator,
-        *,
-        origin: str,
-        longer: bool,
-    ) -> None:
-        """Make the directory this run's, or see that it is; it is locked until `release`.
+        After `claim`, before minutes of work on images with which the run cannot go on.
+        """
+        found = Cleansed.from_json(self._before.get("cleansing"))
+        if found is not None and found.key != key and checkpoints.found(self.path):
+            raise self._other_images()
+        return found
 
-        `longer`: the number of steps may be another than before. `run.json` of a run that goes on is written later, by
-        `write`, when nothing else has gone wrong.
+    def claim(self, settings: TrainingSettings, generator: IdentityGenerator, *, origin: str, longer: bool) -> None:
+        """Lock the directory until `release`, and see that it is free, or that its run can go on with these.
+
+        `longer`: the number of steps may be another than before.
         """
         require_directory(self.path)
-        height, width = generator.image_size
-        self._about = f"{height} x {width} pixels, on {str(selection).splitlines()[0]}"
-        self.content = {
-            "format": _FORMAT,
-            "settings": {name: value for name, value in asdict(settings).items() if name not in FREE},
-            "images": selection.digest,
-            "generator": _architecture(generator),
-            "start": fingerprint(generator, TRAINED, sampling=False),
-            **{name: getattr(generator, name) for name in _OPTIONS},
-            "origin": origin,
-            "published": None,
-            "cleansing": None if selection.cleansed is None else selection.cleansed.to_json(),
-            "poses_refused": [list(refused) for refused in selection.refused],
-        }
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise FileExistsError(f"{self.path} is being trained in by another process. Wait for it.") from error
+        height, width = generator.image_size
+        self._about = f"{height} x {width} pixels"
+        self.content = {
+            "format": _FORMAT,
+            "settings": {
+                **{name: value for name, value in asdict(settings).items() if name not in FREE},
+                "ifr": generator.identity_tokens.ifr,
+            },
+            "generator": _architecture(generator),
+            "start": fingerprint(generator, TRAINED, sampling=False),
+            **{name: getattr(generator, name) for name in _OPTIONS},
+            "origin": origin,
+            "published": None,
+        }
         if not (self.path / RUN_FILE).exists():
-            self.write()
             return
-        began = _read(self.path / RUN_FILE)
-        known = checkpoints.found(self.path)
-        if known:
-            self._check_same(began, ("steps",) if longer else (), known[-1])
-            self._take_over(began)
+        self._before = _read(self.path / RUN_FILE)
+        if known := checkpoints.found(self.path):
+            self._check_same(("steps",) if longer else (), known[-1])
         elif (self.path / checkpoints.WEIGHTS).exists():
             raise FileExistsError(f"{self.path} has weights of a run whose checkpoints are gone. Choose another.")
-        elif began["start"] != self.content["start"]:
+
+    def begin(self, selection: Selection) -> None:
+        """Make the directory, which is claimed, that of a run on these images, or see that it is.
+
+        `run.json` of a run that goes on is written later, by `write`, when nothing else has gone wrong.
+        """
+        self._about += f", on {str(selection).splitlines()[0]}"
+        self.content |= {
+            "images": selection.digest,
+            "cleansing": None if selection.cleansed is None else selection.cleansed.to_json(),
+            "poses_refused": [list(refused) for refused in selection.refused],
+        }
+        if not self._before:
+            self.write()
+            return
+        if checkpoints.found(self.path):
+            self._check_same_images()
+            self._take_over()
+        elif self._before["start"] != self.content["start"]:
             logger.warning(
                 "%s has no checkpoint and begins anew, with other weights than before. Training changes a generator in "
                 "place: load it again to start where the first attempt did.",
@@ -178,7 +195,8 @@ class RunDirectory:
         known = checkpoints.found(self.path) if self.path.is_dir() else []
         return f"step {checkpoints.step_of(known[-1])}, its newest checkpoint" if known else "its beginning"
 
-    def _take_over(self, began: Mapping[str, Any]) -> None:
+    def _take_over(self) -> None:
+        began = self._before
         for name in _ORIGIN:
             if began[name] != self.content[name]:
                 logger.warning(
@@ -193,34 +211,43 @@ class RunDirectory:
             logger.info("the run in %s goes on to %d steps, where it was to have %s", self.path, steps, before)
         self.content |= {name: began[name] for name in ("start", "published", *_ORIGIN)}
 
-    def _check_same(self, began: Mapping[str, Any], free: Collection[str], newest: Path) -> None:
-        """Raise if the run would go on as another one, or with fewer steps than it has done."""
-        fixed, before, elsewhere = self.content["settings"], _SINCE | began["settings"], "Train in another directory."
-        where = f"the run in {self.path} began with"
+    def _check_same(self, free: Collection[str], newest: Path) -> None:
+        """Raise if the run would go on with other settings or networks, or with fewer steps than it has done."""
+        fixed, before = self.content["settings"], {"ifr": True, **_SINCE, **self._before["settings"]}
         differing = [name for name in fixed if name not in free and before.get(name) != fixed[name]]
         if differing:
             shown = ", ".join(f"{name} {before.get(name)!r} then, {fixed[name]!r} now" for name in differing)
-            remedy = elsewhere
+            remedy = _ELSEWHERE
             if differing == ["steps"]:  # with a cosine, all rates would differ
                 remedy = f"With a cosine they are fixed: start anew from the weights in {newest / checkpoints.WEIGHTS}."
                 if fixed["schedule"] == "constant":
                     remedy = f"Pass steps={fixed['steps']} if it is to go on to as many."
-            raise ValueError(f"settings must be those that {where}: {shown}. {remedy}")
-        if began["images"] != self.content["images"]:
-            raise ValueError(f"images must be those that {where}, in the same order and poses. {elsewhere}")
-        # By the rules of another version other images would be targets.
-        refused, now = ([name for name, *_ in of.get("poses_refused") or []] for of in (began, self.content))
-        if refused != now:
-            given = f"{len(refused)} poses refused then, {len(now)} now, or other ones"
-            raise ValueError(
-                f"poses must be valid by the rules that {where}: {given}. Go on with its version of pose2id."
-            )
-        if began["generator"] != self.content["generator"]:
+            raise ValueError(f"settings must be those that {self._began_with}: {shown}. {remedy}")
+        if self._before["generator"] != self.content["generator"]:
             what = "in its identity encoder, VAE, scheduler, image_size and architecture"
-            raise ValueError(f"generator must be the one that {where}, {what}. {elsewhere}")
+            raise ValueError(f"generator must be the one that {self._began_with}, {what}. {_ELSEWHERE}")
         done = checkpoints.step_of(newest)
         if (steps := fixed["steps"]) < done:
             raise ValueError(f"steps must be at least the {done} that the run in {self.path} has done, got {steps}.")
+
+    def _check_same_images(self) -> None:
+        """Raise if the run would go on with other images, or other targets."""
+        if self._before["images"] != self.content["images"]:
+            raise self._other_images()
+        # By the rules of another version other images would be targets.
+        refused, now = ([name for name, *_ in of.get("poses_refused") or []] for of in (self._before, self.content))
+        if refused != now:
+            given = f"{len(refused)} poses refused then, {len(now)} now, or other ones"
+            raise ValueError(
+                f"poses must be valid by the rules that {self._began_with}: {given}. Go on with its version of pose2id."
+            )
+
+    def _other_images(self) -> ValueError:
+        return ValueError(f"images must be those that {self._began_with}, in the same order and poses. {_ELSEWHERE}")
+
+    @property
+    def _began_with(self) -> str:
+        return f"the run in {self.path} began with"
 
 
 def require_directory(directory: str | os.PathLike[str]) -> None:

@@ -115,26 +115,44 @@ def read_table(path: str | os.PathLike[str]) -> list[PersonImage]:
     return people
 
 
-def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def write_table(
+    images: Sequence[PersonImage],
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    root: str | os.PathLike[str] | None = None,
+) -> None:
     """Write a table, whole or not at all; `read_table` gives equal images back, but for junk.
 
     Paths of images below the table's folder are written from there, so that both can move together; others are
-    absolute. Coordinates are rounded to 6 decimals, as for a pose's `key`. Names of poses are not kept.
+    absolute, but for those below `root`. Coordinates are rounded to 6 decimals, as for a pose's `key`. Names of poses
+    are not kept.
 
     Args:
         images: at least one, each once.
         path: of the table.
         overwrite: replace the file if it is there.
+        root: a folder that moves together with the table: paths of images below it are written from the table's folder,
+            by way of "..". None: there is none.
 
     Raises:
         FileExistsError: the file exists, and `overwrite` is False.
         OSError: the file cannot be written.
         ValueError: no images, one of them twice, a text that UTF-8 has no bytes for.
     """
+    content = table_content(images, path, root)
+    with whole_file(new_file(path, overwrite=overwrite), replace=overwrite) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def table_content(
+    images: Sequence[PersonImage], path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
+) -> bytes:
+    """What `write_table` writes."""
     rows: dict[str, list[str]] = {}
     check_people(images)
     for i, image in enumerate(images):
-        written = path_from(path, image.path)
+        written = path_from(path, image.path, root)
         if written in rows:
             raise ValueError(f"images must hold each image once, got {image.path} again as images[{i}].")
         # Rounded as in `Pose.key`; 0.0 is added for want of negative zeros.
@@ -142,15 +160,22 @@ def write_table(images: Sequence[PersonImage], path: str | os.PathLike[str], *, 
         rows[written] = [written, image.identity, image.camera, entries or ""]
     if not rows:
         raise ValueError("images must hold at least one image, got none.")
-    content = csv_content([_COLUMNS, *rows.values()])
-    with whole_file(new_file(path, overwrite=overwrite), replace=overwrite) as unfinished:
-        unfinished.write_bytes(content)
+    return csv_content([_COLUMNS, *rows.values()])
 
 
-def path_from(table: str | os.PathLike[str], image: Path) -> str:
-    """An image's path as a table holds it: from the table's folder if it is below that, else absolute."""
+def path_from(table: str | os.PathLike[str], image: Path, root: str | os.PathLike[str] | None = None) -> str:
+    """An image's path as a table holds it: from the table's folder if it is below that or below `root`, else absolute.
+
+    Where the way from the table's folder to `root` leads through a link, or to another drive, it is absolute, too.
+    """
     folder, absolute = Path(os.path.abspath(table)).parent, Path(os.path.abspath(image))
-    return (absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute).as_posix()
+    if absolute.is_relative_to(folder):
+        return absolute.relative_to(folder).as_posix()
+    inside = root is not None and absolute.is_relative_to(os.path.abspath(root))
+    # Of a linked folder, ".." is the folder above what it links to.
+    if inside and Path(os.path.realpath(folder)) == folder and folder.anchor == absolute.anchor:
+        return Path(os.path.relpath(absolute, folder)).as_posix()
+    return absolute.as_posix()
 
 
 def csv_content(rows: Iterable[Sequence[object]]) -> bytes:
@@ -307,7 +332,7 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     if strange:
         rule = "have names such as 0002_c1s1_000451_03.jpg" if identity == "name" else "be in folders, one per person"
         given = f"{len(strange)} of {len(files)} others: {first_few(strange)}"
-        raise ValueError(f"images in {folder} must {rule}, got {given}. Move them, or take identities from the other.")
+        raise ValueError(f"images in {folder} must {rule}, got {given}. {_other_identity(files, folder, identity)}")
     images = [PersonImage(file, *label) for file, label in labels.items() if label is not None]
     people = [image for image in images if not _NOBODY.fullmatch(image.identity)]
     if identity == "folder":
@@ -319,6 +344,14 @@ def _images_below(folder: Path, identity: str) -> list[PersonImage]:
     if len(people) < len(files):
         logger.warning("%d of %d images left out: identities -1 (junk) and 0", len(files) - len(people), len(files))
     return people
+
+
+def _other_identity(files: Sequence[Path], folder: Path, identity: str) -> str:
+    """The remedy where files do not tell identities as asked: the other way, if that would do."""
+    other = {"name": "folder", "folder": "name"}[identity]
+    if all(_label(file, folder, other) for file in files):
+        return f'identity="{other}" (--identity {other}) takes them from the {other}s instead.'
+    return "Rename or move them, or list them in a CSV of your own: path, identity, camera."
 
 
 def _check_folders(images: Sequence[PersonImage]) -> None:

@@ -19,7 +19,15 @@ from pose2id.training.table import PersonImage
 
 
 def people_shown(images: Sequence[Any], count: int) -> list[Any]:
-    """The first `count` images, of `PersonImage`s the first one of each person."""
+    """The first `count` images, of `PersonImage`s the first one of each person, each of which can be read."""
+    chosen = require_people(images, count)
+    for i, image in enumerate(chosen):  # now, not when the first validation is due
+        load_reference(image, f"validation[{i}]")
+    return chosen
+
+
+def require_people(images: Sequence[Any], count: int) -> list[Any]:
+    """`people_shown`, but no image is read; raise if it is one person."""
     given = list(images)
     if given and all(isinstance(image, PersonImage) for image in given):
         first: dict[str, Any] = {}
@@ -27,10 +35,11 @@ def people_shown(images: Sequence[Any], count: int) -> list[Any]:
             first.setdefault(image.identity, image.path)
         given = list(first.values())
     chosen = given[:count]
-    for i, image in enumerate(chosen):  # now, not when the first validation is due
-        load_reference(image, f"validation[{i}]")
     if count and len(chosen) < 2:
-        raise ValueError(f"validation must show at least 2 people, got {len(chosen)}. Or take validation_images=0.")
+        raise ValueError(
+            f"validation must show at least 2 people, whose images are told apart, got {len(chosen)}. Show others "
+            "(--validation TABLE), or none: validation_images=0 (--validation-images 0)."
+        )
     return chosen
 
 
