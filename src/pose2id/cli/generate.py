@@ -16,6 +16,7 @@ _ABLATION = "measure what is lost: pose-alone, appearance-alone, no-bank, no-tok
 _GENERATE = f"""Writes OUT/pose1/NAME.png to OUT/poseM/NAME.png. NAME is the path below a directory, or a file's name.
 Run again after an interruption: pictures that are there are kept, the others come out as they would have, up to
 the last digits that another batch costs (1 or 2 of 255 in single values).
+OUT may be a URL, such as s3://bucket/folder (extra "distributed"): pictures go into WebDataset shards there.
 {_TOKEN}
 """
 
@@ -26,7 +27,7 @@ def add_commands(commands: Any) -> None:
     generate.add_argument(
         "images", metavar="IMAGES", nargs="+", help="image files, or directories of them at any depth"
     )
-    generate.add_argument("--out", metavar="OUT", required=True, help="directory to write; made if it isn't there")
+    generate.add_argument("--out", metavar="OUT", required=True, help="directory, made if it isn't there, or URL")
     kinds = "JSON of poses, or random: the standard ones with their joints exchanged by --seed (default: standard)"
     generate.add_argument("--poses", metavar="FILE|random", default="standard", help=kinds)
     generate.add_argument(
@@ -40,10 +41,12 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--device", help="(default: cuda where there is one, else cpu)")
     generate.add_argument("--size", default="256x128", help="HEIGHTxWIDTH of the pictures (%(default)s)")
     generate.add_argument("--batch-size", type=int, help="pictures at a time (default: what fits)")
-    generate.add_argument("--grid", action="store_true", help="also contact sheets, in OUT/sheets")
+    generate.add_argument("--grid", action="store_true", help="also contact sheets, in the directory OUT/sheets")
     generate.add_argument("--offload", action="store_true", help="for small GPUs: hold one network at a time there")
     generate.add_argument("--compile", action="store_true", help="slow to begin with, pays for thousands of pictures")
-    generate.add_argument("--overwrite", action="store_true", help="replace other pictures in OUT")
+    generate.add_argument(
+        "--overwrite", action="store_true", help="replace other pictures in OUT, or in shards add to them"
+    )
     add_download(generate, "the weights")
     generate.add_argument("--dry-run", action="store_true", help="write nothing: count the pictures, estimate the time")
 

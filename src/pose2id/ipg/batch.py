@@ -1,18 +1,21 @@
 """Generated pictures as files: one for each image and pose, with its settings recorded in the PNG.
 
 `DIRECTORY/pose1/NAME.png` to `DIRECTORY/poseM/NAME.png`, and contact sheets in `DIRECTORY/sheets`: the layout that the
-published evaluation reads, and `Centralizer(generated=DIRECTORY)`.
+published evaluation reads, and `Centralizer(generated=DIRECTORY)`. Where DIRECTORY is a URL, the same files are in
+shards there (`pose2id.ipg.shards`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,14 @@ from PIL import Image, PngImagePlugin
 
 from pose2id.io.checks import checked_flag, checked_flags, first_few
 from pose2id.io.images import content_key, image_files, load_image
+from pose2id.io.urls import is_url
 from pose2id.io.whole_files import check_folder, whole_file
 from pose2id.ipg.folder import NOTE, read_note
 from pose2id.ipg.generator import IdentityGenerator
 from pose2id.ipg.pixels import References, load_poses
 from pose2id.ipg.sampler import denoise
 from pose2id.ipg.sampling import Sampling
+from pose2id.ipg.shards import Shards, ShardWriter
 from pose2id.ipg.weights import PARTS
 
 logger = logging.getLogger(__name__)
@@ -98,10 +103,13 @@ def generate_files(
         generator: of the pictures.
         images: files, and directories with image files at any depth (`collect_images`). Each is decoded twice at most:
             to see what is there already, and to generate.
-        directory: made if there is none. Pictures go to `pose{i}/NAME.png`, i from 1.
+        directory: made if there is none. Pictures go to `pose{i}/NAME.png`, i from 1. Or a URL that fsspec knows
+            (s3://, hf://, ...; extra "distributed"): they go into shards there (`pose2id.ipg.shards`), which are only
+            added to, 256 images at a time; the unfinished one is lost when a process is killed.
         poses: see `IdentityGenerator.generate`.
-        grid: also write `sheets/NAME.png`: the reference, the poses, the pictures.
-        overwrite: replace files that were made from something else, or by something else.
+        grid: also write `sheets/NAME.png`: the reference, the poses, the pictures. Not to a URL.
+        overwrite: replace files that were made from something else, or by something else. In shards newer pictures of
+            an image go before older ones, which stay where they are.
         sampling: settings of all pictures; None: the default.
         batch_size: pictures per forward.
         progress: show a bar on a terminal, of the pictures that are missing.
@@ -115,18 +123,19 @@ def generate_files(
     checked_flag(progress, "progress")
     generator.networks.resolve_batch_size(batch_size)
     sampling = generator.checked_sampling(sampling, **settings)
-    job = _Job(generator, images, Path(directory), poses, sampling, grid, overwrite, root)
+    job = _Job(generator, images, directory, poses, sampling, grid, overwrite, root)
     results = iter(())
     if job.incomplete:
         references = job.references.some(list(job.incomplete))
         results = generator.generate_iter(
             references, poses, sampling=sampling, batch_size=batch_size, progress=progress
         )
-    for i in range(len(job.names)):
-        if i in job.incomplete:
-            job.write(i, next(results))
-        if grid:
-            job.write_sheet(i)
+    with job.writer or nullcontext():
+        for i in range(len(job.names)):
+            if i in job.incomplete:
+                job.write(i, next(results))
+            if grid:
+                job.write_sheet(i)
     return Written(job.missing, len(job.names) * len(job.poses) - job.missing)
 
 
@@ -142,7 +151,7 @@ def missing_pictures(
 ) -> int:
     """How many pictures `generate_files` would write; arguments and errors are the same."""
     sampling = generator.checked_sampling(sampling, **settings)
-    return _Job(generator, images, Path(directory), poses, sampling, False, overwrite).missing
+    return _Job(generator, images, directory, poses, sampling, False, overwrite).missing
 
 
 def seconds_per_picture(
@@ -239,7 +248,7 @@ class _Job:
         self,
         generator: IdentityGenerator,
         images: Iterable[str | os.PathLike[str]],
-        directory: Path,
+        directory: str | os.PathLike[str],
         poses: Any,
         sampling: Sampling,
         grid: bool,
@@ -247,12 +256,20 @@ class _Job:
         root: str | os.PathLike[str] | None = None,
     ) -> None:
         checked_flags(grid=grid, overwrite=overwrite)
-        check_folder(directory)
+        if is_url(directory) and grid:
+            raise ValueError(f"grid must be False for a URL, whose shards have no contact sheets, got {directory}.")
+        self.place = os.fspath(directory)
+        self.shards = Shards(directory) if is_url(directory) else None
+        self.writer = None if self.shards is None else ShardWriter(self.shards)
+        # Pictures in shards go by their paths below the URL.
+        self.directory = Path(directory if self.shards is None else "")
+        check_folder(self.directory)
         found = collect_images(images, directory, root)
-        self.names, self.directory, self.overwrite = list(found), directory, overwrite
+        self.names, self.overwrite = list(found), overwrite
         self.poses = load_poses(poses)
-        for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):
-            check_folder(directory / folder)
+        if self.shards is None:
+            for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):
+                check_folder(self.directory / folder)
         self.references = References(list(found.values()), [f"image {name}" for name in found])
         self._keys = _content_keys(found, self.references)
         self._made_with = {
@@ -269,7 +286,11 @@ class _Job:
         self.missing = sum(target not in there for i in every for target in self._pictures(i))
 
     def write(self, i: int, pictures: Sequence[Image.Image]) -> None:
-        """Save an image's pictures, except those that are there."""
+        """Save an image's pictures, except those that are there; in a shard they stay together."""
+        if self.writer is not None:
+            notes = self._pictures(i).values()
+            self.writer.write(self.names[i], [(_png(*pair), pair[1]) for pair in zip(pictures, notes, strict=True)])
+            return
         for (target, note), picture in zip(self._pictures(i).items(), pictures, strict=True):
             self._write(picture, target, note)
 
@@ -303,29 +324,38 @@ class _Job:
 
     def _there(self, grid: bool) -> set[Path]:
         """Files that are what they should be; raises if others are in their place, or pictures in more poses."""
-        more = self.directory / f"pose{len(self.poses) + 1}"
-        if more.exists():
-            rule = f"must not hold pictures in more than {len(self.poses)} poses, got {more.name}"
-            raise FileExistsError(f"{self.directory} {rule}. Choose another, or remove the folders.")
-        there, others = set(), []
+        more = f"pose{len(self.poses) + 1}"
+        if (self.directory / more).exists() if self.shards is None else self.shards.num_poses > len(self.poses):
+            rule = f"must not hold pictures in more than {len(self.poses)} poses, got {more}"
+            remedy = "Choose another" + (", or remove the folders" if self.shards is None else "")
+            raise FileExistsError(f"{self.place} {rule}. {remedy}.")
+        there: set[Path] = set()
+        others: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
         for i in range(len(self.names)):
-            for target, note in [*self._pictures(i).items(), *([self._sheet(i)] if grid else [])]:
-                found = _look(target)
-                if found == note:
-                    there.add(target)
-                elif found is not None:
-                    others.append((target, found, note))
+            targets = dict([*self._pictures(i).items(), *([self._sheet(i)] if grid else [])])
+            found = self._found(i, targets)
+            fitting = [target for target, note in targets.items() if found.get(target) == note]
+            # In a shard an image's pictures stay together: those of fewer poses are made anew.
+            there.update(fitting if self.shards is None or len(fitting) == len(targets) else [])
+            others += [(key, one, targets[key]) for key, one in found.items() if one not in (None, targets[key])]
         if others and not self.overwrite:
             raise self._others(others)
         return there
+
+    def _found(self, i: int, targets: Iterable[Path]) -> dict[Path, dict[str, Any] | None]:
+        """What is in the place of an image's files: notes."""
+        if self.shards is None:
+            return {target: _look(target) for target in targets}
+        return dict(zip(targets, self.shards.notes(self.names[i]), strict=False))
 
     def _others(self, others: Sequence[tuple[Path, dict[str, Any], dict[str, Any]]]) -> FileExistsError:
         target, found, note = others[0]
         keys = dict.fromkeys([*note, *found])  # a setting at its default may have no entry
         differing = [key for key in keys if found.get(key) != note.get(key)] if found else ["no note of pose2id"]
+        where = target if self.shards is None else f"{self.place}: {target}"
         return FileExistsError(
             f"{len(others)} files are in the place of new pictures, made from other images, settings or weights; "
-            f"{target} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "
+            f"{where} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "
             "(overwrite=True, --overwrite)."
         )
 
@@ -335,7 +365,7 @@ def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]
         raise FileNotFoundError(f"images must be files or directories; there is no {given}.")
     if not given.is_dir():
         return [given]
-    left_out = None if without is None else Path(without).resolve()
+    left_out = None if without is None or is_url(without) else Path(without).resolve()
     if left_out is not None and given.resolve().is_relative_to(left_out):
         raise ValueError(f"images must not be inside the directory to write, got {given} inside {without}.")
     files = sorted(Path(file) for _, file in image_files(given))
@@ -371,8 +401,19 @@ def _look(target: Path) -> dict[str, Any] | None:
 
 def _save(picture: Image.Image, target: Path, note: str) -> None:
     """Write a PNG, whole or not at all."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text(NOTE, note)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as unfinished:
-        picture.save(unfinished, "PNG", pnginfo=text)
+        picture.save(unfinished, "PNG", pnginfo=_text(note))
+
+
+def _png(picture: Image.Image, note: dict[str, Any]) -> bytes:
+    """The same file, in memory."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", pnginfo=_text(json.dumps(note, sort_keys=True)))
+    return file.getvalue()
+
+
+def _text(note: str) -> PngImagePlugin.PngInfo:
+    text = PngImagePlugin.PngInfo()
+    text.add_text(NOTE, note)
+    return text
