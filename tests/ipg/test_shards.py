@@ -23,7 +23,6 @@ from PIL import Image
 from pose2id import Centralizer, Extractor, PictureFolder, poses
 from pose2id.cli import main
 from pose2id.extractor import Preprocess
-from pose2id.ipg import batch as files
 from pose2id.ipg import generate_files
 from pose2id.ipg.batch import Written, missing_pictures
 from pose2id.ipg.folder import read_note
@@ -219,8 +218,40 @@ def test_more_images_than_are_asked_for_at_once(memory):
     names = [f"{i:03}" for i in range(70)]
     fill(memory, *names)
     shards = Shards(memory)
-    order = names[::-1]
-    assert [*shards.contents(shards.find([f"{name}.jpg" for name in order], 2))] == [[n.encode()] * 2 for n in order]
+    for order in (names[::-1], names[::7] * 3):
+        found = shards.find([f"{name}.jpg" for name in order], 2)
+        assert [*shards.contents(found)] == [[name.encode()] * 2 for name in order]
+
+
+def test_images_that_follow_each_other_come_together(memory, monkeypatch):
+    asked = []
+    ranges = MemoryFileSystem.cat_ranges
+
+    def seen(filesystem, paths, starts, ends):
+        asked.append([(end or 0) - (start or 0) for start, end in zip(starts, ends, strict=True)])
+        return ranges(filesystem, paths, starts, ends)
+
+    with ShardWriter(Shards(memory)) as writer:
+        for name in "abcdef":
+            writer.write(name, sample(name.encode(), 1 << 20))
+    shards = Shards(memory)
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", seen)
+    small = shards.find(["a.jpg", "c.jpg", "b.jpg", "e.jpg"], 1)
+    assert [*shards.contents(small)] == [[name * (1 << 20)] for name in (b"a", b"c", b"b", b"e")]
+    assert asked.pop() == [1 << 20] * 4  # between them are pictures that nobody wants
+    whole = shards.find(["f.jpg", "c.jpg", "b.jpg", "a.jpg"], 2)
+    assert [[len(file) for file in files] for files in shards.contents(whole)] == [[1 << 20] * 2] * 4
+    assert asked == [[2_097_664] * 4]  # two of them would be more than a request is for
+    with ShardWriter(shards) as writer:
+        for name in "xyz":
+            writer.write(name, sample(name.encode(), 1000))
+    asked.clear()
+    assert [files[0][:1] for files in shards.contents(shards.find(["z.jpg", "x.jpg", "y.jpg"], 2))] == [
+        b"z",
+        b"x",
+        b"y",
+    ]
+    assert asked[-1] == [6 * 1536 - 512 - 24]  # headers between them, and no padding behind the last
 
 
 class KilledError(Exception):
@@ -450,7 +481,7 @@ extractor = Extractor(lambda batch: batch.mean(3).flatten(1), transform=Preproce
 """
 
 
-def test_the_commands(weights, tmp_path, capsys, monkeypatch):
+def test_the_commands(generator, weights, tmp_path, capsys, monkeypatch):
     (tmp_path / "my_shard_model.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(3)
@@ -479,13 +510,17 @@ def test_the_commands(weights, tmp_path, capsys, monkeypatch):
     assert tables[0] == tables[1] == tables[2]
     assert any(row["name"] == "IPG" for row in tables[0]["rows"])
     # Finished pictures are not drawn again.
-    before = listed(url)
-    monkeypatch.setattr(files, "generate_files", killed)
+    other = f"file://{tmp_path}/other"
+    generate_files(generator, ["people"], other, root=".", **OPTIONS)
+    assert [*Shards(other)] == [f"people/p{pid}/{i}" for pid in (0, 1) for i in (0, 1)]
     monkeypatch.setattr("pose2id.IdentityGenerator.from_pretrained", killed)
-    assert main([*evaluate, "--generated", f"{tmp_path}/nowhere://", "--json"]) == 2
-    assert main([*evaluate, "--generated", "file:///no/where", "--json"]) == 2
-    assert "must hold shards of pictures" in capsys.readouterr().err
-    Path("people").rename("elsewhere")
-    evaluate[1] = "elsewhere"
-    assert main([*evaluate, "--generated", url, "--json"]) == 0
-    assert listed(url) == before
+    capsys.readouterr()
+    assert main([*evaluate, "--generated", other, "--weights", "tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == tables[0]["rows"]
+    # Others are, beside those that are there.
+    with pytest.raises(KilledError):
+        main([*evaluate, "--generated", url, "--weights", "tiny"])
+    with pytest.raises(KilledError):
+        main([*evaluate, "--generated", f"file://{tmp_path}/none", "--weights", "tiny"])
+    assert main([*evaluate, "--generated", f"file://{tmp_path}/none"]) == 2
+    assert "pose2id: --generated must hold shards of pictures" in capsys.readouterr().err

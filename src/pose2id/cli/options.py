@@ -18,7 +18,7 @@ _OPTION = {
     "repo_or_dir": ("weights", "source"),
     "num_identities": ("people",),
     "infrared_cameras": ("infrared",),
-    "directory": ("out",),
+    "directory": ("out", "generated"),
     "table": ("paper_table",),
 }
 _NAMED = re.compile(r"\A(\w+)(?: \(\w+\))?(?: and (\w+))?(?= (?:\S+ )?(?:must|is) )")

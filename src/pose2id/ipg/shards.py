@@ -38,6 +38,8 @@ IMAGES = 256  # of a shard, at most
 BYTES = 256 << 20  # when a shard is full
 _INDEX = re.compile(r"pictures-(\d{6,})\.json")
 _AHEAD = 32  # images whose pictures are asked for at once
+_REQUEST = 4 << 20  # bytes of one request, where it is for more than one image
+_GAP = 16 << 10  # bytes between two images that may be read for nothing: less than a request costs
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -213,11 +215,8 @@ class Shards:
         """
         for block in blocks(len(found), _AHEAD):
             some = [list(pictures) for pictures in found[block]]
-            # One request for an image: its pictures follow each other.
-            starts = [pictures[0].offset for pictures in some]
-            ends = [pictures[-1].offset + pictures[-1].size for pictures in some]
-            read = self._bytes([pictures[0].shard for pictures in some], starts, ends)
-            for pictures, start, content in zip(some, starts, read, strict=True):
+            spans = [(row[0].shard, row[0].offset, row[-1].offset + row[-1].size) for row in some]
+            for pictures, (_, start, _), content in zip(some, spans, self._of_spans(spans), strict=True):
                 files = [content[p.offset - start : p.offset - start + p.size] for p in pictures]
                 for picture, file in zip(pictures, files, strict=True):
                     if zlib.crc32(file) != picture.crc32:
@@ -252,6 +251,23 @@ class Shards:
             # Indexes may come out of order: one that was not whole a moment ago.
             if name not in self._images or self._images[name][0].number <= number:
                 self._images[name] = entry
+
+    def _of_spans(self, spans: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """What is in a shard from a start to an end; spans that follow each other come by one request."""
+        requests: list[tuple[str, int, int]] = []
+        of_span: dict[int, int] = {}
+        for i in sorted(range(len(spans)), key=spans.__getitem__):
+            shard, start, end = spans[i]
+            last, first, latest = requests[-1] if requests else ("", 0, 0)
+            if last == shard and start <= latest + _GAP and end <= first + _REQUEST:
+                requests[-1] = shard, first, max(end, latest)
+            else:
+                requests.append(spans[i])
+            of_span[i] = len(requests) - 1
+        shards, starts, ends = (list(values) for values in zip(*requests, strict=True))
+        read = self._bytes(shards, starts, ends)
+        offsets = [(k := of_span[i], start - starts[k], end - starts[k]) for i, (_, start, end) in enumerate(spans)]
+        return [read[k][start:end] for k, start, end in offsets]
 
     def _bytes(self, paths: list[str], starts: list[Any], ends: list[Any]) -> list[bytes]:
         """Parts of files, all at once where the file system can."""
