@@ -328,13 +328,45 @@ def test_an_image_that_is_interrupted_leaves_the_others_whole(memory, monkeypatc
     assert members(listed(memory)["pictures-000000.tar"], tmp_path) == {f"a.pose{m}.png": b"a" for m in (1, 2)}
 
 
-def test_two_runs_at_once_are_noticed(memory):
+def test_two_runs_into_one_shard_are_noticed(memory, monkeypatch):
+    opened = MemoryFileSystem.open
+
+    def meanwhile(*args, **options):
+        monkeypatch.setattr(MemoryFileSystem, "open", opened)
+        fill(memory, "b")
+        return opened(*args, **options)
+
     writer = ShardWriter(Shards(memory))
-    writer.write("a", sample(b"a"))
-    fill(memory, "b")
-    with pytest.raises(FileExistsError, match="got shards of another run"):
+    writer.write("a", sample(b"a", 20_000))
+    monkeypatch.setattr(MemoryFileSystem, "open", meanwhile)
+    with pytest.raises(FileExistsError, match=r"pictures-000000 was written by another run .* Delete that \.tar"):
         writer.finish()
-    assert [*Shards(memory)] == ["b"]
+    shards = Shards(memory)
+    assert [*shards] == ["b"]
+    assert "bytes of its index" in shards.damage("b")
+
+
+def test_writers_at_one_time_have_numbers_of_their_own(memory):
+    fill(memory, "before")
+    writers = [ShardWriter(Shards(memory), share=(i, 3)) for i in range(3)]
+    for k in range(2):
+        for i, writer in enumerate(writers):
+            writer.write(f"{i}.{k}", sample(b"x"))
+            if (i, k) != (1, 0):
+                writer.finish()
+    names = {
+        re.sub(r"\D", "", name): [*json.loads(content)["images"]]
+        for name, content in listed(memory).items()
+        if name.endswith("json")
+    }
+    assert names == {
+        "000000": ["before"],
+        "000003": ["0.0"],
+        "000005": ["2.0"],
+        "000006": ["0.1"],
+        "000007": ["1.0", "1.1"],
+        "000008": ["2.1"],
+    }
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
@@ -377,6 +409,8 @@ BAD = {
     "a list": "[]",
     "no size": json.dumps({**INDEX, "size": None}),
     "no notes": json.dumps({**INDEX, "notes": []}),
+    "no numbers": json.dumps({**INDEX, "images": {"x": {"image": None, "pictures": [[512, 3.0, 0, 0]]}}}),
+    "deep": "[" * 100_000,
     "outside": json.dumps({**INDEX, "size": 514}),
     **{
         name: json.dumps({**INDEX, "images": {name: INDEX["images"]["x"]}})

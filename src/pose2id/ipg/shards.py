@@ -136,10 +136,14 @@ class Shards:
         for path, content in zip(new, contents, strict=True):
             try:
                 self._add(indexes[path], path.removesuffix(".json") + ".tar", json.loads(content))
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 logger.warning("%s is no whole index, and its shard is left out (%s)", path, error)
             else:
                 self._read.add(path)
+
+    def has_index(self, number: int) -> bool:
+        """Whether a shard of this number is there."""
+        return f"pictures-{number:06}.json" in map(_last, self._sizes)
 
     @property
     def num_poses(self) -> int:
@@ -245,6 +249,8 @@ class Shards:
         images = {_checked_name(name): (shard, of["image"], of["pictures"]) for name, of in index["images"].items()}
         for _, _, places in images.values():
             for offset, size, crc32, note in places:
+                if not all(isinstance(value, int) for value in (offset, size, crc32, note)):
+                    raise TypeError("a place is not of whole numbers")
                 if min(offset, size, crc32, note) < 0 or offset + size > shard.size or note >= len(notes):
                     raise ValueError("a picture is outside its shard")
         for name, entry in images.items():
@@ -294,19 +300,23 @@ class ShardWriter:
 
     Args:
         shards: of the place.
+        share: (index, count) of this writer among several at one time: their shards have other numbers.
         images: that fill a shard.
         size: bytes that do.
     """
 
-    def __init__(self, shards: Shards, *, images: int = IMAGES, size: int = BYTES) -> None:
-        self.shards, self.images, self.size = shards, checked_count(images, "images"), checked_count(size, "size")
+    def __init__(
+        self, shards: Shards, *, share: tuple[int, int] = (0, 1), images: int = IMAGES, size: int = BYTES
+    ) -> None:
+        self.shards, self.share = shards, share
+        self.images, self.size = checked_count(images, "images"), checked_count(size, "size")
         self._shard: _Unfinished | None = None
 
     def write(self, name: str, pictures: Sequence[tuple[bytes, Mapping[str, Any]]]) -> None:
         """Add an image: in the order of the poses each picture's PNG file, with the note that it has.
 
         Raises:
-            FileExistsError: another run writes shards there.
+            FileExistsError: another run wrote a shard of this number in the meantime.
             OSError: a shard cannot be written; its images are lost.
         """
         if self._shard is None:
@@ -319,7 +329,7 @@ class ShardWriter:
         """Upload the shard that has been begun, if there is one."""
         shard, self._shard = self._shard, None
         if shard is not None:
-            shard.upload(self.shards)
+            shard.upload(self.shards, self.share)
 
     def __enter__(self) -> ShardWriter:
         """The writer."""
@@ -366,21 +376,24 @@ class _Unfinished:
             raise
         self.images[name] = {"image": image, "pictures": places}
 
-    def upload(self, shards: Shards) -> None:
+    def upload(self, shards: Shards, share: tuple[int, int]) -> None:
         with self.file:
             self.tar.close()
             size = self.file.seek(0, os.SEEK_END)
             self.file.seek(0)
             index = {"size": size, "notes": [json.loads(note) for note in self._notes], "images": self.images}
-            known = shards.next_number
             shards.refresh()
-            if shards.next_number != known:
-                raise FileExistsError(f"{shards.url} got shards of another run in the meantime. Run again alone.")
-            path = f"{shards.path}/pictures-{known:06}"
+            number = shards.next_number + (share[0] - shards.next_number) % share[1]
+            path = f"{shards.path}/pictures-{number:06}"
             with named(f"{shards.url}/{_last(path)}", "written"):
                 make_folder(shards.filesystem, shards.path)
                 with shards.filesystem.open(f"{path}.tar", "wb") as target:
                     shutil.copyfileobj(self.file, target, 1 << 20)
+            shards.refresh()
+            if shards.has_index(number):
+                taken = f"{shards.url}/{_last(path)} was written by another run in the meantime"
+                raise FileExistsError(f"{taken}, and may be damaged. Delete that .tar, and run again alone.")
+            with named(f"{shards.url}/{_last(path)}", "written"):
                 shards.filesystem.pipe_file(f"{path}.json", json.dumps(index).encode())
         shards.refresh()
 
