@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import tarfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -282,12 +283,16 @@ def test_a_shard_without_index_is_not_there(memory, monkeypatch, where):
 
 
 def test_a_run_that_fails_keeps_whole_images(generator, people, memory, monkeypatch, folder):
-    iterate = generator.generate_iter
+    iterate, write = generator.generate_iter, ShardWriter.write
+    written = threading.Semaphore(0)
 
     def interrupted(*args, **options):
         yield from itertools.islice(iterate(*args, **options), 3)
+        for _ in range(3):
+            assert written.acquire(timeout=60)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(ShardWriter, "write", lambda *given: (write(*given), written.release()))
     monkeypatch.setattr(generator, "generate_iter", interrupted, raising=False)
     with pytest.raises(KeyboardInterrupt):
         generate_files(generator, [people], memory, batch_size=2, **OPTIONS)

@@ -29,7 +29,7 @@ class Workers:
     """
 
     def __init__(self, cluster: Cluster, make: Callable[[], Callable[[Any], Any]]) -> None:
-        self._ray, self._cluster = cluster.ray, cluster
+        self._ray, self._cluster, self.count = cluster.ray, cluster, cluster.workers
         self._make = self._ray.cloudpickle.dumps(make)
         self._worker = self._ray.remote(_worker_class())
         self._starting: dict[Any, Any] = {}  # workers, by what says that they have begun
@@ -157,7 +157,7 @@ def _worker_class() -> type:
                 found = "none"
             if found != version:
                 given = f"{socket.gethostname()} has pose2id {found}, and this process {version}"
-                raise RuntimeError(f"workers must have the version of the process that they work for; {given}.")
+                raise RuntimeError(f"each worker must have the version of the process that it works for; {given}.")
             self._work = pickle.loads(make)()
 
         def work(self, task: Any) -> Any:

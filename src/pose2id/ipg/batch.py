@@ -15,20 +15,24 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from pose2id.io.checks import checked_flag, checked_flags, first_few
+from pose2id.io.beside import Beside
+from pose2id.io.checks import checked_count, checked_flag, checked_flags, first_few
 from pose2id.io.images import content_key, image_files, load_image
+from pose2id.io.rows import blocks
 from pose2id.io.urls import is_url
 from pose2id.io.whole_files import check_folder, whole_file
 from pose2id.ipg.folder import NOTE, read_note
 from pose2id.ipg.generator import IdentityGenerator
-from pose2id.ipg.pixels import References, load_poses
+from pose2id.ipg.pixels import References, load_poses, to_size
 from pose2id.ipg.sampler import denoise
 from pose2id.ipg.sampling import Sampling
 from pose2id.ipg.shards import Shards, ShardWriter
@@ -38,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 SHEETS = "sheets"
 _GAP = 4  # pixels between the pictures of a contact sheet
+_READ_AT_ONCE = 1024  # images whose keys are asked for together
+_PENDING = 64  # pictures that wait for the thread that writes them: two batches of CUDA's
 _SAMPLED = 256  # values of each tensor that a fingerprint looks at
 
 
@@ -89,6 +95,7 @@ def generate_files(
     batch_size: int | str = "auto",
     progress: bool = True,
     root: str | os.PathLike[str] | None = None,
+    share: tuple[int, int] = (0, 1),
     **settings: Any,
 ) -> Written:
     """Generate every person in every pose into PNG files, and go on where an earlier run stopped.
@@ -114,6 +121,8 @@ def generate_files(
         batch_size: pictures per forward.
         progress: show a bar on a terminal, of the pictures that are missing.
         root: folder below which an image's path is its NAME; None: that which was given, or the file's own.
+        share: (index, count) of this process among several that write into one directory, each its own images: those
+            whose content falls to it.
         **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size`, `ablation` of `IdentityGenerator.generate`.
 
     Raises:
@@ -123,20 +132,22 @@ def generate_files(
     checked_flag(progress, "progress")
     generator.networks.resolve_batch_size(batch_size)
     sampling = generator.checked_sampling(sampling, **settings)
-    job = _Job(generator, images, directory, poses, sampling, grid, overwrite, root)
+    found = collect_images(images, directory, root)
+    made_from = {**sampling_note(sampling), **generator_note(generator)}
+    job = Job(found, directory, poses, made_from, grid=grid, overwrite=overwrite, share=share)
     results = iter(())
     if job.incomplete:
+        # As they were generated: the thread that writes them resizes them, beside the GPU.
+        whole = replace(sampling, size=None)
         references = job.references.some(list(job.incomplete))
-        results = generator.generate_iter(
-            references, poses, sampling=sampling, batch_size=batch_size, progress=progress
-        )
-    with job.writer or nullcontext():
-        for i in range(len(job.names)):
+        results = generator.generate_iter(references, poses, sampling=whole, batch_size=batch_size, progress=progress)
+    with job.writing(), Beside(most=pending(job.poses)) as writer:
+        for i in job.keys:
             if i in job.incomplete:
-                job.write(i, next(results))
+                writer.do(job.write, i, next(results))
             if grid:
-                job.write_sheet(i)
-    return Written(job.missing, len(job.names) * len(job.poses) - job.missing)
+                writer.do(job.write_sheet, i)
+    return Written(job.missing, len(job.keys) * len(job.poses) - job.missing)
 
 
 def missing_pictures(
@@ -150,8 +161,8 @@ def missing_pictures(
     **settings: Any,
 ) -> int:
     """How many pictures `generate_files` would write; arguments and errors are the same."""
-    sampling = generator.checked_sampling(sampling, **settings)
-    return _Job(generator, images, directory, poses, sampling, False, overwrite).missing
+    made_from = {**sampling_note(generator.checked_sampling(sampling, **settings)), **generator_note(generator)}
+    return Job(collect_images(images, directory), directory, poses, made_from, overwrite=overwrite).missing
 
 
 def seconds_per_picture(
@@ -241,85 +252,164 @@ def _sampler_key(sampler: Any) -> str:
     return f"{sampler.__module__}.{sampler.__qualname__}"
 
 
-class _Job:
-    """What is to be made, from what, and what of it is there."""
+def sampling_note(sampling: Sampling) -> dict[str, Any]:
+    """What a picture's note says of its settings."""
+    return {"generated": True, **sampling.note()}
+
+
+def generator_note(generator: IdentityGenerator) -> dict[str, Any]:
+    """What a picture's note says of the generator."""
+    return {
+        "dtype": str(generator.dtype).removeprefix("torch."),
+        "generator": fingerprint(generator),
+        "weights": generator.sources,
+    }
+
+
+def picture_notes(key: str, poses: Iterable[str], made_from: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The notes of an image's pictures: of its content key, the keys of the poses, and what all pictures share."""
+    return [{"pose": pose, "image": key, **made_from} for pose in poses]
+
+
+def pending(poses: Sequence[Any]) -> int:
+    """How many images' pictures may wait to be written while others are generated."""
+    return max(2, _PENDING // len(poses))
+
+
+def encoded(picture: Image.Image, note: Mapping[str, Any]) -> bytes:
+    """A generated picture as PNG, in the size that its note says."""
+    return _png(to_size(picture, note["size"]), note)
+
+
+class Job:
+    """What is to be made, from what, and what of it is there.
+
+    Args:
+        found: name to file, of `collect_images`.
+        directory: see `generate_files`.
+        poses: see `generate_files`.
+        made_from: what the notes of all pictures say: `sampling_note` and `generator_note`.
+        grid: see `generate_files`.
+        overwrite: see `generate_files`.
+        share: see `generate_files`.
+        leave_out: what cannot be read or was generated is in `broken`, and no error.
+
+    Attributes:
+        names: of all images.
+        keys: place to content key, of the images of this share.
+        broken: place to reason, of images that are left out.
+        incomplete: place to number of pictures that are missing.
+        shards: of a URL; None of a folder.
+
+    Raises:
+        FileExistsError, ValueError: see `generate_files`.
+    """
 
     def __init__(
         self,
-        generator: IdentityGenerator,
-        images: Iterable[str | os.PathLike[str]],
+        found: Mapping[str, Path],
         directory: str | os.PathLike[str],
         poses: Any,
-        sampling: Sampling,
-        grid: bool,
-        overwrite: bool,
-        root: str | os.PathLike[str] | None = None,
+        made_from: Mapping[str, Any],
+        *,
+        grid: bool = False,
+        overwrite: bool = False,
+        share: tuple[int, int] = (0, 1),
+        leave_out: bool = False,
     ) -> None:
         checked_flags(grid=grid, overwrite=overwrite)
+        processes = checked_count(share[1], "share's count")
+        process = checked_count(share[0], "share's index", least=0, most=processes - 1)
         if is_url(directory) and grid:
             raise ValueError(f"grid must be False for a URL, whose shards have no contact sheets, got {directory}.")
         self.place = os.fspath(directory)
         self.shards = Shards(directory) if is_url(directory) else None
-        self.writer = None if self.shards is None else ShardWriter(self.shards)
+        self._writer = None if self.shards is None else ShardWriter(self.shards, share=(process, processes))
         # Pictures in shards go by their paths below the URL.
         self.directory = Path(directory if self.shards is None else "")
         check_folder(self.directory)
-        found = collect_images(images, directory, root)
-        self.names, self.overwrite = list(found), overwrite
+        self.names, self.paths, self.overwrite = list(found), list(found.values()), overwrite
         self.poses = load_poses(poses)
         if self.shards is None:
             for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):
                 check_folder(self.directory / folder)
-        self.references = References(list(found.values()), [f"image {name}" for name in found])
-        self._keys = _content_keys(found, self.references)
-        self._made_with = {
-            "generated": True,
-            **sampling.note(),
-            "dtype": str(generator.dtype).removeprefix("torch."),
-            "generator": fingerprint(generator),
-            "weights": generator.sources,
-        }
+        self.references = References(self.paths, [f"image {name}" for name in found])
+        keys, self.broken = self._content_keys()
+        if self.broken and not leave_out:
+            raise ValueError(first_few(self.broken.values(), most=10, separator="\n"))
+        # By content: equal images of two names are one process's, and no other one's.
+        self.keys = {i: key for i, key in keys.items() if int(key[:8], 16) % processes == process}
+        self._made_from = dict(made_from)
         there = self._there(grid)
-        every = range(len(self.names))
-        # A dictionary for its order, which is that of the results.
-        self.incomplete = dict.fromkeys(i for i in every if not there.issuperset(self._pictures(i)))
-        self.missing = sum(target not in there for i in every for target in self._pictures(i))
+        missing = {i: sum(target not in there for target in self._pictures(i)) for i in self.keys}
+        self.incomplete = {i: count for i, count in missing.items() if count}
 
-    def write(self, i: int, pictures: Sequence[Image.Image]) -> None:
-        """Save an image's pictures, except those that are there; in a shard they stay together."""
-        if self.writer is not None:
-            notes = self._pictures(i).values()
-            self.writer.write(self.names[i], [(_png(*pair), pair[1]) for pair in zip(pictures, notes, strict=True)])
+    @property
+    def missing(self) -> int:
+        """How many pictures are to be made."""
+        return sum(self.incomplete.values())
+
+    def _content_keys(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Keys of images by their places, and reasons why others have none."""
+        keys: dict[int, str] = {}
+        broken: dict[int, str] = {}
+
+        def key(i: int) -> str | ValueError:
+            try:
+                if read_note(self.paths[i]):
+                    given = f"{self.paths[i]} was generated by pose2id"
+                    raise ValueError(f"image {self.names[i]} must be a person's, and {given}.")
+                return content_key(self.references[i])
+            except ValueError as error:
+                return error
+
+        with ThreadPoolExecutor(thread_name_prefix="pose2id-keys") as pool:
+            for some in blocks(len(self.paths), _READ_AT_ONCE):
+                places = range(some.start, some.stop)
+                for i, found in zip(places, pool.map(key, places), strict=True):
+                    (keys if isinstance(found, str) else broken)[i] = str(found)
+        return keys, broken
+
+    def writing(self) -> AbstractContextManager[Any]:
+        """A context to write in: at its end everything is where it belongs."""
+        return nullcontext() if self._writer is None else self._writer
+
+    def write(self, i: int, pictures: Sequence[Image.Image | bytes]) -> None:
+        """Save an image's pictures, as generated or as PNG, except those that are there; all of them in a shard."""
+        if self._writer is not None:
+            pairs = zip(pictures, self._pictures(i).values(), strict=True)
+            files = [(one if isinstance(one, bytes) else encoded(one, note), note) for one, note in pairs]
+            self._writer.write(self.names[i], files)
             return
         for (target, note), picture in zip(self._pictures(i).items(), pictures, strict=True):
-            self._write(picture, target, note)
+            self._write(picture if isinstance(picture, bytes) else partial(encoded, picture, note), target, note)
 
     def write_sheet(self, i: int) -> None:
         """Save an image's contact sheet, made of the files, unless it is there."""
+        target, note = self._sheet(i)
 
-        def sheet() -> Image.Image:
+        def sheet() -> bytes:
             pictures = [load_image(target, "picture") for target in self._pictures(i)]
-            return contact_sheet(self.references[i], [drawing for _, drawing in self.poses], pictures)
+            return _png(contact_sheet(self.references[i], [drawing for _, drawing in self.poses], pictures), note)
 
-        self._write(sheet, *self._sheet(i))
+        self._write(sheet, target, note)
 
-    def _write(self, picture: Image.Image | Callable[[], Image.Image], target: Path, note: dict[str, Any]) -> None:
+    def _write(self, content: bytes | Callable[[], bytes], target: Path, note: dict[str, Any]) -> None:
         # Looked at again: another run may write here too.
         found = _look(target)
         if found == note:
             return
         if found is not None and not self.overwrite:
             raise self._others([(target, found, note)])
-        _save(picture() if callable(picture) else picture, target, json.dumps(note, sort_keys=True))
+        _save(content if isinstance(content, bytes) else content(), target)
 
     def _pictures(self, i: int) -> dict[Path, dict[str, Any]]:
         """The files of an image, one for each pose, with their notes."""
-        made_from = {"image": self._keys[i], **self._made_with}
-        folders = ((self.directory / f"pose{m}", key) for m, (key, _) in enumerate(self.poses, 1))
-        return {folder / f"{self.names[i]}.png": {"pose": key, **made_from} for folder, key in folders}
+        notes = picture_notes(self.keys[i], [key for key, _ in self.poses], self._made_from)
+        return {self.directory / f"pose{m}" / f"{self.names[i]}.png": note for m, note in enumerate(notes, 1)}
 
     def _sheet(self, i: int) -> tuple[Path, dict[str, Any]]:
-        note = {"image": self._keys[i], "pose": [key for key, _ in self.poses], **self._made_with}
+        note = {"image": self.keys[i], "pose": [key for key, _ in self.poses], **self._made_from}
         return self.directory / SHEETS / f"{self.names[i]}.png", note
 
     def _there(self, grid: bool) -> set[Path]:
@@ -331,7 +421,7 @@ class _Job:
             raise FileExistsError(f"{self.place} {rule}. {remedy}.")
         there: set[Path] = set()
         others: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
-        for i in range(len(self.names)):
+        for i in self.keys:
             targets = dict([*self._pictures(i).items(), *([self._sheet(i)] if grid else [])])
             found = self._found(i, targets)
             fitting = [target for target, note in targets.items() if found.get(target) == note]
@@ -375,21 +465,6 @@ def _files_of(given: Path, without: str | os.PathLike[str] | None) -> list[Path]
     return files
 
 
-def _content_keys(images: Mapping[str, Path], references: References) -> list[str]:
-    """Of all images, or one error for all that are broken."""
-    keys, broken = [], []
-    for i, (name, path) in enumerate(images.items()):
-        try:
-            if read_note(path):
-                raise ValueError(f"image {name} must be a person's, and {path} was generated by pose2id.")
-            keys.append(content_key(references[i]))
-        except ValueError as error:
-            broken.append(str(error))
-    if broken:
-        raise ValueError(first_few(broken, most=10, separator="\n"))
-    return keys
-
-
 def _look(target: Path) -> dict[str, Any] | None:
     """A file's note, {} if it has none; None: there is no file, or a damaged one of ours, which is made anew."""
     try:
@@ -399,21 +474,15 @@ def _look(target: Path) -> dict[str, Any] | None:
         return None
 
 
-def _save(picture: Image.Image, target: Path, note: str) -> None:
-    """Write a PNG, whole or not at all."""
+def _png(picture: Image.Image, note: Mapping[str, Any]) -> bytes:
+    text, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text(NOTE, json.dumps(note, sort_keys=True))
+    picture.save(content, "PNG", pnginfo=text)
+    return content.getvalue()
+
+
+def _save(content: bytes, target: Path) -> None:
+    """Write a file, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as unfinished:
-        picture.save(unfinished, "PNG", pnginfo=_text(note))
-
-
-def _png(picture: Image.Image, note: dict[str, Any]) -> bytes:
-    """The same file, in memory."""
-    file = io.BytesIO()
-    picture.save(file, "PNG", pnginfo=_text(json.dumps(note, sort_keys=True)))
-    return file.getvalue()
-
-
-def _text(note: str) -> PngImagePlugin.PngInfo:
-    text = PngImagePlugin.PngInfo()
-    text.add_text(NOTE, note)
-    return text
+        unfinished.write_bytes(content)

@@ -243,6 +243,16 @@ class Shards:
                     unfinished.write_bytes(file)
         return targets
 
+    def write_beside(self, name: str, content: bytes | None) -> None:
+        """Write another file beside the shards; None: remove it, if it is there."""
+        path = f"{self.path}/{name}"
+        with named(f"{self.url}/{name}", "written"):
+            if content is not None:
+                make_folder(self.filesystem, self.path)
+                self.filesystem.pipe_file(path, content)
+            elif self.filesystem.exists(path):
+                self.filesystem.rm_file(path)
+
     def _add(self, number: int, path: str, index: Mapping[str, Any]) -> None:
         notes = [dict(note) for note in index["notes"]]
         shard = _Shard(number, path, int(index["size"]), notes)
