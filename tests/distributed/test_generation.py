@@ -7,7 +7,10 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from threading import Timer
@@ -15,6 +18,7 @@ from threading import Timer
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from miniature import miniature
 from PIL import Image
 
@@ -27,7 +31,8 @@ from pose2id.ipg import batch, generate_files
 from pose2id.ipg.folder import read_note
 
 # Workers don't find test modules.
-pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
+ray = pytest.importorskip("ray")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 OPTIONS = {"poses": poses.standard()[:2], "sampling": Sampling(steps=3, size=(16, 8)), "batch_size": 4}
 IMAGES = 24
@@ -57,7 +62,18 @@ def given(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def third(two_nodes):
-    return two_nodes.add_node(num_cpus=1)
+    node = two_nodes.add_node(num_cpus=1)
+    yield node
+    if node in two_nodes.worker_nodes:
+        two_nodes.remove_node(node)
+    wait_for_machines(2)
+
+
+def wait_for_machines(count):
+    """Until the cluster knows which are gone: other tests count them."""
+    soon = time.monotonic() + 30
+    while sum(node["Alive"] for node in ray.nodes()) > count and time.monotonic() < soon:
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +169,29 @@ def test_files_are_read_as_they_are_needed(workers, given, tmp_path, monkeypatch
     assert max(ahead) < IMAGES
 
 
+def process(worker):
+    time.sleep(0.02)
+    return os.getpid()
+
+
+def test_a_machine_that_goes(two_nodes, third, workers, given, tmp_path, monkeypatch, caplog):
+    pids = set()
+    while len(pids) < 3:  # all have begun
+        pids |= {pid for _, pid in workers.results([process] * 6)}
+    read, read_bytes = [], Path.read_bytes
+
+    def reading(path):
+        read.append(path)
+        if len(read) == 16:  # its worker has two tasks, and would get more
+            two_nodes.remove_node(third, allow_graceful=False)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    assert run(workers, given, tmp_path).written == 2 * IMAGES
+    assert_as_by_one_process(tmp_path, given)
+    assert "a worker died" in caplog.text
+
+
 def kill_one(pids, dying):
     alive = [int(path.name) for path in pids.iterdir() if Path("/proc", path.name).exists()]
     dying.append(random.choice(alive))
@@ -177,21 +216,6 @@ def test_a_worker_killed_at_a_random_moment(workers, given, tmp_path, monkeypatc
     assert len(saved) == 2 * IMAGES  # none twice
     assert len(dying) == 1
     assert_as_by_one_process(tmp_path, given)
-
-
-def test_a_machine_that_goes(two_nodes, third, workers, given, tmp_path, monkeypatch, caplog):
-    save, saved = batch._save, []
-
-    def saving(content, target):
-        saved.append(target)
-        if len(saved) == 4:
-            two_nodes.remove_node(third, allow_graceful=False)
-        save(content, target)
-
-    monkeypatch.setattr(batch, "_save", saving)
-    assert run(workers, given, tmp_path).written == 2 * IMAGES
-    assert_as_by_one_process(tmp_path, given)
-    assert "a worker died" in caplog.text
 
 
 @pytest.fixture
@@ -310,12 +334,13 @@ def fixed(given, folder):
 def test_the_command(command, given, with_broken, tmp_path, capsys):
     assert command("--ray", "auto") == 0
     out = tmp_path / "out"
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()[-1]  # Ray tells of workers that tests before have killed
     assert printed.startswith(f"wrote {2 * IMAGES} pictures to {out} (")
-    assert printed.endswith(" pictures/s of 3 workers)\n")
+    assert printed.endswith(" pictures/s of 3 workers)")
     assert_as_by_one_process(out, given)
     assert command("--workers", 3) == 0
-    assert capsys.readouterr().out == f"wrote 0 pictures to {out}; {2 * IMAGES} were there already\n"
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed == f"wrote 0 pictures to {out}; {2 * IMAGES} were there already"
     assert command("--workers", 3, images=with_broken) == 1
     said = capsys.readouterr().err
     assert f"3 images were left out, all in {out / 'broken.csv'}:\nimage cam0/00 cannot be read: " in said
@@ -345,10 +370,71 @@ def test_what_the_command_says_no_to(command, tmp_path, capsys, monkeypatch):
     assert "--ray must be 'auto', 'host:port' or 'ray://host:port', got 'head'." in capsys.readouterr().err
     assert command("--ray", "auto", "--dry-run") == 2
     assert "--dry-run must not be given with --ray" in capsys.readouterr().err
-    monkeypatch.setattr(sys.modules["ray"], "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     assert command("--ray", "127.0.0.1:1") == 2
     assert "--ray must be that of a Ray cluster; nothing answers at '127.0.0.1:1'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
     assert command("--workers", 2) == 2
     assert 'pip install "pose2id[distributed]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def started(given, tmp_path, *launcher, words=()):
+    """The command in a process of its own."""
+    poses.write(OPTIONS["poses"], tmp_path / "poses.json")
+    given = ["-m", "pose2id", "generate", given / "people", *fixed(given, tmp_path), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    python = [sys.executable, *map(str, launcher), *map(str, given)]
+    return subprocess.Popen(python, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_an_interrupted_command_leaves_whole_files_and_goes_on(two_nodes, workers, given, tmp_path):
+    machines = sum(node["Alive"] for node in ray.nodes())
+    with_room = two_nodes.add_node(num_cpus=2)
+    process = started(given, tmp_path, words=("--ray", two_nodes.address, "--workers", 1, "--steps", 60))
+    out, soon = tmp_path / "out", time.monotonic() + 60
+    while not any(out.rglob("*.png")) and process.poll() is None and time.monotonic() < soon:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    two_nodes.remove_node(with_room)
+    wait_for_machines(machines)
+    assert (process.returncode, said.splitlines()[-1]) == (130, "pose2id: interrupted"), said
+    assert "Traceback" not in said
+    names = below(out)
+    assert 0 < len(names) < 2 * IMAGES
+    assert not [name for name in names if Path(name).name.startswith(".")]
+    assert all(read_note(out / name)["num_inference_steps"] == 60 for name in names)
+    done = run(workers, given, out, sampling=Sampling(steps=60, size=(16, 8)))
+    assert (done.written, done.kept) == (2 * IMAGES - len(names), len(names))
+
+
+def test_two_processes_of_a_launcher(given, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
+    process = started(given, tmp_path, *launcher, words=("--grid",))
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert printed == f"wrote {2 * IMAGES} pictures to {tmp_path / 'out'}\n"
+    assert_as_by_one_process(tmp_path / "out", given, grid=True)
+
+
+def test_each_image_is_one_process_s(given, tmp_path):
+    generator = IdentityGenerator.from_pretrained(given / "weights", device="cpu")
+    counts = []
+    for index in range(3):
+        options = {**OPTIONS, "share": (index, 3), "progress": False}
+        done = generate_files(generator, [given / "people"], tmp_path, **options)
+        assert done.kept == 0
+        counts.append(done.written)
+        assert generate_files(generator, [given / "people"], tmp_path, **options).kept == done.written
+    assert sum(counts) == 2 * IMAGES
+    assert min(counts) > 0
+    assert_as_by_one_process(tmp_path, given)
+    with pytest.raises(ValueError, match="share's index must be at most 2, got 3"):
+        generate_files(generator, [given / "people"], tmp_path, **{**options, "share": (3, 3)})
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]

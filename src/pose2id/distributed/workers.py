@@ -67,7 +67,13 @@ class Workers:
             Exception: what the function, or `make`, raised: of one task, and no other result comes.
         """
         self._deaths.clear()
-        yield from self._run(enumerate(tasks))
+        try:
+            yield from self._run(enumerate(tasks))
+        finally:
+            # What comes of tasks that were given up, for an error or by the caller, is nobody's.
+            self._again.clear()
+            for held in self._held.values():
+                held.clear()
 
     def _run(self, tasks: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         self._hand_out(tasks)
