@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def _command(argv, output, name, number):
 
     status = 1
     try:
+        threading.setprofile(count)
         sys.setprofile(count)
         status = main(argv)
         sys.setprofile(None)
@@ -144,7 +146,7 @@ POSES = (
 )
 # A command, the function in which it is interrupted, and at which of its calls: where files are half-written.
 COMMANDS = {
-    "generate": (GENERATE, "putchunk", 42),
+    "generate": (GENERATE, "write_bytes", 42),
     "train": (TRAIN, "save_file", 9),
     "enhance": ("enhance {given}/features.npz {out}/enhanced.npz", "write_array", 2),
     "evaluate": ("evaluate {given}/features.npz", "evaluate", 2),

@@ -104,8 +104,9 @@ class Centralizer:
         neighbors: a search of your own in its place (see `nfc`), with method="nfc".
         max_memory: bytes for each search, see `pose2id.nearest_neighbors`.
         **shortcuts: transform, inputs, batch_size, device, flip and pad_last_batch, for an `Extractor` of the model;
-            generator with generate_options (the generator's keywords), for `GeneratedPictures`; or generated, for a
-            `PictureFolder`; poses, num_poses and pose_inputs for either. None means the default.
+            generator with generate_options (the generator's keywords), for `GeneratedPictures`; or generated, a folder
+            or URL (s3://, hf://, ...), for a `PictureFolder`; poses, num_poses and pose_inputs for either. None means
+            the default.
     """
 
     def __init__(

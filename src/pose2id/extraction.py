@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pose2id.extractor import Extraction, Extractor, Images, SideInputs
 from pose2id.io.checks import as_numpy, checked_count, checked_flags, first_few
-from pose2id.io.images import image_of, load_image
+from pose2id.io.images import image_from_bytes, load_image
 from pose2id.io.rows import blocks
 from pose2id.io.whole_files import new_file, whole_file
 
@@ -168,7 +168,7 @@ class Files(Images):
 
         def image(i: int) -> Image.Image:
             name = f"images[{first + i}]"
-            return load_image(paths[i], name) if contents is None else image_of(contents[i], paths[i], name)
+            return load_image(paths[i], name) if contents is None else image_from_bytes(contents[i], name, paths[i])
 
         def read(block: slice) -> list[Tensor]:
             return [transform(image(i)) for i in range(len(paths))[block]]

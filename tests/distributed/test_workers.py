@@ -36,6 +36,10 @@ def slow():
     return work
 
 
+def inverses():
+    return lambda x: 1 / x
+
+
 def test_each_task_once_by_two_workers(two_nodes):
     with connected() as cluster:
         assert cluster.workers == 2
@@ -57,6 +61,14 @@ def test_tasks_again_for_the_same_workers(two_nodes):
         again = dict(workers.results([4, 5]))
     assert (place, nine) == (0, 9)
     assert again == {0: (16, first), 1: (25, first)}
+
+
+def test_tasks_that_were_given_up_are_forgotten(two_nodes):
+    with connected(workers=1) as cluster, Workers(cluster, inverses) as workers:
+        with pytest.raises(ZeroDivisionError):
+            list(workers.results([1, 0, 3]))
+        next(workers.results(range(1, 6)))
+        assert list(workers.results([4, 2])) == [(0, 0.25), (1, 0.5)]
 
 
 def test_tasks_are_drawn_as_they_are_needed(two_nodes):

@@ -17,7 +17,10 @@ _NOT_OURS = "bitsandbytes.backends.cpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 after an error that was printed, 130 if interrupted."""
+    """Run the command line and return its exit status.
+
+    0; 1 if something was left out, as was printed; 2 after an error that was printed; 130 if interrupted.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # not every console can print ID²
@@ -25,14 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         with _console(args.told):
-            args.run(args)
+            return args.run(args) or 0
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"pose2id: {in_words_of(args, error) or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pose2id: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 @contextmanager

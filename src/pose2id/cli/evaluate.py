@@ -65,7 +65,7 @@ def add_command(commands: Any) -> None:
     trials.add_argument("--sampler", help="SYSU-MM01: official, where PLACE has it, else seeded")
 
     pictures = parser.add_argument_group("generated images")
-    pictures.add_argument("--generated", metavar="DIR", help="pictures that `pose2id generate` made of the images")
+    pictures.add_argument("--generated", metavar="DIR|URL", help="what `pose2id generate` made of the images")
     pictures.add_argument("--weights", metavar="REPO|DIR", help="make those that --generated lacks with these weights")
     pictures.add_argument("--eta", type=float, help="their weight in eq. 9 (default: the paper's for the data set)")
     pictures.add_argument("--subsets", type=int, default=5, help="--table 6: sets of M pictures a row (%(default)s)")

@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +165,18 @@ def _pooled(feats: Sequence[Any], splits: Sequence[Split]) -> tuple[list[Any], l
     return [x for x, _ in pooled], labels, paths
 
 
+def _some_picture(place: Path | str, names: Iterable[str]) -> tuple[str | None, bool]:
+    """A picture that a folder or URL has, and whether it has pictures of images of these names."""
+    if isinstance(place, str):
+        from pose2id.ipg.shards import Shards  # noqa: PLC0415
+
+        shards = Shards(place)
+        return next(iter(shards), None), any(name in shards for name in names)
+    first = place / "pose1"
+    made = next(first.rglob("*.png"), None) if first.is_dir() else None
+    return None if made is None else str(made), any((first / f"{name}.png").is_file() for name in names)
+
+
 class _Extraction:
     """The images of a data set's splits through the model, or their features from a file."""
 
@@ -210,28 +222,35 @@ class _Extraction:
             raise ValueError("--model must be given with generated images, which have to go through it.")
         from pose2id.ipg.pictures import PictureFolder  # noqa: PLC0415
 
-        folder = self._drawn()
-        pictures = list(PictureFolder(folder)(self.paths))
+        place = self._drawn()
+        # From a URL they are copied: extraction, its reuse and the page take files.
+        copies = hashlib.sha256(os.fspath(place).encode()).hexdigest()[:12]
+        pictures = PictureFolder(place).files(self.paths, self.cache / "pictures" / copies)
         flat = [os.fspath(path) for of_image in pictures for path in of_image]
         feats = self._through_the_model(flat)
         return self._by_split(pictures), self._by_split(feats.reshape(len(pictures), -1, feats.shape[1]))
 
-    def _drawn(self) -> Path:
-        """The folder of pictures, after those that it lacks were made."""
+    def _drawn(self) -> Path | str:
+        """The folder or URL of pictures, after those that it lacks were made."""
+        from pose2id.io.urls import is_url  # noqa: PLC0415
+
         args = self.args
         if args.weights is None:
-            return Path(args.generated)
+            return args.generated if is_url(args.generated) else Path(args.generated)
         from pose2id import IdentityGenerator  # noqa: PLC0415
         from pose2id.ipg.batch import generate_files  # noqa: PLC0415
 
         key = hashlib.sha256(f"{args.weights} {self.found.root.resolve()}".encode()).hexdigest()[:12]
-        folder = Path(args.generated or self.cache / "generated" / f"{self.found.name}-{key}")
-        if self._all_there(folder):
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        place: Path | str = args.generated or ""
+        if not is_url(place):
+            place = Path(place or self.cache / "generated" / f"{self.found.name}-{key}")
+        if self._all_there(place):
+            return place
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
         generator = IdentityGenerator.from_pretrained(args.weights, device=args.device)
-        generate_files(generator, self.paths, folder, root=self._root())
-        return folder
+        generate_files(generator, self.paths, place, root=self._root())
+        return place
 
     def _root(self) -> Path:
         """The folder below which images are named: as `pose2id generate` names those of the data set or table."""
@@ -240,29 +259,25 @@ class _Extraction:
         train = () if self.found.train is None else self.found.train.paths
         return common_folder(self.found.root, [*self.paths, *train])
 
-    def _all_there(self, folder: Path) -> bool:
-        """Whether a folder has all pictures, under whatever names; not where it would get two names for one."""
+    def _all_there(self, place: Path | str) -> bool:
+        """Whether a folder or URL has all pictures, under whatever names; not where it would get two names for one."""
         from pose2id.ipg.batch import collect_images  # noqa: PLC0415
         from pose2id.ipg.pictures import PictureFolder  # noqa: PLC0415
 
-        first = folder / "pose1"
-        made = next(first.rglob("*.png"), None) if first.is_dir() else None
-        if made is None:
-            return False
         root = self._root()
-        names = collect_images(self.paths, folder, root)
-        if any((first / f"{name}.png").is_file() for name in names):
+        made, has_ours = _some_picture(place, collect_images(self.paths, place, root))
+        if made is None or has_ours:
             return False  # those that are missing are drawn beside them
         try:
-            PictureFolder(folder)(self.paths)
+            PictureFolder(place)(self.paths)
         except ValueError as error:
             given = f"{made}, and not all pictures under such names ({error})"
             rule = f"be named by paths below {root}, or all be there"
             raise ValueError(
-                f"pictures in --generated {folder} must {rule}, got {given}. Complete them with `pose2id generate`, or "
+                f"pictures in --generated {place} must {rule}, got {given}. Complete them with `pose2id generate`, or "
                 "choose another folder."
             ) from error
-        logger.info("%s has all pictures: none is drawn", folder)
+        logger.info("%s has all pictures: none is drawn", place)
         return True
 
     def _through_the_model(self, paths: Sequence[str]) -> Any:

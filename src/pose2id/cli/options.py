@@ -18,7 +18,7 @@ _OPTION = {
     "repo_or_dir": ("weights", "source"),
     "num_identities": ("people",),
     "infrared_cameras": ("infrared",),
-    "directory": ("out",),
+    "directory": ("out", "generated"),
     "table": ("paper_table",),
     "address": ("ray",),
     "readers": ("workers",),
@@ -30,11 +30,14 @@ def command(
     commands: Any,
     name: str,
     help_text: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     epilog: str = "",
     told: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
-    """A command's parser, whose arguments `run` gets; what the loggers of `told` say at level INFO is shown."""
+    """A command's parser; `run` gets the arguments and gives an exit status, None being 0.
+
+    What the loggers of `told` say at level INFO is shown.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_text,

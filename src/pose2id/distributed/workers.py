@@ -29,7 +29,7 @@ class Workers:
     """
 
     def __init__(self, cluster: Cluster, make: Callable[[], Callable[[Any], Any]]) -> None:
-        self._ray, self._cluster = cluster.ray, cluster
+        self._ray, self._cluster, self.count = cluster.ray, cluster, cluster.workers
         self._make = self._ray.cloudpickle.dumps(make)
         self._worker = self._ray.remote(_worker_class())
         self._starting: dict[Any, Any] = {}  # workers, by what says that they have begun
@@ -67,7 +67,13 @@ class Workers:
             Exception: what the function, or `make`, raised: of one task, and no other result comes.
         """
         self._deaths.clear()
-        yield from self._run(enumerate(tasks))
+        try:
+            yield from self._run(enumerate(tasks))
+        finally:
+            # What comes of tasks that were given up, for an error or by the caller, is nobody's.
+            self._again.clear()
+            for held in self._held.values():
+                held.clear()
 
     def _run(self, tasks: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         self._hand_out(tasks)
@@ -157,7 +163,7 @@ def _worker_class() -> type:
                 found = "none"
             if found != version:
                 given = f"{socket.gethostname()} has pose2id {found}, and this process {version}"
-                raise RuntimeError(f"workers must have the version of the process that they work for; {given}.")
+                raise RuntimeError(f"each worker must have the version of the process that it works for; {given}.")
             self._work = pickle.loads(make)()
 
         def work(self, task: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import operator
 import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def load_image(item: Any, name: str) -> Image.Image:
     dense(item, name)
     _check_pixels(item, name)
     if isinstance(item, (str, os.PathLike)):
-        return decoded(os.fspath(item), lambda: _read(os.fspath(item), name))
+        path = os.fspath(item)
+        return decoded(path, lambda: _read(path, name, path))
     if isinstance(item, Image.Image):
         return _as_rgb(item, name, _stored_mode(item))
     axis = _colour_axis(item, name)
@@ -177,20 +178,20 @@ def _check_pixels(item: Any, name: str) -> None:
         raise ValueError(f"{name} must hold pixels, got an empty image of shape {shape}. Leave empty crops out.")
 
 
-def image_of(content: bytes, path: str | os.PathLike[str], name: str) -> Image.Image:
-    """An image file as an RGB picture, of whose path this process has only the content."""
-    return _read(os.fspath(path), name, BytesIO(content))
+def image_from_bytes(content: bytes, name: str, path: str | os.PathLike[str] = "") -> Image.Image:
+    """The RGB picture of a file's bytes, the same as `load_image` reads from the file, which errors name."""
+    return _read(io.BytesIO(content), name, os.fspath(path) or f"{len(content)} bytes")
 
 
-def _read(path: str, name: str, content: BytesIO | None = None) -> Image.Image:
+def _read(file: Any, name: str, where: str) -> Image.Image:
     try:
-        with Image.open(path if content is None else content) as picture:
+        with Image.open(file) as picture:
             mode = _stored_mode(picture)
             picture.load()
             picture.getexif()
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{name} cannot be read: {path} ({error}).") from error
-    return _as_rgb(picture, f"{name} ({path})", mode)
+        raise ValueError(f"{name} cannot be read: {where} ({error}).") from error
+    return _as_rgb(picture, f"{name} ({where})", mode)
 
 
 def _stored_mode(picture: Image.Image) -> str:

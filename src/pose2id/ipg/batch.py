@@ -1,39 +1,50 @@
 """Generated pictures as files: one for each image and pose, with its settings recorded in the PNG.
 
 `DIRECTORY/pose1/NAME.png` to `DIRECTORY/poseM/NAME.png`, and contact sheets in `DIRECTORY/sheets`: the layout that the
-published evaluation reads, and `Centralizer(generated=DIRECTORY)`.
+published evaluation reads, and `Centralizer(generated=DIRECTORY)`. Where DIRECTORY is a URL, the same files are in
+shards there (`pose2id.ipg.shards`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from pose2id.datasets.tables import TABLES, listed_images
-from pose2id.io.checks import checked_flag, checked_flags, first_few
+from pose2id.io.beside import Beside
+from pose2id.io.checks import checked_count, checked_flag, checked_flags, first_few
 from pose2id.io.images import content_key, image_files, load_image
+from pose2id.io.rows import blocks
+from pose2id.io.urls import is_url
 from pose2id.io.whole_files import check_folder, whole_file
 from pose2id.ipg.folder import NOTE, read_note
 from pose2id.ipg.generator import IdentityGenerator
-from pose2id.ipg.pixels import References, load_poses
+from pose2id.ipg.pixels import References, load_poses, to_size
 from pose2id.ipg.sampler import denoise
 from pose2id.ipg.sampling import Sampling
+from pose2id.ipg.shards import Shards, ShardWriter
 from pose2id.ipg.weights import PARTS
 
 logger = logging.getLogger(__name__)
 
 SHEETS = "sheets"
 _GAP = 4  # pixels between the pictures of a contact sheet
+_READ_AT_ONCE = 1024  # images whose keys are asked for together
+_PENDING = 64  # pictures that wait for the thread that writes them: two batches of CUDA's
 _SAMPLED = 256  # values of each tensor that a fingerprint looks at
 
 
@@ -97,6 +108,7 @@ def generate_files(
     batch_size: int | str = "auto",
     progress: bool = True,
     root: str | os.PathLike[str] | None = None,
+    share: tuple[int, int] = (0, 1),
     **settings: Any,
 ) -> Written:
     """Generate every person in every pose into PNG files, and go on where an earlier run stopped.
@@ -111,15 +123,20 @@ def generate_files(
         generator: of the pictures.
         images: files, tables of them (.csv), and directories with image files at any depth (`collect_images`). Each is
             decoded twice at most: to see what is there already, and to generate.
-        directory: made if there is none. Pictures go to `pose{i}/NAME.png`, i from 1.
+        directory: made if there is none. Pictures go to `pose{i}/NAME.png`, i from 1. Or a URL that fsspec knows
+            (s3://, hf://, ...; extra "distributed"): they go into shards there (`pose2id.ipg.shards`), which are only
+            added to, 256 images at a time; the unfinished one is lost when a process is killed.
         poses: see `IdentityGenerator.generate`.
-        grid: also write `sheets/NAME.png`: the reference, the poses, the pictures.
-        overwrite: replace files that were made from something else, or by something else.
+        grid: also write `sheets/NAME.png`: the reference, the poses, the pictures. Not to a URL.
+        overwrite: replace files that were made from something else, or by something else. In shards newer pictures of
+            an image go before older ones, which stay where they are.
         sampling: settings of all pictures; None: the default.
         batch_size: pictures per forward.
         progress: show a bar on a terminal, of the pictures that are missing.
         root: folder below which an image's path is its NAME; None: that which was given, the file's own, or the one
             that all images of a table have in common.
+        share: (index, count) of this process among several that write into one directory, each its own images: those
+            whose content falls to it.
         **settings: `num_inference_steps`, `guidance_scale`, `seed`, `size`, `ablation` of `IdentityGenerator.generate`.
 
     Raises:
@@ -129,19 +146,22 @@ def generate_files(
     checked_flag(progress, "progress")
     generator.networks.resolve_batch_size(batch_size)
     sampling = generator.checked_sampling(sampling, **settings)
-    job = _Job(generator, images, Path(directory), poses, sampling, grid, overwrite, root)
+    found = collect_images(images, directory, root)
+    made_from = {**sampling_note(sampling), **generator_note(generator)}
+    job = Job(found, directory, poses, made_from, grid=grid, overwrite=overwrite, share=share)
     results = iter(())
     if job.incomplete:
+        # As they were generated: the thread that writes them resizes them, beside the GPU.
+        whole = replace(sampling, size=None)
         references = job.references.some(list(job.incomplete))
-        results = generator.generate_iter(
-            references, poses, sampling=sampling, batch_size=batch_size, progress=progress
-        )
-    for i in range(len(job.names)):
-        if i in job.incomplete:
-            job.write(i, next(results))
-        if grid:
-            job.write_sheet(i)
-    return Written(job.missing, len(job.names) * len(job.poses) - job.missing)
+        results = generator.generate_iter(references, poses, sampling=whole, batch_size=batch_size, progress=progress)
+    with job.writing(), Beside(most=pending(job.poses)) as writer:
+        for i in job.keys:
+            if i in job.incomplete:
+                writer.do(job.write, i, next(results))
+            if grid:
+                writer.do(job.write_sheet, i)
+    return Written(job.missing, len(job.keys) * len(job.poses) - job.missing)
 
 
 def missing_pictures(
@@ -155,8 +175,8 @@ def missing_pictures(
     **settings: Any,
 ) -> int:
     """How many pictures `generate_files` would write; arguments and errors are the same."""
-    sampling = generator.checked_sampling(sampling, **settings)
-    return _Job(generator, images, Path(directory), poses, sampling, False, overwrite).missing
+    made_from = {**sampling_note(generator.checked_sampling(sampling, **settings)), **generator_note(generator)}
+    return Job(collect_images(images, directory), directory, poses, made_from, overwrite=overwrite).missing
 
 
 def seconds_per_picture(
@@ -246,100 +266,200 @@ def _sampler_key(sampler: Any) -> str:
     return f"{sampler.__module__}.{sampler.__qualname__}"
 
 
-class _Job:
-    """What is to be made, from what, and what of it is there."""
+def sampling_note(sampling: Sampling) -> dict[str, Any]:
+    """What a picture's note says of its settings."""
+    return {"generated": True, **sampling.note()}
+
+
+def generator_note(generator: IdentityGenerator) -> dict[str, Any]:
+    """What a picture's note says of the generator."""
+    return {
+        "dtype": str(generator.dtype).removeprefix("torch."),
+        "generator": fingerprint(generator),
+        "weights": generator.sources,
+    }
+
+
+def picture_notes(key: str, poses: Iterable[str], made_from: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The notes of an image's pictures: of its content key, the keys of the poses, and what all pictures share."""
+    return [{"pose": pose, "image": key, **made_from} for pose in poses]
+
+
+def pending(poses: Sequence[Any]) -> int:
+    """How many images' pictures may wait to be written while others are generated."""
+    return max(2, _PENDING // len(poses))
+
+
+def encoded(picture: Image.Image, note: Mapping[str, Any]) -> bytes:
+    """A generated picture as PNG, in the size that its note says."""
+    return _png(to_size(picture, note["size"]), note)
+
+
+class Job:
+    """What is to be made, from what, and what of it is there.
+
+    Args:
+        found: name to file, of `collect_images`.
+        directory: see `generate_files`.
+        poses: see `generate_files`.
+        made_from: what the notes of all pictures say: `sampling_note` and `generator_note`.
+        grid: see `generate_files`.
+        overwrite: see `generate_files`.
+        share: see `generate_files`.
+        leave_out: what cannot be read or was generated is in `broken`, and no error.
+
+    Attributes:
+        names: of all images.
+        keys: place to content key, of the images of this share.
+        broken: place to reason, of images that are left out.
+        incomplete: place to number of pictures that are missing.
+        shards: of a URL; None of a folder.
+
+    Raises:
+        FileExistsError, ValueError: see `generate_files`.
+    """
 
     def __init__(
         self,
-        generator: IdentityGenerator,
-        images: Iterable[str | os.PathLike[str]],
-        directory: Path,
+        found: Mapping[str, Path],
+        directory: str | os.PathLike[str],
         poses: Any,
-        sampling: Sampling,
-        grid: bool,
-        overwrite: bool,
-        root: str | os.PathLike[str] | None = None,
+        made_from: Mapping[str, Any],
+        *,
+        grid: bool = False,
+        overwrite: bool = False,
+        share: tuple[int, int] = (0, 1),
+        leave_out: bool = False,
     ) -> None:
         checked_flags(grid=grid, overwrite=overwrite)
-        check_folder(directory)
-        found = collect_images(images, directory, root)
-        self.names, self.directory, self.overwrite = list(found), directory, overwrite
+        processes = checked_count(share[1], "share's count")
+        process = checked_count(share[0], "share's index", least=0, most=processes - 1)
+        if is_url(directory) and grid:
+            raise ValueError(f"grid must be False for a URL, whose shards have no contact sheets, got {directory}.")
+        self.place = os.fspath(directory)
+        self.shards = Shards(directory) if is_url(directory) else None
+        self._writer = None if self.shards is None else ShardWriter(self.shards, share=(process, processes))
+        # Pictures in shards go by their paths below the URL.
+        self.directory = Path(directory if self.shards is None else "")
+        check_folder(self.directory)
+        self.names, self.paths, self.overwrite = list(found), list(found.values()), overwrite
         self.poses = load_poses(poses)
-        for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):
-            check_folder(directory / folder)
-        self.references = References(list(found.values()), [f"image {name}" for name in found])
-        self._keys = _content_keys(found, self.references)
-        self._made_with = {
-            "generated": True,
-            **sampling.note(),
-            "dtype": str(generator.dtype).removeprefix("torch."),
-            "generator": fingerprint(generator),
-            "weights": generator.sources,
-        }
+        if self.shards is None:
+            for folder in (*(f"pose{m + 1}" for m in range(len(self.poses))), SHEETS):
+                check_folder(self.directory / folder)
+        self.references = References(self.paths, [f"image {name}" for name in found])
+        keys, self.broken = self._content_keys()
+        if self.broken and not leave_out:
+            raise ValueError(first_few(self.broken.values(), most=10, separator="\n"))
+        # By content: equal images of two names are one process's, and no other one's.
+        self.keys = {i: key for i, key in keys.items() if int(key[:8], 16) % processes == process}
+        self._made_from = dict(made_from)
         there = self._there(grid)
-        every = range(len(self.names))
-        # A dictionary for its order, which is that of the results.
-        self.incomplete = dict.fromkeys(i for i in every if not there.issuperset(self._pictures(i)))
-        self.missing = sum(target not in there for i in every for target in self._pictures(i))
+        missing = {i: sum(target not in there for target in self._pictures(i)) for i in self.keys}
+        self.incomplete = {i: count for i, count in missing.items() if count}
 
-    def write(self, i: int, pictures: Sequence[Image.Image]) -> None:
-        """Save an image's pictures, except those that are there."""
+    @property
+    def missing(self) -> int:
+        """How many pictures are to be made."""
+        return sum(self.incomplete.values())
+
+    def _content_keys(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Keys of images by their places, and reasons why others have none."""
+        keys: dict[int, str] = {}
+        broken: dict[int, str] = {}
+
+        def key(i: int) -> str | ValueError:
+            try:
+                if read_note(self.paths[i]):
+                    given = f"{self.paths[i]} was generated by pose2id"
+                    raise ValueError(f"image {self.names[i]} must be a person's, and {given}.")
+                return content_key(self.references[i])
+            except ValueError as error:
+                return error
+
+        with ThreadPoolExecutor(thread_name_prefix="pose2id-keys") as pool:
+            for some in blocks(len(self.paths), _READ_AT_ONCE):
+                places = range(some.start, some.stop)
+                for i, found in zip(places, pool.map(key, places), strict=True):
+                    (keys if isinstance(found, str) else broken)[i] = str(found)
+        return keys, broken
+
+    def writing(self) -> AbstractContextManager[Any]:
+        """A context to write in: at its end everything is where it belongs."""
+        return nullcontext() if self._writer is None else self._writer
+
+    def write(self, i: int, pictures: Sequence[Image.Image | bytes]) -> None:
+        """Save an image's pictures, as generated or as PNG, except those that are there; all of them in a shard."""
+        if self._writer is not None:
+            pairs = zip(pictures, self._pictures(i).values(), strict=True)
+            files = [(one if isinstance(one, bytes) else encoded(one, note), note) for one, note in pairs]
+            self._writer.write(self.names[i], files)
+            return
         for (target, note), picture in zip(self._pictures(i).items(), pictures, strict=True):
-            self._write(picture, target, note)
+            self._write(picture if isinstance(picture, bytes) else partial(encoded, picture, note), target, note)
 
     def write_sheet(self, i: int) -> None:
         """Save an image's contact sheet, made of the files, unless it is there."""
+        target, note = self._sheet(i)
 
-        def sheet() -> Image.Image:
+        def sheet() -> bytes:
             pictures = [load_image(target, "picture") for target in self._pictures(i)]
-            return contact_sheet(self.references[i], [drawing for _, drawing in self.poses], pictures)
+            return _png(contact_sheet(self.references[i], [drawing for _, drawing in self.poses], pictures), note)
 
-        self._write(sheet, *self._sheet(i))
+        self._write(sheet, target, note)
 
-    def _write(self, picture: Image.Image | Callable[[], Image.Image], target: Path, note: dict[str, Any]) -> None:
+    def _write(self, content: bytes | Callable[[], bytes], target: Path, note: dict[str, Any]) -> None:
         # Looked at again: another run may write here too.
         found = _look(target)
         if found == note:
             return
         if found is not None and not self.overwrite:
             raise self._others([(target, found, note)])
-        _save(picture() if callable(picture) else picture, target, json.dumps(note, sort_keys=True))
+        _save(content if isinstance(content, bytes) else content(), target)
 
     def _pictures(self, i: int) -> dict[Path, dict[str, Any]]:
         """The files of an image, one for each pose, with their notes."""
-        made_from = {"image": self._keys[i], **self._made_with}
-        folders = ((self.directory / f"pose{m}", key) for m, (key, _) in enumerate(self.poses, 1))
-        return {folder / f"{self.names[i]}.png": {"pose": key, **made_from} for folder, key in folders}
+        notes = picture_notes(self.keys[i], [key for key, _ in self.poses], self._made_from)
+        return {self.directory / f"pose{m}" / f"{self.names[i]}.png": note for m, note in enumerate(notes, 1)}
 
     def _sheet(self, i: int) -> tuple[Path, dict[str, Any]]:
-        note = {"image": self._keys[i], "pose": [key for key, _ in self.poses], **self._made_with}
+        note = {"image": self.keys[i], "pose": [key for key, _ in self.poses], **self._made_from}
         return self.directory / SHEETS / f"{self.names[i]}.png", note
 
     def _there(self, grid: bool) -> set[Path]:
         """Files that are what they should be; raises if others are in their place, or pictures in more poses."""
-        more = self.directory / f"pose{len(self.poses) + 1}"
-        if more.exists():
-            rule = f"must not hold pictures in more than {len(self.poses)} poses, got {more.name}"
-            raise FileExistsError(f"{self.directory} {rule}. Choose another, or remove the folders.")
-        there, others = set(), []
-        for i in range(len(self.names)):
-            for target, note in [*self._pictures(i).items(), *([self._sheet(i)] if grid else [])]:
-                found = _look(target)
-                if found == note:
-                    there.add(target)
-                elif found is not None:
-                    others.append((target, found, note))
+        more = f"pose{len(self.poses) + 1}"
+        if (self.directory / more).exists() if self.shards is None else self.shards.num_poses > len(self.poses):
+            rule = f"must not hold pictures in more than {len(self.poses)} poses, got {more}"
+            remedy = "Choose another" + (", or remove the folders" if self.shards is None else "")
+            raise FileExistsError(f"{self.place} {rule}. {remedy}.")
+        there: set[Path] = set()
+        others: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
+        for i in self.keys:
+            targets = dict([*self._pictures(i).items(), *([self._sheet(i)] if grid else [])])
+            found = self._found(i, targets)
+            fitting = [target for target, note in targets.items() if found.get(target) == note]
+            # In a shard an image's pictures stay together: those of fewer poses are made anew.
+            there.update(fitting if self.shards is None or len(fitting) == len(targets) else [])
+            others += [(key, one, targets[key]) for key, one in found.items() if one not in (None, targets[key])]
         if others and not self.overwrite:
             raise self._others(others)
         return there
+
+    def _found(self, i: int, targets: Iterable[Path]) -> dict[Path, dict[str, Any] | None]:
+        """What is in the place of an image's files: notes."""
+        if self.shards is None:
+            return {target: _look(target) for target in targets}
+        return dict(zip(targets, self.shards.notes(self.names[i]), strict=False))
 
     def _others(self, others: Sequence[tuple[Path, dict[str, Any], dict[str, Any]]]) -> FileExistsError:
         target, found, note = others[0]
         keys = dict.fromkeys([*note, *found])  # a setting at its default may have no entry
         differing = [key for key in keys if found.get(key) != note.get(key)] if found else ["no note of pose2id"]
+        where = target if self.shards is None else f"{self.place}: {target}"
         return FileExistsError(
             f"{len(others)} files are in the place of new pictures, made from other images, settings or weights; "
-            f"{target} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "
+            f"{where} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "
             "(overwrite=True, --overwrite)."
         )
 
@@ -353,7 +473,7 @@ def _files_of(given: Path, without: str | os.PathLike[str] | None) -> tuple[list
         return listed, common_folder(given.parent, listed)
     if not given.is_dir():
         return [given], given.parent
-    left_out = None if without is None else Path(without).resolve()
+    left_out = None if without is None or is_url(without) else Path(without).resolve()
     if left_out is not None and given.resolve().is_relative_to(left_out):
         raise ValueError(f"images must not be inside the directory to write, got {given} inside {without}.")
     files = sorted(Path(file) for _, file in image_files(given))
@@ -361,21 +481,6 @@ def _files_of(given: Path, without: str | os.PathLike[str] | None) -> tuple[list
     if not files:
         raise FileNotFoundError(f"{given} must hold image files, and has none.")
     return files, given
-
-
-def _content_keys(images: Mapping[str, Path], references: References) -> list[str]:
-    """Of all images, or one error for all that are broken."""
-    keys, broken = [], []
-    for i, (name, path) in enumerate(images.items()):
-        try:
-            if read_note(path):
-                raise ValueError(f"image {name} must be a person's, and {path} was generated by pose2id.")
-            keys.append(content_key(references[i]))
-        except ValueError as error:
-            broken.append(str(error))
-    if broken:
-        raise ValueError(first_few(broken, most=10, separator="\n"))
-    return keys
 
 
 def _look(target: Path) -> dict[str, Any] | None:
@@ -387,10 +492,15 @@ def _look(target: Path) -> dict[str, Any] | None:
         return None
 
 
-def _save(picture: Image.Image, target: Path, note: str) -> None:
-    """Write a PNG, whole or not at all."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text(NOTE, note)
+def _png(picture: Image.Image, note: Mapping[str, Any]) -> bytes:
+    text, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text(NOTE, json.dumps(note, sort_keys=True))
+    picture.save(content, "PNG", pnginfo=text)
+    return content.getvalue()
+
+
+def _save(content: bytes, target: Path) -> None:
+    """Write a file, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as unfinished:
-        picture.save(unfinished, "PNG", pnginfo=text)
+        unfinished.write_bytes(content)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count as counted
 from pathlib import Path
 from typing import Any
@@ -44,25 +44,29 @@ def find(directory: str | os.PathLike[str], images: Sequence[Any], count: int) -
         ValueError: too few pose folders; pictures that are missing or ambiguous, or that two images share, named.
     """
     root, count = checked_directory(directory, count), checked_count(count, "count")
-    for i, image in enumerate(images):
-        if not isinstance(image, (str, os.PathLike)):
-            raise TypeError(f"images[{i}] must be a path, whose pictures have its name, got {type(image).__name__}.")
-    paths = [Path(os.path.abspath(image)) for image in images]
+    paths = _paths(images)
     if (root / "pose1").is_dir():
         found = _in_pose_folders(root, paths, count)
         looked_for = f"{root}{os.sep}pose1..pose{count}{os.sep}<the image's name, any of {', '.join(SUFFIXES)}>"
     else:
         found = _in_own_folders(root, paths, count)
         looked_for = f"{count} pictures in {root}{os.sep}<the image's name without its extension>"
+    check_found(found, images, count, root, looked_for)
+    return found
+
+
+def check_found(
+    found: Sequence[Sequence[Any]], images: Sequence[Any], count: int, place: str | os.PathLike[str], looked_for: str
+) -> None:
+    """Raise if an image has fewer than `count` pictures in a place, and say what was looked for."""
     missing = [i for i, files in enumerate(found) if len(files) < count]
     if missing:
         shown = first_few(f"images[{i}] ({os.fspath(images[i])})" for i in missing)
         given = f"they are missing for {len(missing)} of {len(images)}: {shown}"
         remedy = "Make them with `pose2id generate`."
         raise ValueError(
-            f"{root} must hold {count} pictures of every image; {given}. Looked for {looked_for}. {remedy}"
+            f"{place} must hold {count} pictures of every image; {given}. Looked for {looked_for}. {remedy}"
         )
-    return found
 
 
 def checked_directory(directory: str | os.PathLike[str], count: int) -> Path:
@@ -86,7 +90,7 @@ def _in_pose_folders(root: Path, paths: list[Path], count: int) -> list[list[Pat
     for m in range(count):
         files = _files_by_name(root / f"pose{m + 1}")
         # The first folder decides which end of an image's path is its name; the others must have that very name.
-        keys = keys or _names_in(files, paths)
+        keys = keys or names_in(files, paths)
         for i, key in enumerate(keys):
             if key in files:
                 found[i].append(_one_of(files[key], paths[i], i))
@@ -98,13 +102,21 @@ def _in_own_folders(root: Path, paths: list[Path], count: int) -> list[list[Path
     for parent, file in image_files(root):
         if not os.path.basename(file).lower().startswith("sheet"):
             folders.setdefault(parent, []).append(file)
-    names = _names_in(folders, paths)
+    names = names_in(folders, paths)
     chosen = ([] if name is None else sorted(folders[name], key=_natural)[:count] for name in names)
     return [[Path(file) for file in files] for files in chosen]
 
 
-def _names_in(known: Mapping[str, Any], paths: list[Path]) -> list[str | None]:
-    """The longest end of each path, without the extension, that is known; each name for one image only."""
+def _paths(images: Sequence[Any]) -> list[Path]:
+    for i, image in enumerate(images):
+        if not isinstance(image, (str, os.PathLike)):
+            raise TypeError(f"images[{i}] must be a path, whose pictures have its name, got {type(image).__name__}.")
+    return [Path(os.path.abspath(image)) for image in images]
+
+
+def names_in(known: Mapping[str, Any], images: Sequence[Any]) -> list[str | None]:
+    """The longest end of each image's path, without the extension, that is known; each name for one image only."""
+    paths = _paths(images)
     depth = max((name.count("/") + 1 for name in known), default=0)
     names: list[str | None] = []
     owners: dict[str, int] = {}
@@ -150,23 +162,29 @@ def read_note(path: str | os.PathLike[str]) -> dict[str, Any]:
     return note
 
 
-def check_notes(found: Sequence[Sequence[Path]], images: Sequence[Any], poses: Sequence[Any]) -> None:
+def check_notes(
+    found: Sequence[Sequence[Any]],
+    images: Sequence[Any],
+    poses: Sequence[Any],
+    note_of: Callable[[Any], dict[str, Any]] = read_note,
+) -> None:
     """Raise where a note says that a picture was made from another image, in another pose or by another ablation.
 
     Pictures of an ablation are for measuring what it costs; a warning in the log says that they are no others.
 
     Args:
-        found: of `find`.
+        found: of `find`, or pictures of another kind.
         images: paths of the originals.
         poses: M, of the pictures; None for one that is not known, but the same for all images. Pictures without a note
             are taken as they are.
+        note_of: the note of a picture in `found`.
     """
     keys = [_key(pose, f"poses[{m}]") for m, pose in enumerate(poses)]
     ablation, first = "none", None
     for i, (files, image) in enumerate(zip(found, images, strict=True)):
         original = None
         for m, file in enumerate(files):
-            note = read_note(file)
+            note = note_of(file)
             if "image" not in note:
                 continue
             ablation, first = note.get("ablation", "none") if first is None else ablation, first or file

@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from pose2id.io.checks import as_numpy, checked_count
 from pose2id.ipg.folder import check_notes, checked_directory, find, pose_folders
 from pose2id.ipg.pixels import checked_poses
 from pose2id.ipg.sampling import Sampling
+from pose2id.ipg.shards import Picture, Shards, checked_shards, in_shards
 from pose2id.poses import Pose
 
 Pictures = Callable[[Any], Iterable[Sequence[Any]]]
@@ -127,14 +129,17 @@ class GeneratedPictures(PosedPictures):
 class PictureFolder(PosedPictures):
     """Pictures that were generated before: `DIR/pose{m}/name`, or a folder for each image (`pose2id.ipg.folder.find`).
 
+    Or in shards, behind a URL that fsspec knows (s3://, hf://, ...; extra "distributed") or in a folder: read when they
+    are due.
+
     Images must be paths. Pictures with a note of what they were made from, as `pose2id generate` writes, must have been
     made from these images, in these poses; others are taken as they are.
 
     Args:
-        directory: where the pictures are.
+        directory: where the pictures are: a folder, or a URL.
         poses: that the pictures are in, to be compared with their notes; None: unknown, the same for every image.
         num_poses: M of eq. 9, the first so many of an image's pictures. None: as many as `poses`, else as there are
-            folders pose1, pose2, ..., else 8.
+            folders pose1, pose2, ..., or pictures of an image in shards, else 8.
         pose_inputs: see `PosedPictures`; of the standard poses, if `poses` is None.
     """
 
@@ -145,19 +150,38 @@ class PictureFolder(PosedPictures):
         num_poses: int | None = None,
         pose_inputs: Mapping[str, Callable[[Pose], Any]] | None = None,
     ) -> None:
+        self.shards = Shards(directory) if in_shards(directory) else None
         if poses is None:
-            every = pose_folders(directory) or _STANDARD_POSES
+            every = (pose_folders(directory) if self.shards is None else self.shards.num_poses) or _STANDARD_POSES
             unknown = [None] * checked_count(every if num_poses is None else num_poses, "num_poses", least=0)
             poses = "standard" if pose_inputs else unknown
         super().__init__(poses, num_poses, pose_inputs)
-        self.directory = checked_directory(directory, self.num_poses)
+        if self.shards is None:
+            self.directory: Path | str = checked_directory(directory, self.num_poses)
+        else:
+            self.directory = checked_shards(self.shards, self.num_poses).url
         self._origin = repr(str(directory))
 
     def __call__(self, images: Sequence[Any]) -> Iterator[Sequence[Any]]:
-        """Paths of each image's pictures, after a look at all their names and notes."""
+        """Each image's pictures, paths or from shards PIL pictures, after a look at all their names and notes."""
+        return iter(self._files(images)) if self.shards is None else self.shards.decoded(self._in_shards(images))
+
+    def files(self, images: Sequence[Any], copies: Path) -> list[list[Path]]:
+        """Paths of each image's pictures; those in shards are copied into a folder, unless it has them."""
+        if self.shards is None:
+            return self._files(images)
+        return self.shards.copies(self._in_shards(images), copies)
+
+    def _files(self, images: Sequence[Any]) -> list[list[Path]]:
         found = find(self.directory, images, self.num_poses)
         check_notes(found, images, self.poses)
-        return iter(found)
+        return found
+
+    def _in_shards(self, images: Sequence[Any]) -> list[list[Picture]]:
+        shards: Any = self.shards
+        found: list[list[Picture]] = shards.find(images, self.num_poses)
+        check_notes(found, images, self.poses, lambda picture: picture.note)
+        return found
 
 
 def in_order(pictures: Pictures, images: Any) -> tuple[Iterator[Sequence[Any]], int]:

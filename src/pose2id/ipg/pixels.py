@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class References:
         self._places: Sequence[int] = range(len(images))
         self._kept: dict[int, Image.Image] = {}  # the latest come last
         self._bytes = [0]  # in a list, to be shared as well
+        self._lock = Lock()  # threads may ask
 
     def some(self, places: Sequence[int]) -> References:
         """Those at these places; what is kept is shared."""
@@ -46,13 +48,16 @@ class References:
 
     def __getitem__(self, place: int) -> Image.Image:
         i = self._places[place]
-        if i in self._kept:
-            return self._kept[i]
+        kept = self._kept.get(i)
+        if kept is not None:
+            return kept
         picture = load_reference(self._images[i], self._names[i] if self._names else f"images[{i}]")
-        self._kept[i] = picture
-        self._bytes[0] += _nbytes(picture)
-        while self._bytes[0] > _KEPT_BYTES:
-            self._bytes[0] -= _nbytes(self._kept.pop(next(iter(self._kept))))
+        with self._lock:
+            if i not in self._kept:
+                self._kept[i] = picture
+                self._bytes[0] += _nbytes(picture)
+            while self._bytes[0] > _KEPT_BYTES:
+                self._bytes[0] -= _nbytes(self._kept.pop(next(iter(self._kept))))
         return picture
 
 
@@ -110,8 +115,12 @@ def to_pictures(images: Tensor, size: tuple[int, int] | None, name: str = "gener
         given = f"NaN or infinity in picture {finite.index(False) + 1} of {len(finite)}"
         raise ValueError(f"{name} must be finite, got {given}. Try dtype=torch.bfloat16 or torch.float32.")
     arrays = (images.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    pictures = [Image.fromarray(array) for array in arrays]
-    return pictures if size is None else [picture.resize(size[::-1], Image.Resampling.BICUBIC) for picture in pictures]
+    return [to_size(Image.fromarray(array), size) for array in arrays]
+
+
+def to_size(picture: Image.Image, size: Sequence[int] | None) -> Image.Image:
+    """A generated picture of this (height, width), resized as the published code does; None: as it is."""
+    return picture if size is None else picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
