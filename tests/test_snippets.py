@@ -159,10 +159,17 @@ def code_bases(given, monkeypatch):
     }
 
 
+@pytest.fixture
+def a_cluster(page, request):
+    """Ray, running and connected, where a page needs it: starting it for each command takes long."""
+    if page.name == "distributed.md":
+        request.getfixturevalue("two_nodes")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # numpy about tensors that diffusers' solvers hand it.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-def test_python_snippets_of(page, given, code_bases, weights, hub, my_model, tmp_path, monkeypatch):
+def test_python_snippets_of(page, a_cluster, given, code_bases, weights, hub, my_model, tmp_path, monkeypatch):
     hub.add("yuanc3/Pose2ID", weights)
     monkeypatch.chdir(tmp_path)
     write_people(given)
@@ -176,7 +183,7 @@ def test_python_snippets_of(page, given, code_bases, weights, hub, my_model, tmp
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of(page, given, weights, hub, my_model, tmp_path, monkeypatch):
+def test_commands_of(page, a_cluster, given, weights, hub, my_model, tmp_path, monkeypatch):
     hub.add("yuanc3/Pose2ID", weights)
     monkeypatch.chdir(tmp_path)
     keys = ("query_feats", "gallery_feats", "q_pids", "g_pids", "q_camids", "g_camids")

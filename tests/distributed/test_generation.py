@@ -418,6 +418,23 @@ def test_two_processes_of_a_launcher(given, tmp_path):
     assert_as_by_one_process(tmp_path / "out", given, grid=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "cuda:1"), "--device must be 'cpu' or 'cuda', or be left out, where a launcher started several"),
+        (("--workers", "2"), "--workers must not be given to each of several processes"),
+        (("--device", "cpu"), 'pip install "pose2id[distributed]"'),
+    ],
+)
+def test_what_one_of_several_processes_says_no_to(given, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(["generate", str(given / "people"), "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_each_image_is_one_process_s(given, tmp_path):
     generator = IdentityGenerator.from_pretrained(given / "weights", device="cpu")
     counts = []

@@ -68,16 +68,10 @@ def add_commands(commands: Any) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     # Before gigabytes are downloaded.
-    from pose2id.distributed.processes import are_several  # noqa: PLC0415
     from pose2id.io.checks import checked_count  # noqa: PLC0415
     from pose2id.ipg.sampling import Sampling  # noqa: PLC0415
 
-    if args.offload and str(args.device).startswith("cpu"):
-        raise ValueError("--offload must not be given with --device cpu: the networks rest there. Leave one out.")
-    with_workers = args.workers is not None or args.ray is not None
-    if args.dry_run and with_workers:
-        given = "--workers" if args.ray is None else "--ray"
-        raise ValueError(f"--dry-run must not be given with {given}: it works in this process. Leave one out.")
+    by = _checked_together(args)
     size = train.size(args.size, "--size")
     sampling = Sampling(args.steps, args.guidance, args.seed, size, args.ablation)
     batch_size = "auto" if args.batch_size is None else checked_count(args.batch_size, "--batch-size")
@@ -95,10 +89,9 @@ def _generate(args: argparse.Namespace) -> int:
             named = f"pose{i}" + (f" ({pose.name})" if pose.name else "")
             logger.warning("%s of %s may not be a person's: %s", named, args.poses, "; ".join(verdict.reasons))
     job: Any = {"poses": chosen, "overwrite": args.overwrite, "sampling": sampling}
-    if with_workers:
-        return _on_workers(args, {**job, "grid": args.grid, "batch_size": batch_size})
-    if are_several() and not args.dry_run:
-        return _among_several(args, {**job, "grid": args.grid, "batch_size": batch_size})
+    if by != "alone":
+        run = _on_workers if by == "workers" else _among_several
+        return run(args, {**job, "grid": args.grid, "batch_size": batch_size})
     generator = _loader(args)()
     if args.dry_run:
         count = files.missing_pictures(generator, args.images, args.out, **job)
@@ -113,6 +106,24 @@ def _generate(args: argparse.Namespace) -> int:
     done = files.generate_files(generator, args.images, args.out, grid=args.grid, batch_size=batch_size, **job)
     print(_written(args, done.written, done.kept))
     return 0
+
+
+def _checked_together(args: argparse.Namespace) -> str:
+    """Who generates: "workers", "several" processes of a launcher, or this process "alone"."""
+    from pose2id.distributed.processes import are_several  # noqa: PLC0415
+
+    if args.offload and str(args.device).startswith("cpu"):
+        raise ValueError("--offload must not be given with --device cpu: the networks rest there. Leave one out.")
+    option = "--ray" if args.ray is not None else "--workers" if args.workers is not None else None
+    if option is None:
+        return "several" if are_several() and not args.dry_run else "alone"
+    if args.dry_run:
+        raise ValueError(f"--dry-run must not be given with {option}: it works in this process. Leave one out.")
+    if are_several():
+        raise ValueError(
+            f"{option} must not be given to each of several processes of a launcher. Leave one of them out."
+        )
+    return "workers"
 
 
 def _on_workers(args: argparse.Namespace, job: dict[str, Any]) -> int:

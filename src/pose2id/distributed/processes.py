@@ -47,11 +47,13 @@ def several(device: str | None = None) -> Iterator[Processes]:
 
     Raises:
         ImportError: accelerate is not installed.
-        ValueError: a device of one process alone.
+        ValueError: a device of one process alone, or that is not there.
     """
     if device not in (None, "cpu", "cuda"):
         rule = "must be 'cpu' or 'cuda', or be left out, where a launcher started several processes"
         raise ValueError(f"device {rule}, got {device!r}. Each takes its own GPU.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' or None where torch finds no CUDA device, got 'cuda'.")
     require_modules('Several processes need the extra "distributed"', '"pose2id[distributed]"', "accelerate")
     from accelerate import PartialState  # noqa: PLC0415
 
