@@ -182,7 +182,7 @@ def test_a_machine_that_goes(two_nodes, third, workers, given, tmp_path, monkeyp
 
     def reading(path):
         read.append(path)
-        if len(read) == 16:  # its worker has two tasks, and would get more
+        if len(read) == 1:  # its worker is about to get tasks
             two_nodes.remove_node(third, allow_graceful=False)
         return read_bytes(path)
 
