@@ -343,7 +343,7 @@ def test_the_command(command, given, with_broken, tmp_path, capsys):
     assert printed == f"wrote 0 pictures to {out}; {2 * IMAGES} were there already"
     assert command("--workers", 3, images=with_broken) == 1
     said = capsys.readouterr().err
-    assert f"3 images were left out, all in {out / 'broken.csv'}:\nimage cam0/00 cannot be read: " in said
+    assert f"images left out: 3, all in {out / 'broken.csv'}:\nimage cam0/00 cannot be read: " in said
     assert len(listed(out)) == 3
 
 

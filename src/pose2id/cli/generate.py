@@ -139,7 +139,7 @@ def _on_workers(args: argparse.Namespace, job: dict[str, Any]) -> int:
         from pose2id.io.checks import first_few  # noqa: PLC0415
 
         reasons = first_few(done.broken.values(), separator="\n")
-        told = f"{len(done.broken)} images were left out, all in {os.path.join(args.out, BROKEN)}"
+        told = f"images left out: {len(done.broken)}, all in {os.path.join(args.out, BROKEN)}"
         print(f"pose2id: {told}:\n{reasons}", file=sys.stderr)
     return 1 if done.broken else 0
 
