@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pose2id.cli.options import feature_command
+from pose2id.cli.options import FILES, feature_command
 
 _DISTRIBUTED = ("address", "workers", "approximate", "nprobe", "exact")
 
@@ -16,8 +16,9 @@ def add_command(commands: Any) -> None:
     told = ("pose2id.centralizer", "pose2id.distributed.searching")  # which method ran, and on what evidence
     enhance = feature_command(commands, "enhance", "centralize the features of a file", _enhance, told)
     enhance.set_defaults(method=None)
-    enhance.epilog += """  .npy       features (N, D) of one set, for NFC (--method nfc, the default there); OUT is an .npy file too
-"""
+    enhance.epilog = (
+        f"{FILES}  .npy       features (N, D) of one set, for NFC, the default there; OUT is an .npy file too\n"
+    )
     enhance.add_argument("input", metavar="IN", help="feature file")
     enhance.add_argument("output", metavar="OUT", nargs="?", help="feature file to write; the rest of IN is copied")
     enhance.add_argument("--out", metavar="OUT", help="the same, by name")
