@@ -15,11 +15,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pose2id import nfc
+from pose2id import Centralizer, nfc
 from pose2id.centralization.nfc import mutual_neighbors
 from pose2id.cli import main
 from pose2id.distributed import enhancement, searching, shared_rows
-from pose2id.distributed.enhancement import nfc_file
+from pose2id.distributed.enhancement import enhance_file, nfc_file
 from pose2id.neighbors.search import nearest_neighbors
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -219,6 +219,40 @@ def test_an_exact_search_of_days_is_asked_for(here, rng, tmp_path, monkeypatch):
     assert not out.exists()
     nfc_file(source, out, block_rows=30, exact=True)
     assert out.exists()
+
+
+def people(rng, n, cameras, dtype=np.float32):
+    """Features of repeated people in cameras with offsets, and their cameras."""
+    who, cams = rng.integers(0, n // 8, n), rng.integers(0, cameras, n)
+    x = rng.standard_normal((n // 8, 12))[who] + 0.7 * rng.standard_normal((cameras, 12))[cams]
+    x += 0.25 * rng.standard_normal((n, 12))
+    x[5:30] = x[4]
+    x[7] = 0
+    return x.astype(dtype), cams
+
+
+@pytest.mark.parametrize("cameras", [3, 12, 60, 1])
+@pytest.mark.parametrize("method", ["auto", "guarded", "cameras", "centring"])
+def test_other_methods_are_those_of_one_process_bit_for_bit(here, rng, tmp_path, method, cameras):
+    x, camids = people(rng, 700, cameras, np.float64 if cameras == 12 else np.float32)
+    camids[::50] = -1
+    source, out = files(tmp_path, x)
+    done = enhance_file(source, out, camids, method=method, block_rows=150)
+    alone = Centralizer(method=method).enhance(x[:1], x, gallery_camids=camids, camera_statistics="gallery")[1]
+    np.testing.assert_array_equal(np.load(out), alone)
+    assert done.reason.startswith(method if method != "auto" else ("cameras", "guarded"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npy", "out.npy"]
+
+
+def test_guarded_without_cameras(here, rng, tmp_path):
+    x = people(rng, 600, 1)[0]
+    source, out = files(tmp_path, x)
+    done = enhance_file(source, out, block_rows=130)
+    np.testing.assert_array_equal(np.load(out), Centralizer().enhance(x[:1], x)[1])
+    assert "without cameras" in done.reason
+    assert (np.load(out) != x).any()
+    with pytest.raises(ValueError, match="camids must name cameras for method='cameras'"):
+        enhance_file(source, tmp_path / "other.npy", method="cameras")
 
 
 def test_commands(two_nodes, rng, tmp_path, capsys):

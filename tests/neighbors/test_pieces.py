@@ -57,7 +57,7 @@ def lists_of_pieces(x, k, block, device):
         assert (positions < 0).equal(exact.isinf())
         moved = torch.where(positions < 0, -1, positions + start)
         best[0][part], best[1][part] = first_lists(
-            torch.cat([best[0][part], moved], 1), torch.cat([best[1][part], exact], 1), k
+            torch.cat([best[0][part], moved], 1), torch.cat([best[1][part], exact], 1), k=k
         )
 
     parts = [slice(low, min(low + block, n)) for low in range(0, n, block)]

@@ -1,25 +1,36 @@
-"""NFC of a file of features that is larger than memory, by many processes and machines."""
+"""A file of features that is larger than memory centralized by many processes and machines."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from pose2id.centralization.cameras import Centres, mapped_block, sum_weights
+from pose2id.centralization.enhancement import METHODS, OPEN, added_block, known_of, reason
+from pose2id.centralization.guard import Guard
+from pose2id.centralization.links import Searched, links_among, map_of
 from pose2id.centralization.nfc import mutual_neighbors, summed
-from pose2id.distributed.cluster import connected
-from pose2id.distributed.searching import LONGEST, Recall, Searching
+from pose2id.distributed.cluster import Cluster, connected
+from pose2id.distributed.searching import LONGEST, ComparedByWorkers, Recall, Searching
 from pose2id.distributed.shared_rows import share, working
 from pose2id.distributed.workers import Workers
 from pose2id.io.array_files import read_array
-from pose2id.io.checks import BLOCK_BYTES, checked_count, checked_flag, checked_flags
+from pose2id.io.checks import BLOCK_BYTES, camera_numbers, checked_choice, checked_count, checked_flag, checked_flags
 from pose2id.io.rows import Rows
-from pose2id.io.whole_files import new_file
+from pose2id.io.whole_files import folder_beside, new_file, write_npy
+from pose2id.neighbors.members import Compared, Links, in_blocks
 from pose2id.neighbors.search import distinct
 from pose2id.neighbors.space import Centred
 
@@ -35,6 +46,7 @@ class Done:
         seconds: in all.
         lists, probes: inverted lists, and how many of them each row looked at; 0 for an exact search.
         recall: of the approximate search; None for an exact one.
+        reason: which method ran, and on what evidence.
     """
 
     path: Path
@@ -44,6 +56,7 @@ class Done:
     lists: int = 0
     probes: int = 0
     recall: Recall | None = None
+    reason: str = "nfc, whatever the evidence"
 
     def __str__(self) -> str:
         """In a sentence."""
@@ -105,12 +118,7 @@ def nfc_file(
             raise ValueError("nprobe must be None without approximate=True: an exact search has no lists.")
     if block_rows is not None:
         checked_count(block_rows, "block_rows")
-    target = new_file(out, overwrite=checked_flag(overwrite, "overwrite"), suffixes=(".npy",))
-    path = Path(features)
-    if path.suffix.lower() != ".npy":
-        raise ValueError(f"features must be an .npy file of one set, got {path}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no feature file {path}.")
+    path, target = _files(features, out, overwrite)
     array = read_array(path)
     with connected(address, workers) as cluster:
         z = Rows(array, f"features of {path}", normalize=normalize)
@@ -131,3 +139,119 @@ def nfc_file(
             nearest = nearest if twin is None else nearest[twin]
     summed(z, None, nearest, mutual_neighbors(nearest, k1, k2), normalize, None, target, replace=overwrite)
     return Done(target, z.n, cluster.workers, time.perf_counter() - started, **done)
+
+
+def enhance_file(
+    features: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    camids: Any = None,
+    *,
+    method: str = "auto",
+    address: str | None = None,
+    workers: int | None = None,
+    block_rows: int | None = None,
+    overwrite: bool = False,
+) -> Done:
+    """The methods of `Centralizer.enhance` but NFC, of one set: its features become those of that gallery.
+
+    The same, bit for bit, as `enhance` of it with camera_statistics="gallery". Features, and their centred and mapped
+    copies in a hidden folder beside `out`, stay on disk; lists and links are held by this process, up to about 3 kB a
+    row for each camera and 10 kB in all.
+
+    Args:
+        features: as in `nfc_file`.
+        out: as in `nfc_file`.
+        camids: (N,) cameras: integers, whole floats or strings; -1 or None, or None for all: unknown.
+        method: "auto", "guarded", "cameras" or "centring", as of `Centralizer`.
+        address: as in `nfc_file`.
+        workers: as in `nfc_file`.
+        block_rows: as in `nfc_file`.
+        overwrite: as in `nfc_file`.
+
+    Raises:
+        As `nfc_file`, but for times and recall.
+        ValueError: another method; "cameras" or "centring" without a known camera.
+    """
+    started = time.perf_counter()
+    checked_choice(method, "method", tuple(name for name in METHODS if name != "nfc"))
+    if block_rows is not None:
+        checked_count(block_rows, "block_rows")
+    path, target = _files(features, out, overwrite)
+    array = read_array(path)
+    with connected(address, workers) as cluster, folder_beside(target) as folder:
+        z = Rows(array, f"features of {path}", normalize=True)
+        if z.n == 0:
+            raise ValueError(f"features of {path} must hold at least one row, got an empty set.")
+        cameras = camera_numbers({"camids": (camids, z.n)})[0]
+        compared = functools.partial(_compared, cluster, block_rows)
+        rows, links, why = _linked(z, path, cameras, method, folder, compared)
+
+        def arrays() -> Iterator[NDArray[Any]]:
+            for block in in_blocks(rows):
+                part: Any = z.empty(block.stop - block.start)
+                z.write(part, slice(None), rows.read(block) if links is None else added_block(rows, links, rows, block))
+                yield part
+
+        write_npy(target, array.shape, array.dtype, arrays(), replace=overwrite)
+    return Done(target, z.n, cluster.workers, time.perf_counter() - started, reason=why)
+
+
+def _linked(
+    z: Rows, path: Path, cameras: Tensor, method: str, folder: Path, compared: Callable[..., Any]
+) -> tuple[Rows, Links | None, str]:
+    """Rows to sum, their links if any, and why: as `Enhancement.run` treats a gallery."""
+    known, usable = known_of(cameras)
+    if method in ("cameras", "centring") and not known:
+        raise ValueError(f"camids must name cameras for method={method!r}; none is known.")
+    if method in ("auto", "guarded") and not usable:
+        with compared(z, path, True) as whole:
+            guard = Guard(whole, None)
+        return z, _guarded(guard), reason("guarded", known, guard.evidence, centred=False)
+    centres = Centres.of([(z, cameras)])
+    centred, at = _stored(folder / "centred.npy", z, (centres.centred(z, cameras, block) for block in z.blocks()))
+    if method == "centring":
+        return centred, None, reason(method, known)
+    with compared(centred, at, False) as whole:
+        found = None
+        if method != "cameras":
+            guard = Guard(whole, cameras, keep=method == "auto")
+            found = guard.evidence
+            if method == "guarded" or found.gate < OPEN:
+                return centred, _guarded(guard), reason("guarded", known, found)
+        matrix = map_of(whole, cameras)
+    mapped, at = _stored(
+        folder / "mapped.npy", centred, (mapped_block(centred, matrix, block) for block in centred.blocks())
+    )
+    with compared(mapped, at, False) as whole:
+        links = sum_weights(links_among(Searched(whole, cameras)), cameras, cameras, known)
+    return mapped, links, reason("cameras", known, found)
+
+
+def _guarded(guard: Guard) -> Links | None:
+    return guard.gallery_links() if guard.evidence.gate > 0 else None
+
+
+@contextmanager
+def _compared(cluster: Cluster, block: int | None, rows: Rows, path: Path, normalize: bool) -> Iterator[Compared]:
+    """Rows of a file whose neighbours workers search."""
+    centre = Centred(rows, torch.arange(rows.n, device="cpu"), BLOCK_BYTES).centre
+    shared = share(cluster, path, read_array(path), normalize, centre)
+    with Workers(cluster, working(shared)) as pool:
+        yield ComparedByWorkers(rows, pool, block, cluster.workers)
+
+
+def _stored(path: Path, like: Rows, parts: Iterator[Tensor]) -> tuple[Rows, Path]:
+    """Computed rows in a file, instead of in memory."""
+    dtype = np.dtype(np.float64 if like.dtype == torch.float64 else np.float32)
+    write_npy(path, (like.n, like.dim), dtype, (part.to(like.dtype).numpy() for part in parts))
+    return Rows(read_array(path), "features"), path
+
+
+def _files(features: Any, out: Any, overwrite: Any) -> tuple[Path, Path]:
+    target = new_file(out, overwrite=checked_flag(overwrite, "overwrite"), suffixes=(".npy",))
+    path = Path(features)
+    if path.suffix.lower() != ".npy":
+        raise ValueError(f"features must be an .npy file of one set, got {path}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no feature file {path}.")
+    return path, target

@@ -18,9 +18,11 @@ from pose2id.centralization.nfc import mutual_neighbors
 from pose2id.distributed.shared_rows import SharedRows
 from pose2id.distributed.workers import Workers
 from pose2id.io.checks import BLOCK_BYTES
-from pose2id.io.rows import blocks
+from pose2id.io.rows import ChosenRows, Rows, blocks
 from pose2id.neighbors.engines import own_entry, usable_faiss
-from pose2id.neighbors.pieces import Lists, first_lists, nearest_between, nearest_of_queries, nearest_within
+from pose2id.neighbors.members import Compared
+from pose2id.neighbors.pieces import first_lists, near_queries, nearest_between, nearest_of_queries, nearest_within
+from pose2id.neighbors.search import distinct
 from pose2id.neighbors.space import Space
 
 logger = logging.getLogger(__name__)
@@ -36,16 +38,23 @@ _EXTRA = 8  # candidates beyond those wanted: a product may order near ties wron
 
 
 class NearestSoFar:
-    """The k nearest of each row, task by task: (n, k) int64 positions, -1 where there are fewer, and exact values."""
+    """The k nearest of each row, task by task.
 
-    def __init__(self, n: int, k: int) -> None:
+    Attributes:
+        positions: (n, k) int64, -1 where there are fewer.
+        values: (n, k) float64 each, infinite there; lists are ordered by the first.
+    """
+
+    def __init__(self, n: int, k: int, values: int = 1) -> None:
         self.positions = torch.full((n, k), -1, dtype=torch.int64, device="cpu")
-        self._exact = torch.full((n, k), torch.inf, dtype=torch.float64, device="cpu")
+        self.values = [torch.full((n, k), torch.inf, dtype=torch.float64, device="cpu") for _ in range(values)]
 
-    def add(self, rows: slice | Tensor, positions: Tensor, exact: Tensor) -> None:
-        """Take in further lists (B, m) of rows."""
-        both = torch.cat([self.positions[rows], positions], 1), torch.cat([self._exact[rows], exact], 1)
-        self.positions[rows], self._exact[rows] = first_lists(*both, self.positions.shape[1])
+    def add(self, rows: slice | Tensor, *found: Tensor) -> None:
+        """Take in further lists (B, m) of rows: positions and values."""
+        kept = (self.positions, *self.values)
+        both = [torch.cat([mine[rows], new], 1) for mine, new in zip(kept, found, strict=True)]
+        for mine, new in zip(kept, first_lists(*both, k=self.positions.shape[1]), strict=True):
+            mine[rows] = new
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +150,56 @@ class _InLists:
         exact[row, column] = space.exact(own[row].to(space.device), found[row, column].to(space.device)).cpu()
         # Ascending places have ascending positions.
         positions = torch.where(found < 0, -1, torch.from_numpy(np.array(self.rows))[found.clamp(min=0)])
-        return self.rows[asked], _sent(first_lists(positions, exact, self.k))
+        return self.rows[asked], _sent(first_lists(positions, exact, k=self.k))
+
+
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """A task: rows that ask some members of the set."""
+
+    rows: slice
+    asking: NDArray[np.int64]
+    block: slice
+    index: NDArray[np.int64]
+    k: int
+
+    def run(self, rows: SharedRows) -> Any:
+        read = rows.read(self.index, self.asking)
+        return _sent(near_queries(read, len(self.asking), self.k, rows.centre))
+
+
+class ComparedByWorkers(Compared):
+    """`Compared` whose lists are searched by workers, those of one process bit for bit.
+
+    Args:
+        rows: all rows, L2-normalised.
+        pool: workers that read them.
+        block: rows of a block; None: as in `block_rows`.
+        count: how many workers there are.
+    """
+
+    def __init__(self, rows: Rows, pool: Workers, block: int | None, count: int) -> None:
+        super().__init__(rows)
+        self._pool, self._block = pool, block or block_rows(rows.n, rows.dim, count)
+
+    def _members(self, rows: Rows, members: Tensor, asking: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        kept = members[distinct(ChosenRows(rows, members), count, BLOCK_BYTES)[0]]
+        nearest = NearestSoFar(len(asking), count, values=2)
+        tasks = [
+            _Members(part, asking[part].numpy(), block, kept[block].numpy(), count)
+            for part in blocks(len(asking), self._block)
+            for block in blocks(len(kept), self._block)
+        ]
+        for place, found in self._pool.results(tasks):
+            positions, *values = _received(found)
+            nearest.add(tasks[place].rows, _moved(positions, tasks[place].block.start), *values)
+        return kept[nearest.positions], nearest.values[1]
+
+
+def block_rows(n: int, dim: int, count: int) -> int:
+    """Rows of a block: by what it may take, and by the number of workers."""
+    evenly = math.ceil(n / max(_BLOCKS_A_WORKER * count, math.ceil(4 * dim * n / _BLOCK_BYTES)))
+    return max(1, min(n, max(_LEAST_BLOCK, evenly)))
 
 
 class Recall(NamedTuple):
@@ -190,8 +248,7 @@ class Searching:
     ) -> None:
         self._pool, self._count, self._kept, self._k, self._put = pool, count, kept.numpy(), k, put
         self.n = len(kept)
-        evenly = math.ceil(self.n / max(_BLOCKS_A_WORKER * count, math.ceil(4 * dim * self.n / _BLOCK_BYTES)))
-        self.block = max(1, min(self.n, block or max(_LEAST_BLOCK, evenly)))
+        self.block = min(self.n, block or block_rows(self.n, dim, count))
         self._blocks = list(blocks(self.n, self.block))
 
     def exact(self, longest: float) -> Tensor:
@@ -370,13 +427,12 @@ def _moved(positions: Tensor, start: int) -> Tensor:
     return torch.where(positions < 0, -1, positions + start)
 
 
-def _sent(found: Lists) -> Any:
+def _sent(found: tuple[Tensor, ...]) -> Any:
     return tuple(values.cpu().numpy() for values in found)
 
 
-def _received(found: Any) -> tuple[Tensor, Tensor]:
-    positions, exact = (torch.from_numpy(np.array(values)) for values in found)  # what Ray gives is read-only
-    return positions, exact
+def _received(found: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(np.array(values)) for values in found)  # what Ray gives is read-only
 
 
 def _fetched(reference: Any) -> Any:

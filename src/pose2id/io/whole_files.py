@@ -146,6 +146,14 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder beside a file, for what is needed while that is made; removed at the end."""
+    with _hidden(path.parent, f".{path.name[:40]}.") as folder:
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
 def _hidden(folder: Path, prefix: str) -> Iterator[Path]:
     """A hidden name in a folder. What has it in the end is removed, and before, once, what killed processes left."""
     if folder not in _swept:

@@ -15,7 +15,7 @@ from pose2id.neighbors.certificate import certified
 from pose2id.neighbors.distance import full_precision
 from pose2id.neighbors.engines import Best, Blocks, EngineMaker, Faiss, Half, Products
 from pose2id.neighbors.search import default_engines
-from pose2id.neighbors.space import Centre, Space
+from pose2id.neighbors.space import Centre, Space, Uncentred
 
 Lists = tuple[Tensor, Tensor]  # (B, k) int64, -1 where there are fewer, and what they are ordered by, infinite there
 
@@ -38,14 +38,22 @@ def nearest_of_queries(rows: Rows, queries: int, k: int, centre: Centre) -> List
     return _lists(Space(rows, _all(rows), _block_bytes(rows), queries=queries, centre=centre), k)
 
 
-def first_lists(indices: Tensor, exact: Tensor, k: int) -> Lists:
-    """The first k of lists (B, L), by exact value, equal ones by the lower index."""
+def near_queries(rows: Rows, queries: int, k: int, centre: Centre) -> tuple[Tensor, Tensor, Tensor]:
+    """As `nearest_of_queries`, with the distances (queries, k) that `search_members` gives."""
+    space = Uncentred(rows, _all(rows), _block_bytes(rows), keep_copy=True, queries=queries, centre=centre)
+    near = torch.full((queries, k), torch.inf, dtype=torch.float64, device=rows.device)
+    found = _lists(space, k, near[:, : min(k, space.available)])
+    return *found, near * space.scale
+
+
+def first_lists(indices: Tensor, exact: Tensor, *others: Tensor, k: int) -> tuple[Tensor, ...]:
+    """The first k of lists (B, L), by exact value, equal ones by the lower index, and others of their values."""
     order = torch.argsort(indices, dim=1, stable=True)
     order = order.gather(1, torch.argsort(exact.gather(1, order), dim=1, stable=True))[:, :k]
-    return indices.gather(1, order), exact.gather(1, order)
+    return tuple(values.gather(1, order) for values in (indices, exact, *others))
 
 
-def _lists(space: Space, k: int) -> Lists:
+def _lists(space: Space, k: int, near: Tensor | None = None) -> Lists:
     count = min(k, space.available)
     positions = torch.full((len(space.asking), k), -1, dtype=torch.int64, device=space.device)
     exact = torch.full(positions.shape, torch.inf, dtype=torch.float64, device=space.device)
@@ -55,7 +63,7 @@ def _lists(space: Space, k: int) -> Lists:
         engines = default_engines(space, k)
         if isinstance(space, _Halves):
             engines = [_BOTH[engine] for engine in engines]
-        positions[:, :count] = certified(space, count, engines, Products(space, torch.float64))
+        positions[:, :count] = certified(space, count, engines, Products(space, torch.float64), near=near)
         row, column = torch.nonzero(positions >= 0, as_tuple=True)
         exact[row, column] = space.exact(space.asking[row], positions[row, column])
     return positions, exact

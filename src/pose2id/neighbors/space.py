@@ -237,8 +237,17 @@ class Uncentred(Space):
     It compares rows as they are; where there is room for copies, with a further copy in the rows' own dtype.
     """
 
-    def __init__(self, rows: Rows, kept: Tensor, block_bytes: int, keep_copy: bool, *, queries: int) -> None:
-        super().__init__(rows, kept, block_bytes, keep_copy, queries=queries, own=True)
+    def __init__(
+        self,
+        rows: Rows,
+        kept: Tensor,
+        block_bytes: int,
+        keep_copy: bool,
+        *,
+        queries: int,
+        centre: Centre | None = None,
+    ) -> None:
+        super().__init__(rows, kept, block_bytes, keep_copy, queries=queries, own=True, centre=centre)
         self._plain = None
         if keep_copy:
             self._plain = torch.empty((len(kept), rows.dim), dtype=rows.dtype, device=rows.device)
