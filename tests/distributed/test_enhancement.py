@@ -262,11 +262,22 @@ def test_commands(two_nodes, rng, tmp_path, capsys):
     assert main(["enhance", str(source), "--out", str(out), "--k1", "3", "--ray", "auto", "--workers", "2"]) == 0
     np.testing.assert_array_equal(np.load(out), expected)
     said = capsys.readouterr().out
-    assert said.startswith("enhance: nfc, k1 3, k2 2, whatever the evidence. 120 features by 2 workers in ")
-    assert said.endswith(f"exact.\nwrote {out}\n")
+    assert said.startswith("enhance: 120 features by 2 workers in ")
+    assert said.endswith(f" s, exact. nfc, k1 3, k2 2, whatever the evidence\nwrote {out}\n")
     alone = tmp_path / "alone.npy"
     assert main(["enhance", str(source), str(alone), "--k1", "3"]) == 0
     np.testing.assert_array_equal(np.load(alone), expected)
+
+
+def test_the_command_takes_cameras(two_nodes, rng, tmp_path, capsys):
+    x, camids = people(rng, 300, 2)
+    source, out = files(tmp_path, x)
+    np.save(tmp_path / "cameras.npy", camids)
+    words = ["--cameras", str(tmp_path / "cameras.npy"), "--workers", "1"]
+    assert main(["enhance", str(source), str(out), *words]) == 0
+    alone = Centralizer().enhance(x[:1], x, gallery_camids=camids, camera_statistics="gallery")[1]
+    np.testing.assert_array_equal(np.load(out), alone)
+    assert "cameras: 2 cameras, gate 1.00." in capsys.readouterr().out
 
 
 def test_the_command_tells_the_recall(here, rng, tmp_path, capsys):
@@ -288,7 +299,14 @@ def test_the_command_tells_the_recall(here, rng, tmp_path, capsys):
         ("{npy} {out}.npz --workers 2", "must end in .npy"),
         ("{none}.npy {out}.npy --workers 2", "There is no feature file"),
         ("{none}.npy {out}.npy", "There is no feature file"),
-        ("{npy} {out}.npy --method guarded --workers 2", "--method must be 'nfc' for an .npy file, got 'guarded'"),
+        ("{npy} {out}.npy --method guarded", "--method must be 'nfc' for an .npy file without --workers or --ray"),
+        ("{npy} {out}.npy --method guarded --workers 2 --k1 3", "--k1 must come with --method nfc, not guarded"),
+        ("{npy} {out}.npy --cameras {npy} --workers 2 --approximate", "--approximate must come with --method nfc"),
+        ("{npy} {out}.npy --cameras {npy} --workers 2 --method nfc", "--cameras must come with another method"),
+        ("{npy} {out}.npy --cameras {none}.npy --workers 2", "--cameras must be an .npy file of integers or strings"),
+        ("{npy} {out}.npy --cameras {flat} --workers 2 --method best", "--method must be one of"),
+        ("{npy} {out}.npy --cameras {npy} --workers 2", "--cameras must"),
+        ("{npy} {out}.npy --method centring --workers 2", "--cameras must name cameras"),
         ("{npy} {out}.npy --method best", "--method must be one of"),
         ("{npy} {out}.npy --joint --workers 2", "--joint must be left out"),
         ("{npy} {out}.npy --workers 0", "--workers must be at least 1"),

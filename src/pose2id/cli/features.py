@@ -8,6 +8,7 @@ from typing import Any
 
 from pose2id.cli.options import FILES, feature_command
 
+_OF_SIDES = ("array", "joint", "without_cameras")
 _DISTRIBUTED = ("address", "workers", "approximate", "nprobe", "exact")
 
 
@@ -31,7 +32,12 @@ def add_command(commands: Any) -> None:
     many.add_argument(
         "--ray", dest="address", metavar="ADDRESS", help="a Ray cluster: auto, HOST:PORT, ray://HOST:PORT"
     )
-    many.add_argument("--approximate", action="store_true", help="inverted lists; the recall is measured and printed")
+    many.add_argument(
+        "--cameras", metavar="FILE", help=".npy of (N,) cameras, for the other methods: auto unless named"
+    )
+    many.add_argument(
+        "--approximate", action="store_true", help="NFC: inverted lists; the recall is measured and printed"
+    )
     many.add_argument("--nprobe", type=int, metavar="P", help="lists that a row looks at (chosen on a sample)")
     many.add_argument("--exact", action="store_true", help="exact even if it takes more than 24 hours")
 
@@ -42,7 +48,7 @@ def _enhance(args: argparse.Namespace) -> None:
     args.output = args.output or args.out
     if Path(args.input).suffix.lower() == ".npy":
         return _enhance_npy(args)
-    given = [name for name in _DISTRIBUTED if getattr(args, name) not in (None, False)]
+    given = [name for name in (*_DISTRIBUTED, "cameras") if getattr(args, name) not in (None, False)]
     if given:
         kind = "an .npy file (N, D) of one set: query and gallery of other files are small enough for one process"
         raise ValueError(f"input must be {kind}, with {given[0]}; got {args.input}.")
@@ -50,38 +56,56 @@ def _enhance(args: argparse.Namespace) -> None:
 
 
 def _enhance_npy(args: argparse.Namespace) -> None:
-    """NFC of one set."""
-    if args.method not in (None, "nfc"):
-        from pose2id.centralization.enhancement import METHODS  # noqa: PLC0415 - torch takes seconds to import
-        from pose2id.io.checks import checked_choice  # noqa: PLC0415
+    """One set."""
+    from pose2id.centralization.enhancement import METHODS  # noqa: PLC0415 - torch takes seconds to import
+    from pose2id.io.checks import checked_choice  # noqa: PLC0415
 
-        checked_choice(args.method, "method", METHODS)
-        why = "the others compare queries with a gallery, and look up neighbours camera by camera in one process"
-        raise ValueError(f"method must be 'nfc' for an .npy file, got {args.method!r}: {why}. Take an .npz file.")
-    for name in ("array", "joint", "without_cameras"):
-        if getattr(args, name):
-            raise ValueError(f"{name} must be left out for an .npy file, which holds one array without cameras.")
+    method = checked_choice(args.method or ("nfc" if args.cameras is None else "auto"), "method", METHODS)
+    given = {name: getattr(args, name) for name in (*_OF_SIDES, *_DISTRIBUTED, "cameras", "k1", "k2", "overwrite")}
+    given = {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }  # 0 is an error of its own
+    alone = args.workers is None and args.address is None
+    for names, wrong, where in (
+        (_OF_SIDES, True, "be left out for an .npy file, which holds one array of one set"),
+        (("approximate", "nprobe", "exact", "cameras", "overwrite"), alone, "come with --workers or --ray"),
+        (("approximate", "nprobe", "exact", "k1", "k2"), method != "nfc", f"come with --method nfc, not {method}"),
+        (("cameras",), method == "nfc", "come with another method than nfc, which knows none"),
+    ):
+        for name in names if wrong else ():
+            if name in given:
+                raise ValueError(f"{name} must {where}.")
+    if method != "nfc" and alone:
+        raise ValueError(f"method must be 'nfc' for an .npy file without --workers or --ray, got {method!r}.")
     k1, k2 = (2 if k is None else k for k in (args.k1, args.k2))
-    if args.workers is None and args.address is None:
+    if alone:
         _enhance_alone(args, k1, k2)
         return
-    from pose2id.distributed.enhancement import nfc_file  # noqa: PLC0415
+    from pose2id.distributed.enhancement import enhance_file, nfc_file  # noqa: PLC0415
 
-    options = {name: getattr(args, name) for name in _DISTRIBUTED}
-    done = nfc_file(args.input, args.output, k1, k2, overwrite=args.overwrite, **options)
-    print(f"enhance: nfc, k1 {k1}, k2 {k2}, whatever the evidence. {done}.")
+    options = {name: given[name] for name in _DISTRIBUTED if name in given} | {"overwrite": args.overwrite}
+    if method == "nfc":
+        done = nfc_file(args.input, args.output, k1, k2, **options)
+    else:
+        done = enhance_file(args.input, args.output, _cameras(args.cameras), method=method, **options)
+    print(f"enhance: {done}")
     print(f"wrote {args.output}")
+
+
+def _cameras(path: str | None) -> Any:
+    from pose2id.io.array_files import read_array  # noqa: PLC0415
+
+    if path is None:
+        return None
+    if Path(path).suffix.lower() != ".npy" or not Path(path).is_file():
+        raise ValueError(f"cameras must be an .npy file of integers or strings, which is there, got {path}.")
+    return read_array(Path(path))[:]
 
 
 def _enhance_alone(args: argparse.Namespace, k1: int, k2: int) -> None:
     from pose2id.centralization.nfc import nfc  # noqa: PLC0415
     from pose2id.io.array_files import read_array  # noqa: PLC0415
 
-    for name in ("approximate", "nprobe", "exact"):
-        if getattr(args, name):
-            raise ValueError(f"{name} must come with --workers or --ray.")
-    if args.overwrite:
-        raise ValueError("overwrite must come with --workers or --ray for an .npy file.")
     if not Path(args.input).is_file():
         raise FileNotFoundError(f"There is no feature file {args.input}.")
     nfc(read_array(Path(args.input)), k1, k2, out=args.output)

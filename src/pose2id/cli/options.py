@@ -19,6 +19,7 @@ _OPTION = {
     "num_identities": ("people",),
     "infrared_cameras": ("infrared",),
     "directory": ("out",),
+    "camids": ("cameras",),
     "table": ("paper_table",),
 }
 _NAMED = re.compile(r"\A(\w+)(?: \(\w+\))?(?: and (\w+))?(?= (?:\S+ )?(?:must|is) )")

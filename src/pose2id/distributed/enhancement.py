@@ -56,12 +56,12 @@ class Done:
     lists: int = 0
     probes: int = 0
     recall: Recall | None = None
-    reason: str = "nfc, whatever the evidence"
+    reason: str = ""
 
     def __str__(self) -> str:
         """In a sentence."""
         how = "exact" if self.recall is None else f"{self.probes} of {self.lists} lists looked at; {self.recall}"
-        return f"{self.rows} features by {self.workers} workers in {self.seconds:.0f} s, {how}"
+        return f"{self.rows} features by {self.workers} workers in {self.seconds:.0f} s, {how}. {self.reason}"
 
 
 def nfc_file(
@@ -138,7 +138,8 @@ def nfc_file(
             nearest = torch.where(found < 0, -1, kept[found])
             nearest = nearest if twin is None else nearest[twin]
     summed(z, None, nearest, mutual_neighbors(nearest, k1, k2), normalize, None, target, replace=overwrite)
-    return Done(target, z.n, cluster.workers, time.perf_counter() - started, **done)
+    why = f"nfc, k1 {k1}, k2 {k2}, whatever the evidence"
+    return Done(target, z.n, cluster.workers, time.perf_counter() - started, reason=why, **done)
 
 
 def enhance_file(

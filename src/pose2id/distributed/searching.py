@@ -32,6 +32,7 @@ LONGEST = 24 * 3600  # seconds of an exact search that is not asked for by exact
 _LISTS, _TRAINED, _ROUNDS = 4, 64, 10  # lists a root of n, rows a list to train with, and how often
 _SAMPLE = 1000  # rows whose exact mutual edges are found, to choose how many lists are looked at, and again to measure
 _WANTED = 0.975  # of a sample's mutual edges must be in the lists that are looked at
+_LOOKS = 8  # times a block's rows, looks at lists in a task: most rows look at several of them
 _MOST_PROBES = 1024  # that are chosen unasked
 RECALL = 0.9  # of mutual edges: with less, nothing is written
 _EXTRA = 8  # candidates beyond those wanted: a product may order near ties wrongly
@@ -130,27 +131,43 @@ class _InLists:
     index: NDArray[np.int64]
     members: list[NDArray[np.int64]]
     asking: list[NDArray[np.int64]]
-    k: int
+    count: int
 
     def run(self, rows: SharedRows) -> tuple[NDArray[np.int64], Any]:
-        """Positions of rows that look, and their lists."""
+        """Positions of rows that look, and so many candidates of each, by float32 products."""
         faiss = usable_faiss(gpu=False)
-        space, centred = _centred(rows, self.index)
-        x = centred.numpy()
+        x = _centred(rows, self.index)[1].numpy()
         asked = np.unique(np.concatenate(self.asking))
-        heap = faiss.ResultHeap(len(asked), self.k + 1 + _EXTRA)
+        heap = faiss.ResultHeap(len(asked), self.count)
         for members, asking in zip(self.members, self.asking, strict=True):
             distances, found = faiss.knn(x[asking], x[members], min(heap.k, len(members)))
             heap.add_result_subset(np.searchsorted(asked, asking), distances, members[found])
         heap.finalize()
-        found, own = torch.from_numpy(heap.I), torch.from_numpy(asked)
-        found = found.masked_fill(found == own[:, None], -1)
-        row, column = torch.nonzero(found >= 0, as_tuple=True)
-        exact = torch.full(found.shape, torch.inf, dtype=torch.float64, device="cpu")
-        exact[row, column] = space.exact(own[row].to(space.device), found[row, column].to(space.device)).cpu()
-        # Ascending places have ascending positions.
-        positions = torch.where(found < 0, -1, torch.from_numpy(np.array(self.rows))[found.clamp(min=0)])
-        return self.rows[asked], _sent(first_lists(positions, exact, k=self.k))
+        none = (asked[:, None] == heap.I) | (heap.I < 0)
+        found = np.where(none, -1, self.rows[heap.I]), np.where(none, np.inf, heap.D.astype(np.float64))
+        return self.rows[asked], found
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """A task: candidates (B, m) of a block of rows, -1 for none, in exact order."""
+
+    block: slice
+    rows: NDArray[np.int64]  # positions of all that are compared
+    index: NDArray[np.int64]  # their rows in the file
+    candidates: NDArray[np.int64]
+    k: int
+
+    def run(self, rows: SharedRows) -> Any:
+        read = rows.read(self.index)
+        space = Space(read, torch.arange(read.n, device=read.device), BLOCK_BYTES, keep_copy=False, centre=rows.centre)
+        positions = torch.from_numpy(np.array(self.candidates))
+        row, column = torch.nonzero(positions >= 0, as_tuple=True)
+        own = np.arange(self.block.start, self.block.stop)[row.numpy()]
+        sides = [np.searchsorted(self.rows, side) for side in (own, positions[row, column].numpy())]
+        exact = torch.full(positions.shape, torch.inf, dtype=torch.float64, device="cpu")
+        exact[row, column] = space.exact(*(torch.from_numpy(side).to(read.device) for side in sides)).cpu()
+        return _sent(first_lists(positions, exact, k=self.k))
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,7 +394,7 @@ class Searching:
         def lists() -> Iterator[_InLists]:
             group: list[tuple[Any, Any]] = []
             size = 0
-            for at in range(len(centroids)):
+            for at in _neighboring(centroids):
                 here = members[starts[at] : starts[at + 1]]
                 # Which rows look at a list comes out of the sort in any order.
                 there = np.sort(asking[bounds[at] : bounds[at + 1]]).astype(np.int64)
@@ -385,21 +402,29 @@ class Searching:
                     continue
                 group.append((here, there))
                 size += len(here) + len(there)
-                if size >= 2 * self.block:
+                if size >= _LOOKS * self.block:
                     yield self._task(group)
                     group, size = [], 0
             if group:
                 yield self._task(group)
 
-        nearest = NearestSoFar(self.n, self._k)
+        near = NearestSoFar(self.n, self._k + _EXTRA)
         for _, (rows, found) in self._pool.results(lists()):
-            nearest.add(torch.from_numpy(np.array(rows)), *_received(found))
+            near.add(torch.from_numpy(np.array(rows)), *_received(found))
+        nearest = NearestSoFar(self.n, self._k)
+        for task, found in self._results([self._candidates(block, near.positions[block]) for block in self._blocks]):
+            nearest.add(task.block, *_received(found))
         return nearest.positions
+
+    def _candidates(self, block: slice, found: Tensor) -> _Candidates:
+        candidates = found.numpy()
+        rows = np.unique(np.concatenate([np.arange(block.start, block.stop), candidates[candidates >= 0]]))
+        return _Candidates(block, rows, self._kept[rows], candidates, self._k)
 
     def _task(self, group: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> _InLists:
         rows = np.unique(np.concatenate([part for both in group for part in both]))
         members, asking = ([np.searchsorted(rows, part) for part in parts] for parts in zip(*group, strict=True))
-        return _InLists(rows, self._kept[rows], members, asking, self._k)
+        return _InLists(rows, self._kept[rows], members, asking, self._k + 1 + _EXTRA)
 
     def _results(self, tasks: list[Any]) -> Iterator[tuple[Any, Any]]:
         for place, found in self._pool.results(tasks):
@@ -414,6 +439,15 @@ class Searching:
             while due in early:
                 yield early.pop(due)
                 due += 1
+
+
+def _neighboring(centroids: NDArray[np.float32]) -> list[int]:
+    """Lists in an order in which near ones are together: the same rows look at them."""
+    faiss = usable_faiss(gpu=False)
+    means = faiss.Kmeans(centroids.shape[1], math.isqrt(len(centroids)), niter=_ROUNDS, min_points_per_centroid=1)
+    means.train(centroids)
+    found: list[int] = np.argsort(means.assign(centroids)[1], kind="stable").tolist()
+    return found
 
 
 def _centred(rows: SharedRows, index: NDArray[np.int64]) -> tuple[Space, Tensor]:
