@@ -27,6 +27,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
+RESULTS = searching.Workers.results
+
+
 def drawn(rng, n, dim, dtype):
     """Ties, near ties, zero rows and more copies than a list holds, spread over all blocks."""
     x = rng.standard_normal((n, dim))
@@ -140,11 +143,10 @@ def test_a_worker_is_killed(two_nodes, rng, tmp_path, moment, stress, caplog, mo
 
 def kill(tmp_path, monkeypatch, moment):
     """Kill a worker, so far into the tasks, that is at one."""
-    results = searching.Workers.results
 
     def killed(self, tasks):
         tasks = list(tasks)
-        for at, found in enumerate(results(self, tasks)):
+        for at, found in enumerate(RESULTS(self, tasks)):
             if at == int(moment * (len(tasks) - 3)):
                 worker = next(iter(self._held))
                 pid = self._ray.get(worker.work.remote(_Pid()))
