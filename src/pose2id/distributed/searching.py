@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pose2id.distributed.shared_rows import SharedRows
 from pose2id.distributed.workers import Workers
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import ChosenRows, Rows, blocks
-from pose2id.neighbors.engines import own_entry, usable_faiss
+from pose2id.neighbors.engines import UnusableError, own_entry, usable_faiss
 from pose2id.neighbors.members import Compared
 from pose2id.neighbors.pieces import first_lists, near_queries, nearest_between, nearest_of_queries, nearest_within
 from pose2id.neighbors.search import distinct
@@ -311,6 +312,7 @@ class Searching:
         Raises:
             RuntimeError: faiss cannot be used, or the recall is below `RECALL`.
         """
+        _check_faiss()
         number = min(int(_LISTS * math.sqrt(self.n)), self.n)
         drawn = torch.randperm(self.n, generator=torch.Generator().manual_seed(0), device="cpu")
         sample = drawn[: min(_SAMPLE, self.n // 2)], drawn[-min(_SAMPLE, self.n - self.n // 2) :]
@@ -439,6 +441,16 @@ class Searching:
             while due in early:
                 yield early.pop(due)
                 due += 1
+
+
+def _check_faiss() -> None:
+    try:
+        if sys.platform != "linux":
+            # faiss and torch bring an OpenMP runtime each, and the process may abort.
+            raise UnusableError("it is used on Linux alone.")
+        usable_faiss(gpu=False)
+    except UnusableError as error:
+        raise RuntimeError(f"approximate must be False where faiss cannot be used: {error}") from error
 
 
 def _neighboring(centroids: NDArray[np.float32]) -> list[int]:
