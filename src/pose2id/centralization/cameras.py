@@ -148,8 +148,12 @@ class Centres:
         """Rows without their camera's mean, normalised again, as a copy; unknown cameras without the mean of all."""
         result = torch.empty((rows.n, rows.dim), dtype=rows.dtype, device=rows.device)
         for block in rows.blocks():
-            result[block] = unit(rows.read(block, torch.float64).sub_(self.at(cameras[block])))
+            result[block] = self.centred(rows, cameras, block)
         return Rows(result, "features")
+
+    def centred(self, rows: Rows, cameras: Tensor, block: slice) -> Tensor:
+        """`applied` of a block: (B, D) float64."""
+        return unit(rows.read(block, torch.float64).sub_(self.at(cameras[block])))
 
     def at(self, cameras: Tensor) -> Tensor:
         """(B, D) float64 mean of each camera; of unknown ones the mean of all."""
@@ -242,8 +246,13 @@ def mapped(rows: Rows, matrix: Tensor) -> Rows:
     """Normalised rows @ matrix, as a copy."""
     result = torch.empty((rows.n, rows.dim), dtype=rows.dtype, device=rows.device)
     for block in rows.blocks():
-        result[block] = unit(rows.read(block, torch.float64) @ matrix)
+        result[block] = mapped_block(rows, matrix, block)
     return Rows(result, "features")
+
+
+def mapped_block(rows: Rows, matrix: Tensor, block: slice) -> Tensor:
+    """`mapped` of a block: (B, D) float64."""
+    return unit(rows.read(block, torch.float64) @ matrix)
 
 
 def sum_weights(links: Links, cameras: Tensor, others: Tensor, num_cameras: int) -> Links:

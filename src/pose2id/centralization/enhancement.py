@@ -135,6 +135,11 @@ def added(rows: Rows, links: Links, source: Rows, visibility: Tensor | None = No
     """unit(row + sum over its links of weight times the row of `source`), part by part, as a copy."""
     result = torch.empty((rows.n, rows.dim), dtype=rows.dtype, device=rows.device)
     for block in in_blocks(rows):
-        total = rows.read(block) + links.sums(source, block, visibility).to(rows.dtype)
-        result[block] = unit(rows.by_part(total)).flatten(1)
+        result[block] = added_block(rows, links, source, block, visibility)
     return Rows(result.view(rows.n, rows.parts, -1) if rows.in_parts else result, "features", parts=True)
+
+
+def added_block(rows: Rows, links: Links, source: Rows, block: slice, visibility: Tensor | None = None) -> Tensor:
+    """`added` of a block: (B, D)."""
+    total = rows.read(block) + links.sums(source, block, visibility).to(rows.dtype)
+    return unit(rows.by_part(total)).flatten(1)

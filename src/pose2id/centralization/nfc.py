@@ -118,7 +118,21 @@ def with_neighbors(
     if checked_search(neighbors, backend) is not None and v is not None:
         raise ValueError("neighbors must be None for visible parts: it compares rows. Pass part_distance='flattened'.")
     nearest = nearest_others(z, v, max(k1, k2), backend, neighbors, max_memory)
-    is_mutual = mutual_neighbors(nearest, k1, k2)
+    return summed(z, v, nearest, mutual_neighbors(nearest, k1, k2), normalize, max_memory, target)
+
+
+def summed(
+    z: Rows,
+    v: Tensor | None,
+    nearest: Tensor,
+    is_mutual: Tensor,
+    normalize: bool = True,
+    max_memory: int | None = None,
+    target: Path | None = None,
+    *,
+    replace: bool = False,
+) -> Any:
+    """Every row of `nfc` with its mutual neighbours; `replace`: whether the file may have been there."""
 
     def centralized_blocks() -> Iterator[tuple[slice, Tensor]]:
         for block in z.blocks(min(checked_memory(max_memory), BLOCK_BYTES) // 4):  # sums, neighbours, what is written
@@ -126,7 +140,7 @@ def with_neighbors(
             yield block, unit(z.by_part(sums)) if normalize else sums
 
     if target is not None:
-        return _written(target, z, centralized_blocks())
+        return _written(target, z, centralized_blocks(), replace=replace)
     result = z.empty()
     for block, rows in centralized_blocks():
         z.write(result, block, rows)
@@ -177,7 +191,7 @@ def checked_weights(rows: Rows, visibility: Any, name: str, part_distance: str) 
     return rows.visibility(visibility, name)
 
 
-def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]]) -> Any:
+def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]], *, replace: bool) -> Any:
     """A file of the blocks, in the shape and dtype of the features, memory-mapped."""
 
     def arrays() -> Iterator[NDArray[Any]]:
@@ -187,5 +201,5 @@ def _written(path: Path, rows: Rows, blocks: Iterator[tuple[slice, Tensor]]) -> 
             yield array
 
     like: Any = rows.empty(0)
-    write_npy(path, (rows.n, *like.shape[1:]), like.dtype, arrays())
+    write_npy(path, (rows.n, *like.shape[1:]), like.dtype, arrays(), replace=replace)
     return np.load(path, mmap_mode="r")

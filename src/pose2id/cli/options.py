@@ -19,6 +19,7 @@ _OPTION = {
     "num_identities": ("people",),
     "infrared_cameras": ("infrared",),
     "directory": ("out", "generated"),
+    "camids": ("cameras",),
     "table": ("paper_table",),
     "address": ("ray",),
     "readers": ("workers",),

@@ -170,6 +170,14 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder beside a file, for what is needed while that is made; removed at the end."""
+    with _hidden_beside(path) as folder:
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
 def _told_of(path: Path) -> Iterator[None]:
     """Say in an OSError which file it is about, whatever hidden name the file has."""
     try:
@@ -262,15 +270,17 @@ def _link(source: Path, path: Path) -> None:
         source.replace(path)
 
 
-def write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterable[NDArray[Any]]) -> None:
-    """Write an array whose blocks of rows come one after the other.
+def write_npy(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterable[NDArray[Any]], *, replace: bool = False
+) -> None:
+    """Write an array whose blocks of rows come one after the other; `replace`: in the place of another file.
 
     Raises:
         OSError: as `whole_file`.
     """
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     # Not a memory map: written pages would fill memory, and a full disk would end the process.
-    with whole_file(path, replace=False) as unfinished, unfinished.open("xb") as file:
+    with whole_file(path, replace=replace) as unfinished, unfinished.open("xb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
             file.write(np.ascontiguousarray(block, dtype).data)

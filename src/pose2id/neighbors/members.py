@@ -107,12 +107,15 @@ class Compared:
             found, similarities = self._by_parts(self.rows, self._visibility, count)
         else:
             rows = self.rows if queries is None else JoinedRows(self.rows, queries)
-            found, distances = search_members(rows, members, asking, count, self._backend, self._max_memory)
+            found, distances = self._members(rows, members, asking, count)
             directions = rows.directions[asking, None] + rows.directions[found]
             similarities = (directions - distances.square_()) / (2 * rows.parts)
         if queries is None:
             found, similarities = _without(found, similarities, asking, k)
         return _padded(found, similarities, k)
+
+    def _members(self, rows: Rows, members: Tensor, asking: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return search_members(rows, members, asking, count, self._backend, self._max_memory)
 
     def _by_parts(self, queries: Rows, visibility: Tensor, count: int) -> tuple[Tensor, Tensor]:
         assert self._visibility is not None

@@ -210,7 +210,7 @@ def search_members(
             torch.empty((len(asking), k), dtype=torch.float64, device=rows.device),
             Products(space, torch.float64),
         )
-        found = certified(space, k, _engines(space, k, backend), exact, forced=backend == "faiss", near=near)
+        found = certified(space, k, default_engines(space, k, backend), exact, forced=backend == "faiss", near=near)
     return kept[found], near * space.scale
 
 
@@ -232,7 +232,7 @@ def _search(
         asking = torch.arange(rows.n, everything.n, device=rows.device)
         chosen = torch.cat([kept, asking])
         space = Space(everything, chosen, *memory, queries=len(asking), own=own)
-        engines = _engines(space, k, backend) if isinstance(backend, str) else backend
+        engines = default_engines(space, k, backend) if isinstance(backend, str) else backend
         found = certified(space, k, engines, Products(space, torch.float64), forced=backend == "faiss")
     place = slice(None) if twin is None or queries is not None else twin
 
@@ -332,7 +332,8 @@ def _check_room(memory: Memory, backend: Any, max_memory: int | Memory | None) -
         raise ValueError(f"max_memory={max_memory} has no room for the copy that backend='faiss' needs. Take 'torch'.")
 
 
-def _engines(space: Space, k: int, backend: str) -> Sequence[EngineMaker]:
+def default_engines(space: Space, k: int, backend: str = "auto") -> Sequence[EngineMaker]:
+    """The engines that are asked, in order."""
     torch_engines = (Half, Products)
     if backend == "faiss":
         return (Faiss,)

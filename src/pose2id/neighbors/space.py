@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,20 @@ class RowSource(Protocol):
         """As `Rows.blocks`."""
 
 
+class Centre(NamedTuple):
+    """What a set is centred and scaled by.
+
+    Attributes:
+        mean: (P, D / P) float64 of the parts.
+        scale: a power of two, not less than the norm of any centred row.
+        largest: (P,) float64, the largest norm of each centred part, divided by `scale`.
+    """
+
+    mean: Tensor
+    scale: float
+    largest: Tensor
+
+
 class Centred:
     """The rows `kept` of a set, by position: centred and scaled when read, in float64.
 
@@ -45,6 +59,7 @@ class Centred:
         available: how many neighbours a row can have.
         dim, device, block_bytes: columns, place, and what one block of temporaries may take.
         scale: what distances were divided by.
+        centre: what rows are centred and scaled by: that of a larger set, if one is given, else their own.
     """
 
     def __init__(
@@ -56,6 +71,7 @@ class Centred:
         queries: int = 0,
         own: bool = False,
         visibility: Tensor | None = None,
+        centre: Centre | None = None,
     ) -> None:
         self._rows, self._kept, self.block_bytes = rows, kept, block_bytes
         self.n, self.dim, self.device = len(kept) - queries, rows.dim, rows.device
@@ -66,7 +82,15 @@ class Centred:
         self._shown = torch.ones((len(kept), 1), dtype=torch.float64, device=rows.device)
         if visibility is not None:
             self._shown = (visibility[kept] > 0).double()
-        parts, chunks = self._shown.shape[1], list(blocks(len(kept), block_bytes // self.read_bytes))
+        if centre is None:
+            self._find_centre()
+        else:
+            mean, self.scale, largest = centre
+            self._mean, self.largest = mean.to(rows.device), largest.to(rows.device)
+
+    def _find_centre(self) -> None:
+        rows, kept = self._rows, self._kept
+        parts, chunks = self._shown.shape[1], list(blocks(len(kept), self.block_bytes // self.read_bytes))
         share = self._shown / self._shown.sum(0).clamp(min=1)
         self._mean = torch.zeros((parts, rows.dim // parts), dtype=torch.float64, device=rows.device)
         for chunk in chunks:
@@ -76,7 +100,12 @@ class Centred:
         for chunk in chunks:
             norms = torch.maximum(norms, row_norms(self.centred64(chunk).flatten(0, 1)).view(-1, parts).amax(0))
         self.scale = 2.0 ** math.frexp(float(norms.max()))[1]
-        self.largest = norms / self.scale  # (P,) of each part
+        self.largest = norms / self.scale
+
+    @property
+    def centre(self) -> Centre:
+        """As in the class."""
+        return Centre(self._mean, self.scale, self.largest)
 
     def read(self, rows: Tensor) -> Tensor:
         """(B, P, D / P) float64 rows of the set itself, as they are."""
@@ -143,8 +172,9 @@ class Space(Centred):
         *,
         queries: int = 0,
         own: bool = False,
+        centre: Centre | None = None,
     ) -> None:
-        super().__init__(rows, kept, block_bytes, queries=queries, own=own)
+        super().__init__(rows, kept, block_bytes, queries=queries, own=own, centre=centre)
         self.copy = None
         if keep_copy:
             self.copy = torch.empty((len(kept), rows.dim), dtype=torch.float32, device=rows.device)
@@ -207,8 +237,17 @@ class Uncentred(Space):
     It compares rows as they are; where there is room for copies, with a further copy in the rows' own dtype.
     """
 
-    def __init__(self, rows: Rows, kept: Tensor, block_bytes: int, keep_copy: bool, *, queries: int) -> None:
-        super().__init__(rows, kept, block_bytes, keep_copy, queries=queries, own=True)
+    def __init__(
+        self,
+        rows: Rows,
+        kept: Tensor,
+        block_bytes: int,
+        keep_copy: bool,
+        *,
+        queries: int,
+        centre: Centre | None = None,
+    ) -> None:
+        super().__init__(rows, kept, block_bytes, keep_copy, queries=queries, own=True, centre=centre)
         self._plain = None
         if keep_copy:
             self._plain = torch.empty((len(kept), rows.dim), dtype=rows.dtype, device=rows.device)
