@@ -327,7 +327,10 @@ def test_the_command_tells_the_recall(here, rng, tmp_path, capsys):
         ("{npy} {out}.npy --k1 0 --workers 1 --method nfc", "--k1 must be at least 1"),
         ("{npy} {out}.npy --approximate", "--approximate must come with --workers or --ray"),
         ("{npy} {out}.npy --workers 1 --nprobe 3 --method nfc", "--nprobe must be None without approximate=True"),
-        ("{npy} {out}.npy --workers 1 --approximate --exact --method nfc", "--exact must be False with approximate=True"),
+        (
+            "{npy} {out}.npy --workers 1 --approximate --exact --method nfc",
+            "--exact must be False with approximate=True",
+        ),
         ("{npy} {npy} --workers 1", "in.npy exists"),
         ("{npy} {out}.npy --ray nowhere", "--ray must be 'auto', 'host:port'"),
         ("{flat} {out}.npy --workers 1", "must have shape (N, D)"),
