@@ -22,7 +22,7 @@ from pose2id.distributed import enhancement, searching, shared_rows
 from pose2id.distributed.enhancement import enhance_file, nfc_file
 from pose2id.neighbors.search import nearest_neighbors
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 # Workers don't find test modules.
 pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
