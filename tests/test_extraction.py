@@ -337,3 +337,23 @@ def test_digests_tell_models_apart():
     with torch.no_grad():
         model.weight[0, 0] += 1
     assert digest_of(Extractor(model, transform=TRANSFORM)) != digest
+
+
+def test_a_second_run_cannot_begin_in_the_file_that_is_being_finished(paths, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl", reason="needs locks of Unix")
+    out, tried = tmp_path / "f.npy", []
+    replace = extraction.Path.replace
+
+    def locked(path, target):
+        done = replace(path, target)
+        if target == out:
+            tried.append(True)
+            # As another run would that had opened the file before it got its name.
+            with pytest.raises(FileExistsError, match="is being written by another process"):
+                extraction._locked(out)
+        return done
+
+    monkeypatch.setattr(extraction.Path, "replace", locked)
+    expected = extractor()(paths, normalize=False, progress=False)
+    np.testing.assert_array_equal(extract(extractor(), paths, out, key="a", progress=False), expected.numpy())
+    assert tried

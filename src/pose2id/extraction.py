@@ -265,9 +265,12 @@ class _Run:
 
     def finish(self) -> None:
         """Give the file its name. Its former note goes first: no file ever stands beside another one's note."""
-        self._file.close()
+        if os.name == "nt":  # where open files keep their names
+            self._file.close()
         _beside(self.target).unlink(missing_ok=True)
         self.partial.replace(self.target)
+        # Locked until here, or another run could begin in the file that has just been finished.
+        self._file.close()
         _settle(self.target, self.made_from, self.n)
 
 

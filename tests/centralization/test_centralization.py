@@ -423,9 +423,9 @@ def test_a_file_that_appears_meanwhile_stays(links, tmp_path, monkeypatch, rng):
     out = tmp_path / "out.npy"
     write = centralization.write_npy
 
-    def late(path, *arguments):
+    def late(path, *arguments, **options):
         path.write_bytes(b"mine")
-        write(path, *arguments)
+        write(path, *arguments, **options)
 
     monkeypatch.setattr(centralization, "write_npy", late)
     if not links:

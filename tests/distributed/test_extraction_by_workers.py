@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from pose2id import Extractor
 from pose2id.cli import main
+from pose2id.distributed import extraction
 from pose2id.distributed.cluster import connected
 from pose2id.distributed.extraction import extract
 from pose2id.extraction import extract as extract_alone
@@ -114,6 +116,23 @@ def test_a_killed_worker(two_nodes, paths, alone, tmp_path, caplog, attempt):
     assert (tmp_path / "killed").exists()
     assert "a worker died at task" in caplog.text
     np.testing.assert_array_equal(found, alone)
+
+
+def test_models_that_differ_are_refused(two_nodes, paths, tmp_path):
+    with connected(workers=2) as cluster, pytest.raises(ValueError, match="model must be the same on all machines"):
+        extract(cluster, lambda: model(f"{os.getpid()}"), paths * 5, tmp_path / "f.npy", progress=False)
+    assert not (tmp_path / "f.npy").exists()
+
+
+def test_tasks_are_whole_batches_and_not_too_large(paths, monkeypatch):
+    size = paths[0].stat().st_size
+    for limit, lengths in ((32 << 20, [20, 20, 18]), (6 * size, [10, 10, 10, 10, 10, 8]), (1, [5] * 11 + [3])):
+        monkeypatch.setattr(extraction, "_TASK_BYTES", limit)
+        tasks = list(extraction._tasks(paths, 2, 5, "a", read=True))
+        assert [len(task.paths) for task in tasks] == lengths
+        assert [name for task in tasks for name in task.paths] == list(map(str, paths[2:]))
+        assert [task.first for task in tasks] == [2 + sum(lengths[:i]) for i in range(len(lengths))]
+        assert all(task.contents == [Path(name).read_bytes() for name in task.paths] for task in tasks)
 
 
 def test_no_transform(two_nodes, paths, tmp_path):

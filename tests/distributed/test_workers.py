@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import time
 import pytest
 
 import pose2id
-from pose2id.distributed.cluster import connected
+from pose2id.distributed.cluster import Cluster, _cores_each, connected
 from pose2id.distributed.workers import Workers
 
 # Workers don't find test modules.
@@ -40,14 +41,43 @@ def inverses():
     return lambda x: 1 / x
 
 
-def test_each_task_once_by_two_workers(two_nodes):
+def seen_by_two(folder):
+    """A worker's function, whose first task waits until two workers are there."""
+
+    def make():
+        def work(x):
+            (folder / str(os.getpid())).touch()
+            while len(list(folder.iterdir())) < 2:
+                time.sleep(0.01)
+            return x, os.getpid()
+
+        return work
+
+    return make
+
+
+def test_each_task_once_by_two_workers(two_nodes, tmp_path):
     with connected() as cluster:
         assert cluster.workers == 2
         assert cluster.takes == {"num_cpus": 1.0}
-        found = dict(results(cluster, slow, iter(range(20))))
+        found = dict(results(cluster, seen_by_two(tmp_path), iter(range(20))))
     assert sorted(found) == list(range(20))
     assert all(found[i][0] == i for i in found)
     assert len({pid for _, pid in found.values()} - {os.getpid()}) == 2
+
+
+def test_results_in_order_and_tasks_not_far_ahead(two_nodes):
+    drawn = []
+
+    def make():
+        return lambda x: time.sleep(0.3 if x == 0 else 0.01) or x
+
+    with connected(workers=2) as cluster, Workers(cluster, make) as workers:
+        tasks = (drawn.append(i) or i for i in range(40))
+        for due, x in enumerate(workers.in_order(tasks)):
+            assert x == due
+            assert due or len(drawn) <= 8  # the first took long
+    assert drawn == list(range(40))
 
 
 def test_no_tasks(two_nodes):
@@ -72,10 +102,11 @@ def test_tasks_that_were_given_up_are_forgotten(two_nodes):
 
 
 def test_tasks_are_drawn_as_they_are_needed(two_nodes):
-    drawn = []
+    drawn, came = [], 0
     with connected(workers=2) as cluster:
-        for place, _ in results(cluster, slow, (drawn.append(i) or i for i in range(30))):
-            assert len(drawn) <= place + 8
+        for _ in results(cluster, slow, (drawn.append(i) or i for i in range(30))):
+            came += 1
+            assert len(drawn) - came <= 4
     assert drawn == list(range(30))
 
 
@@ -125,9 +156,16 @@ def test_a_full_disk_of_one_worker(two_nodes, tmp_path, caplog):
         try:
             (tmp_path / "full").touch(exist_ok=False)
         except FileExistsError:
-            return lambda x: x
+
+            def fine(x):
+                while not (tmp_path / "tried").exists():
+                    time.sleep(0.01)
+                return x
+
+            return fine
 
         def full(x):
+            (tmp_path / "tried").touch()
             raise OSError(errno.ENOSPC, "No space left on device", f"/disk/{x}")
 
         return full
@@ -136,8 +174,97 @@ def test_a_full_disk_of_one_worker(two_nodes, tmp_path, caplog):
         assert sorted(results(cluster, make, "abcdefg")) == list(enumerate("abcdefg"))
         assert "a worker gets no more tasks: [Errno 28] No space left on device: '/disk/" in caplog.text
         (tmp_path / "full").unlink()
-    with connected(workers=1) as cluster, pytest.raises(OSError, match="No space left on device"):
-        list(results(cluster, make, "abcdefg"))
+    with connected(workers=1) as cluster, Workers(cluster, make) as workers:
+        for _ in range(2):  # and again
+            with pytest.raises(OSError, match="No space left on device"):
+                list(workers.results("abcdefg"))
+
+
+def test_a_full_disk_and_a_worker_that_finds_no_place(two_nodes, monkeypatch):
+    def make():
+        def full(x):
+            raise OSError(errno.ENOSPC, "No space left on device", f"/disk/{x}")
+
+        return full
+
+    monkeypatch.setattr("pose2id.distributed.workers._PATIENCE", 1)
+    with connected(workers=2) as cluster:
+        cluster.workers = 3
+        with pytest.raises(OSError, match="No space left on device"):
+            list(results(cluster, make, "abcdefg"))
+
+
+class TwoWords(Exception):  # noqa: N818
+    """Pickle cannot make it anew."""
+
+    def __init__(self, one, two):
+        super().__init__(one + two)
+
+
+def test_an_error_that_cannot_travel(two_nodes):
+    def make():
+        def work(x):
+            raise TwoWords("a", "b")
+
+        return work
+
+    with connected(workers=1) as cluster, pytest.raises(RuntimeError, match="an error that cannot travel"):
+        list(results(cluster, make, [1]))
+
+
+def test_workers_that_cannot_begin_while_others_work(two_nodes, tmp_path, caplog):
+    def make():
+        try:
+            (tmp_path / "first").touch(exist_ok=False)
+        except FileExistsError:
+            raise OSError(errno.EIO, "network down") from None
+        return lambda x: time.sleep(0.2) or x
+
+    with connected(workers=2) as cluster:
+        assert sorted(results(cluster, make, range(15))) == [(i, i) for i in range(15)]
+    assert "a worker died as they began" in caplog.text
+
+
+def test_references_in_what_workers_are_made_of(two_nodes):
+    ray = pytest.importorskip("ray")
+    with connected(workers=1) as cluster:
+        number = ray.put(5)
+
+        def make(number=number):
+            return lambda x: x * ray.get(number)
+
+        assert list(results(cluster, make, [2])) == [(0, 10)]
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "each"),
+    [
+        ([2], 1, 2),
+        ([2], 2, 1),
+        ([2], 8, 0.25),
+        ([64, 64], 3, 32),
+        ([4, 64], 2, 32),
+        ([1, 1], 2, 1),
+        ([], 1, 1),
+    ],
+)
+def test_cores_for_each_worker(machines, workers, each):
+    assert _cores_each(machines, workers) == each
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "count", "share"),
+    [([2, 1], None, 3, 1), ([2], 3, 3, 1 / 2), ([1], 4, 4, 1 / 4), ([8], 8, 8, 1)],
+)
+def test_gpus_for_each_worker(gpus, workers, count, share):
+    class Ray:
+        def nodes(self):
+            machines = [{"CPU": 8, "GPU": n} for n in gpus]
+            return [{"Alive": True, "Resources": each} for each in [{"CPU": 4}, *machines]]
+
+    cluster = Cluster(Ray(), workers)
+    assert cluster.workers == count
+    assert cluster.takes == {"num_cpus": 0, "num_gpus": share}
 
 
 def test_another_version_on_a_worker(two_nodes, monkeypatch):
@@ -157,15 +284,19 @@ def test_a_machine_goes(two_nodes, caplog):
 
     third = two_nodes.add_node(num_cpus=1)
     found, gone = [], False
+
+    def tasks():
+        """As many as it takes until that is noticed."""
+        yield from itertools.takewhile(lambda i: i < 2000 and "is replaced" not in caplog.text, itertools.count())
+
     with connected(workers=3) as cluster:
-        for place, (x, machine) in results(cluster, make, range(100)):
+        for place, (x, machine) in results(cluster, make, tasks()):
             assert place == x
             found.append(x)
             if machine == third.node_id and not gone:
                 two_nodes.remove_node(third, allow_graceful=False)
                 gone = True
-    assert gone
-    assert sorted(found) == list(range(100))
+    assert sorted(found) == list(range(len(found)))
     assert "is replaced" in caplog.text  # that one finds no place, and nobody waits for it
 
 

@@ -25,7 +25,7 @@ where it was.
 
 def add_command(commands: Any) -> None:
     """The command with its options."""
-    told = ("pose2id.extraction",)
+    told = ("pose2id.extraction", "pose2id.distributed.cluster")
     parser = command(commands, "extract", "features of images in a file", _extract, _EPILOG, told)
     parser.add_argument("place", metavar="PLACE", help="data set, .csv, or folder of images")
     add_model(parser)

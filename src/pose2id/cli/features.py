@@ -14,7 +14,11 @@ _DISTRIBUTED = ("address", "workers", "approximate", "nprobe", "exact")
 
 def add_command(commands: Any) -> None:
     """The command with its options."""
-    told = ("pose2id.centralizer", "pose2id.distributed.searching")  # which method ran, and on what evidence
+    told = (
+        "pose2id.centralizer",
+        "pose2id.distributed.searching",
+        "pose2id.distributed.cluster",
+    )  # which method ran, and on what evidence
     enhance = feature_command(commands, "enhance", "centralize the features of a file", _enhance, told)
     enhance.set_defaults(method=None)
     enhance.epilog = (

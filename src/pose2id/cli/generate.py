@@ -27,10 +27,12 @@ With --workers or --ray, images that cannot be read are left out and listed in O
 {_TOKEN}
 """
 
+TOLD = ("pose2id.distributed.cluster",)
+
 
 def add_commands(commands: Any) -> None:
     """Both commands with their options."""
-    generate = command(commands, "generate", "generate people of images in other poses", _generate, _GENERATE)
+    generate = command(commands, "generate", "generate people of images in other poses", _generate, _GENERATE, TOLD)
     generate.add_argument(
         "images", metavar="IMAGES", nargs="+", help="image files, tables of them (.csv), or directories at any depth"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from pose2id.io.checks import checked_count, require_modules
 
+logger = logging.getLogger(__name__)
 _SECONDS = 5  # for a cluster's head to answer
 
 
@@ -55,17 +57,20 @@ class Cluster:
     def __init__(self, ray: Any, workers: int | None) -> None:
         self.ray = ray
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self.gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        cores = int(sum(node.get("CPU", 0) for node in nodes))
-        self.workers = workers or self.gpus or len(nodes)
-        if self.gpus:
-            # Several workers may share a GPU, where more are asked for than there are.
-            share = 1.0 if self.workers <= self.gpus else self.gpus / self.workers
-            self.takes = {"num_cpus": 1.0, "num_gpus": share}
-        else:
-            # Ray gives a worker as many threads as cores; a worker lies on one machine.
-            spread = max(1, cores // self.workers)
-            self.takes = {"num_cpus": float(min(spread, *(int(node.get("CPU", 1)) or 1 for node in nodes)))}
+        gpus = int(sum(node.get("GPU", 0) for node in nodes))
+        cores = [node["CPU"] for node in nodes if node.get("CPU", 0) > 0]  # a head may be there to hand out alone
+        self.workers = workers or gpus or max(1, len(cores))
+        # What Ray gives out for one worker, on one machine: a GPU, or where there are more workers, a part of one.
+        self.takes = {"num_cpus": 0, "num_gpus": 1 / math.ceil(self.workers / gpus)} if gpus else {}
+        if not gpus:
+            self.takes = {"num_cpus": _cores_each(cores, self.workers)}
+
+
+def _cores_each(machines: list[float], workers: int) -> float:
+    """The most cores, which are threads, that each worker can have, if it lies on one machine."""
+    most = int(max(machines, default=1))
+    fitting = (c for c in range(most, 0, -1) if sum(int(cores // c) for cores in machines) >= workers)
+    return float(next(fitting, 1 / math.ceil(workers / max(1, sum(machines)))))
 
 
 def _connect(ray: Any, address: str | None, where: tuple[str, int] | None) -> None:
@@ -74,6 +79,7 @@ def _connect(ray: Any, address: str | None, where: tuple[str, int] | None) -> No
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if address in (None, "local"):
+        logger.info("starting Ray on this machine, which takes some seconds")
         ray.init(address="local", include_dashboard=False, **quiet)
         return
     if where is not None:

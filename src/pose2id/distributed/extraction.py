@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pose2id.models import LoadedModel
 
 _BATCHES = 4  # of a task: a second or so, of 64 images each on a CPU
+_TASK_BYTES = 32 << 20  # of files, after which a task ends with a batch
 
 
 def extract(
@@ -64,29 +66,34 @@ def extract(
 
         def features(start: int) -> Iterator[NDArray[Any]]:
             with tqdm(total=len(paths) - start, unit="img", disable=None if progress else True) as bar:
-                tasks = (
-                    (start + some.start, [os.fspath(path) for path in paths[start:][some]], not by_path)
-                    for some in blocks(len(paths) - start, _BATCHES * batch_size)
-                )
-                for rows in _in_order(workers.results(_with_content(*task) for task in tasks)):
+                for rows in workers.in_order(_tasks(paths, start, batch_size, key, read=not by_path)):
                     bar.update(len(rows))
                     yield rows
 
         return stored_features(paths, out, features, key=key, amp=amp, overwrite=overwrite)
 
 
-def _with_content(first: int, paths: list[str], read: bool) -> tuple[int, list[str], list[bytes] | None]:
-    return first, paths, [Path(path).read_bytes() for path in paths] if read else None
+class _Task(NamedTuple):
+    first: int  # place of its first image among all
+    paths: list[str]
+    contents: list[bytes] | None
+    key: str | None  # of the model
 
 
-def _in_order(results: Iterator[tuple[int, Any]]) -> Iterator[Any]:
-    waiting: dict[int, Any] = {}
-    wanted = 0
-    for place, result in results:
-        waiting[place] = result
-        while wanted in waiting:
-            yield waiting.pop(wanted)
-            wanted += 1
+def _tasks(paths: Sequence[Any], start: int, batch_size: int, key: str | None, *, read: bool) -> Iterator[_Task]:
+    """Whole batches, read as they are wanted."""
+    task = _Task(start, [], [] if read else None, key)
+    for batch in blocks(len(paths) - start, batch_size):
+        names = [os.fspath(paths[i]) for i in range(start + batch.start, start + batch.stop)]
+        task.paths.extend(names)
+        if task.contents is not None:
+            task.contents.extend(Path(name).read_bytes() for name in names)
+        size = sum(map(len, task.contents or ()))
+        if len(task.paths) >= _BATCHES * batch_size or size >= _TASK_BYTES:
+            yield task
+            task = _Task(start + batch.stop, [], [] if read else None, key)
+    if task.paths:
+        yield task
 
 
 def _worker(load: Callable[[], LoadedModel], readers: int, amp: bool) -> Callable[[Any], Any]:
@@ -96,11 +103,13 @@ def _worker(load: Callable[[], LoadedModel], readers: int, amp: bool) -> Callabl
     if extractor.inputs == "batch" and extractor.transform is None:
         raise ValueError("extractor must have a transform, or inputs='images', to read image files.")
 
-    def work(task: tuple[int, list[str], list[bytes] | None] | None) -> Any:
+    def work(task: _Task | None) -> Any:
         if task is None:
             return model.digest, extractor.batch_size, extractor.inputs == "images"
-        first, paths, contents = task
-        images = Files(paths, extractor, readers, SideInputs({}, 0), first, contents)
+        if model.digest != task.key:
+            given = f"{socket.gethostname()} has {model.digest}, and another one {task.key}"
+            raise ValueError(f"model must be the same on all machines; {given}. Bring the same files to all.")
+        images = Files(task.paths, extractor, readers, SideInputs({}, 0), task.first, task.contents)
         return np.concatenate(list(features_of(images, amp, False)))
 
     return work

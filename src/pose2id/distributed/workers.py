@@ -20,28 +20,30 @@ _PATIENCE = 30  # seconds without any worker, before that is said
 class Workers:
     """Processes of a cluster, each with what `make` gives it; a context, at whose end they end.
 
-    A worker that dies, alone or with its machine, is replaced, and its tasks go to others; those of a worker whose disk
-    is full go to others too, and it gets no more.
+    A worker that dies, alone or with its machine, or whose disk is full, has its tasks go to others; one that dies is
+    replaced.
 
     Args:
         cluster: to work on.
-        make: called once by each worker, gives the function that takes a task. Both travel by pickle.
+        make: called once by each worker, gives the function that takes a task. Both travel by pickle; references to
+            objects of Ray in them are followed.
     """
 
     def __init__(self, cluster: Cluster, make: Callable[[], Callable[[Any], Any]]) -> None:
         self._ray, self._cluster, self.count = cluster.ray, cluster, cluster.workers
-        self._make = self._ray.cloudpickle.dumps(make)
+        self._make = make
         self._worker = self._ray.remote(_worker_class())
-        self._starting: dict[Any, Any] = {}  # workers, by what says that they have begun
+        self._starting: dict[Any, Any] = {}  # workers, by what says that they are there, and then that they have begun
+        self._checked: set[Any] = set()  # those of them that have the right version
         # The tasks (place, task) of each worker that has begun, by their results to come, in the order of its work.
         self._held: dict[Any, dict[Any, tuple[int, Any]]] = {}
-        self._full: set[Any] = set()  # workers that get no more
         self._again: deque[tuple[int, Any]] = deque()
         self._deaths: dict[int | None, int] = {}  # by place of a task; None: of workers that had not begun
-        for _ in range(cluster.workers):
-            self._start()
+        self._full: OSError | None = None  # of the last worker without room on its disk
 
     def __enter__(self) -> Workers:
+        for _ in range(self.count):
+            self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,72 +52,105 @@ class Workers:
 
     def _start(self) -> None:
         worker = self._worker.options(**self._cluster.takes, max_restarts=0, max_task_retries=0).remote()
-        self._starting[worker.start.remote(pose2id.__version__, self._make)] = worker
+        self._starting[worker.check.remote(pose2id.__version__)] = worker
 
-    def results(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    def results(self, tasks: Iterable[Any], ahead: int | None = None) -> Iterator[tuple[int, Any]]:
         """What the workers make of tasks: (place of the task, result), as they are done.
 
         Tasks are drawn as workers become free, so they may come from a generator of any length.
 
         Args:
             tasks: what the workers' function takes, in order.
+            ahead: how many tasks are drawn at most from the first whose result is open on; None: any number.
 
         Raises:
             RuntimeError: a worker has another version of pose2id or none; a task has ended three workers; three workers
-                ended before they had begun.
+                ended before any had begun; an error that pickle cannot carry.
             OSError: no worker's disk has room.
             Exception: what the function, or `make`, raised: of one task, and no other result comes.
         """
         self._deaths.clear()
         try:
-            yield from self._run(enumerate(tasks))
+            yield from self._run(enumerate(tasks), ahead)
         finally:
             # What comes of tasks that were given up, for an error or by the caller, is nobody's.
             self._again.clear()
             for held in self._held.values():
                 held.clear()
 
-    def _run(self, tasks: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-        self._hand_out(tasks)
+    def in_order(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """The results in the order of the tasks, of which few wait for an earlier one; see `results`."""
+        early: dict[int, Any] = {}
+        due = 0
+        for place, result in self.results(tasks, ahead=2 * _AHEAD * self.count):
+            early[place] = result
+            while due in early:
+                yield early.pop(due)
+                due += 1
+
+    def _run(self, tasks: Iterator[tuple[int, Any]], ahead: int | None) -> Iterator[tuple[int, Any]]:
+        waiting = _Ahead(tasks, ahead)
+        self._hand_out(waiting)
         # Before a worker has begun nothing can be handed out.
-        while any(self._held.values()) or (self._starting and self._full.issuperset(self._held)):
+        while any(self._held.values()) or (self._starting and not self._held):
             done = self._wait()
             if done in self._starting:
                 self._begin(done)
             elif (result := self._take(done)) is not None:
                 yield result
-            self._hand_out(tasks)
+            self._hand_out(waiting)
+        if not self._held:
+            raise self._full or RuntimeError("no worker is left.")
 
-    def _hand_out(self, tasks: Iterator[tuple[int, Any]]) -> None:
+    def _hand_out(self, tasks: _Ahead) -> None:
         # One each, then a second, so that the last tasks are spread.
         for count in range(_AHEAD):
             for worker, held in self._held.items():
-                if len(held) > count or worker in self._full:
+                if len(held) > count:
                     continue
-                given = self._again.popleft() if self._again else next(tasks, None)
+                given = self._again.popleft() if self._again else tasks.next(self._oldest())
                 if given is None:
                     return
                 held[worker.work.remote(given[1])] = given
 
+    def _oldest(self) -> int | None:
+        """The first task whose result is open."""
+        return min((place for held in self._held.values() for place, _ in held.values()), default=None)
+
     def _wait(self) -> Any:
         waited_for = [*self._starting, *(result for held in self._held.values() for result in held)]
         while True:
-            done, _ = self._ray.wait(waited_for, num_returns=1, timeout=None if self._held else _PATIENCE)
+            some = any(self._held.values())
+            done, _ = self._ray.wait(waited_for, num_returns=1, timeout=None if some else _PATIENCE)
             if done:
                 return done[0]
+            if self._full is not None:
+                raise self._full
             free = {name: self._ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
             logger.warning("no worker could begin yet: each takes %s, free are %s", self._cluster.takes, free)
 
     def _begin(self, done: Any) -> None:
+        """A worker is there, and gets what it works with; or it has that, and is ready."""
         worker = self._starting.pop(done)
         try:
             self._ray.get(done)
         except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            # Where others work, it may be this one's machine: a full disk, no network.
+            if worker not in self._checked or not self._held:
+                raise error.cause from error
+            self._ray.kill(worker)
+            self._replace(None, "as they began", error.cause)
+        except self._ray.exceptions.UnserializableException as error:
+            raise RuntimeError(f"a worker could not begin, for an error that cannot travel: {error}") from error
         except self._ray.exceptions.RayError as error:
             self._replace(None, "as they began", error)
         else:
-            self._held[worker] = {}
+            if worker in self._checked:
+                self._held[worker] = {}
+                self._deaths.pop(None, None)
+            else:
+                self._checked.add(worker)
+                self._starting[worker.make.remote(self._make)] = worker
 
     def _take(self, done: Any) -> tuple[int, Any] | None:
         """A task's result; None if it has to be done again."""
@@ -124,37 +159,57 @@ class Workers:
             result = self._ray.get(done)
         except self._ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, OSError) or error.cause.errno != errno.ENOSPC:
-                raise error.cause from None
-            self._again.append(self._held[worker].pop(done))
-            self._full.add(worker)
+                raise error.cause from error
+            self._full = error.cause
+            self._again += self._given_up(worker)
             logger.warning("a worker gets no more tasks: %s", error.cause)
-            if not self._starting and self._full.issuperset(self._held):
-                raise error.cause from None
+        except self._ray.exceptions.UnserializableException as error:
+            raise RuntimeError(f"a task failed with an error that cannot travel: {error}") from error
         except self._ray.exceptions.RayError as error:
-            self._ray.kill(worker)  # where only its result was lost
-            tasks = list(self._held.pop(worker).values())
+            tasks = self._given_up(worker)
             self._again += tasks
             place = tasks[0][0]  # it works in order
-            if worker not in self._full:
-                self._replace(place, f"at task {place + 1}", error)
+            self._replace(place, f"at task {place + 1}", error)
         else:
             return self._held[worker].pop(done)[0], result
         return None
 
+    def _given_up(self, worker: Any) -> list[tuple[int, Any]]:
+        """What a worker held, that gets no more."""
+        self._ray.kill(worker)  # it may live, where only its result was lost
+        return list(self._held.pop(worker).values())
+
     def _replace(self, place: int | None, when: str, error: Exception) -> None:
         """Start another worker for one that died."""
         self._deaths[place] = self._deaths.get(place, 0) + 1
-        if self._deaths[place] == _DEATHS:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        if self._deaths[place] < _DEATHS:
+            logger.warning("a worker died %s, and is replaced: %s", when, why)
+            self._start()
+        elif place is None and (self._held or self._starting):
+            logger.warning("a worker died %s, and is not replaced: %s", when, why)
+        else:
             raise RuntimeError(f"{_DEATHS} workers died {when}, the last of: {error}") from error
-        logger.warning("a worker died %s, and is replaced: %s", when, str(error).splitlines()[0])
-        self._start()
+
+
+class _Ahead:
+    """Tasks with their places, drawn one by one, and none too far ahead of the oldest open one."""
+
+    def __init__(self, tasks: Iterator[tuple[int, Any]], ahead: int | None) -> None:
+        self._tasks, self._ahead, self._next = tasks, ahead, 0
+
+    def next(self, oldest: int | None) -> tuple[int, Any] | None:
+        if self._ahead is not None and oldest is not None and self._next - oldest >= self._ahead:
+            return None
+        given = next(self._tasks, None)
+        self._next += given is not None
+        return given
 
 
 def _worker_class() -> type:
     # Within a function, so that it travels whole: a machine without pose2id, or with another one, can say so.
     class Worker:
-        def start(self, version: str, make: bytes) -> None:
-            import pickle  # noqa: PLC0415
+        def check(self, version: str) -> None:
             import socket  # noqa: PLC0415
 
             try:
@@ -164,7 +219,9 @@ def _worker_class() -> type:
             if found != version:
                 given = f"{socket.gethostname()} has pose2id {found}, and this process {version}"
                 raise RuntimeError(f"each worker must have the version of the process that it works for; {given}.")
-            self._work = pickle.loads(make)()
+
+        def make(self, make: Any) -> None:
+            self._work = make()
 
         def work(self, task: Any) -> Any:
             return self._work(task)

@@ -190,7 +190,8 @@ def _read(file: Any, name: str, where: str) -> Image.Image:
             picture.load()
             picture.getexif()
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{name} cannot be read: {where} ({error}).") from error
+        reason = str(error).replace(repr(file), where)
+        raise ValueError(f"{name} cannot be read: {where} ({reason}).") from error
     return _as_rgb(picture, f"{name} ({where})", mode)
 
 

@@ -118,6 +118,7 @@ class RunDirectory:
             self._check_same(("steps",) if longer else (), known[-1])
         elif (self.path / checkpoints.WEIGHTS).exists():
             raise FileExistsError(f"{self.path} has weights of a run whose checkpoints are gone. Choose another.")
+        checkpoints.remove_unfinished(self.path)
 
     def begin(self, selection: Selection) -> None:
         """Make the directory, which is claimed, that of a run on these images, or see that it is.
@@ -142,7 +143,6 @@ class RunDirectory:
                 "place: load it again to start where the first attempt did.",
                 self.path,
             )
-        checkpoints.remove_unfinished(self.path)
 
     def write(self) -> None:
         """Write `run.json`."""
