@@ -111,9 +111,9 @@ def stored_features(
             for rows in some:
                 with _named(out):
                     run.add(rows)
+        run.finish()
     finally:
         run.close()
-    run.finish()
     return _opened(target)
 
 
@@ -259,6 +259,8 @@ class _Run:
 
     def close(self) -> None:
         """Note what is done of a run that failed, as far as that is possible."""
+        if self._file.closed:
+            return
         with suppress(OSError), self._file:
             if self.dim is not None and self.done > self.saved:
                 self.save()
