@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +120,21 @@ def test_a_killed_worker(two_nodes, paths, alone, tmp_path, caplog, attempt):
 
 
 def test_models_that_differ_are_refused(two_nodes, paths, tmp_path):
+    (tmp_path / "there").mkdir()
+
+    def differing():
+        (tmp_path / "there" / str(os.getpid())).touch()
+        loaded = model(str(os.getpid()))
+
+        def forward(batch):
+            while len(list((tmp_path / "there").iterdir())) < 2:
+                time.sleep(0.01)
+            return Stripes()(batch)
+
+        return LoadedModel(Extractor(forward, transform=loaded.extractor.transform, batch_size=5), loaded.digest, "x")
+
     with connected(workers=2) as cluster, pytest.raises(ValueError, match="model must be the same on all machines"):
-        extract(cluster, lambda: model(f"{os.getpid()}"), paths * 5, tmp_path / "f.npy", progress=False)
+        extract(cluster, differing, paths * 5, tmp_path / "f.npy", progress=False)
     assert not (tmp_path / "f.npy").exists()
 
 
