@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -120,13 +121,39 @@ def test_who_sees_a_file(two_nodes, tmp_path):
 
     (tmp_path / "there").write_bytes(b"rows")
     with connected() as cluster:
-        assert shared_rows._seen_by_all(cluster, str(tmp_path / "there"))
-    look = shared_rows._look()
+        look = shared_rows._look()
+        assert shared_rows._seen_by_all(cluster, str(tmp_path / "there"), look(str(tmp_path / "there")))
+        assert not shared_rows._seen_by_all(cluster, str(tmp_path / "there"), (4, 0, "another"))
     before = look(str(tmp_path / "there"))
     (tmp_path / "there").write_bytes(b"cols")
     os.utime(tmp_path / "there", ns=(before[1], before[1]))
     assert look(str(tmp_path / "there")) != before
     assert look(str(tmp_path / "nowhere")) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r" has no .*in\.npy"),
+        (np.zeros((3, 2), np.float32), r" has another .*in\.npy \(another .*checksum of"),
+        (np.zeros((4, 2), np.float32), r" has another .*in\.npy \(another size, "),
+    ],
+)
+def test_a_machine_that_joins_with_another_file(here, tmp_path, monkeypatch, content, message):
+    source, out = files(tmp_path, np.eye(3, 2, dtype=np.float32))
+
+    def change(*_):
+        source.unlink()
+        if content is not None:
+            np.save(source, content)
+        return True
+
+    monkeypatch.setattr(shared_rows, "_seen_by_all", change)
+    with pytest.raises(
+        RuntimeError, match=f"features must be the same file .*; {socket.gethostname()}{message}.*again"
+    ):
+        nfc_file(source, out)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.5])
