@@ -382,6 +382,15 @@ class Searching:
         return int(needed[min(len(needed) - 1, math.ceil(_WANTED * len(needed)))])
 
     def _in_lists(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
+        near = self._near(centroids, probes)
+        nearest = NearestSoFar(self.n, self._k)
+        # One by one, as workers ask: each holds copies of its rows' candidates.
+        for place, found in self._pool.results(self._candidates(block, near[block]) for block in self._blocks):
+            nearest.add(self._blocks[place], *_received(found))
+        return nearest.positions
+
+    def _near(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
+        """Candidates of each row, by float32 products."""
         faiss = usable_faiss(gpu=False)
         shared = self._put(centroids)
         looks = np.empty((self.n, probes), dtype=np.int32)
@@ -413,10 +422,7 @@ class Searching:
         near = NearestSoFar(self.n, self._k + _EXTRA)
         for _, (rows, found) in self._pool.results(lists()):
             near.add(torch.from_numpy(np.array(rows)), *_received(found))
-        nearest = NearestSoFar(self.n, self._k)
-        for task, found in self._results([self._candidates(block, near.positions[block]) for block in self._blocks]):
-            nearest.add(task.block, *_received(found))
-        return nearest.positions
+        return near.positions
 
     def _candidates(self, block: slice, found: Tensor) -> _Candidates:
         candidates = found.numpy()
