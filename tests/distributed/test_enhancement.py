@@ -259,6 +259,17 @@ def test_an_exact_search_of_days_is_asked_for(here, rng, tmp_path, monkeypatch):
     assert out.exists()
 
 
+@pytest.mark.parametrize(("first", "later", "refused"), [(1e9, 1e-9, False), (1e-9, 1e9, True)])
+def test_first_tasks_do_not_tell_how_long_all_take(here, rng, tmp_path, monkeypatch, first, later, refused):
+    source, out = files(tmp_path, drawn(rng, 100, 6, np.float32))
+    run, times = searching._Pair.run, [later] * 10  # by two workers
+    times[:2] = [first] * 2
+    monkeypatch.setattr(searching._Pair, "run", lambda task, rows: (times.pop(0), run(task, rows)[1]))
+    with pytest.raises(RuntimeError, match="exact must be True") if refused else nullcontext():
+        nfc_file(source, out, block_rows=30)
+    assert out.exists() != refused
+
+
 def people(rng, n, cameras, dtype=np.float32):
     """Features of repeated people in cameras with offsets, and their cameras."""
     who, cams = rng.integers(0, n // 8, n), rng.integers(0, cameras, n)

@@ -95,7 +95,7 @@ def nfc_file(
         workers: how many; None: one a GPU, or where there is none, one a machine.
         approximate: search in faiss's inverted lists, and measure the recall of mutual edges on a sample.
         nprobe: how many lists a row looks at; None: so many that the lists hold 97.5 % of a sample's mutual edges.
-        exact: search exactly, even if the first task tells that all take more than 24 hours.
+        exact: search exactly, even if early tasks tell that all take more than 24 hours.
         block_rows: rows of a block; None: at most 64 MiB of float32, and at least two blocks a worker.
         overwrite: replace an existing file.
 

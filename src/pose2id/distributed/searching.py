@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES, _LEAST_BLOCK = 64 << 20, 4096  # of a block in float32; rows
 _BLOCKS_A_WORKER = 2  # so many blocks or more, so that the last tasks are spread
 LONGEST = 24 * 3600  # seconds of an exact search that is not asked for by exact=True
+_TIMED = 5  # tasks tell how long all take
 _LISTS, _TRAINED, _ROUNDS = 4, 64, 10  # lists a root of n, rows a list to train with, and how often
 _SAMPLE = 1000  # rows whose exact mutual edges are found, to choose how many lists are looked at, and again to measure
 _WANTED = 0.975  # of a sample's mutual edges must be in the lists that are looked at
@@ -273,13 +275,18 @@ class Searching:
         """(n, k) positions of the nearest, those of a search in one process.
 
         Raises:
-            RuntimeError: the first task tells that all would take more than `longest` seconds.
+            RuntimeError: early tasks tell that all would take more than `longest` seconds.
         """
         nearest, tasks = NearestSoFar(self.n, self._k), list(self._pairs())
         products = sum(task.products for task in tasks)
-        for done, (task, (seconds, found)) in enumerate(self._results(tasks)):
-            if not done:
-                self._check_time(len(tasks), seconds * products / task.products / self._count, longest)
+        # Each worker's first task starts libraries and reads from a cold disk.
+        timed = min(self._count + _TIMED, math.ceil(len(tasks) / 2))
+        times: list[float] = []
+        for task, (seconds, found) in self._results(tasks):
+            times.append(seconds / task.products)
+            if len(times) == timed:
+                typical = statistics.median(times[self._count :] or times)
+                self._check_time(len(tasks), typical * products / self._count, longest)
             positions, exact = _received(found)
             m = task.first.stop - task.first.start
             if task.first == task.second:
