@@ -317,9 +317,8 @@ class Searching:
         """Positions as of `exact`, mostly; how many lists there are, how many each row looks at, and the recall.
 
         Raises:
-            RuntimeError: faiss cannot be used, or the recall is below `RECALL`.
+            RuntimeError: the recall is below `RECALL`.
         """
-        _check_faiss()
         number = min(int(_LISTS * math.sqrt(self.n)), self.n)
         drawn = torch.randperm(self.n, generator=torch.Generator().manual_seed(0), device="cpu")
         sample = drawn[: min(_SAMPLE, self.n // 2)], drawn[-min(_SAMPLE, self.n - self.n // 2) :]
@@ -456,7 +455,8 @@ class Searching:
                 due += 1
 
 
-def _check_faiss() -> None:
+def check_faiss() -> None:
+    """RuntimeError where this process cannot search approximately."""
     try:
         if sys.platform != "linux":
             # faiss and torch bring an OpenMP runtime each, and the process may abort.
