@@ -331,7 +331,10 @@ def test_commands(two_nodes, rng, tmp_path, capsys):
     assert said.startswith("enhance: 120 features by 2 workers in ")
     assert said.endswith(f" s, exact. nfc, k1 3, k2 2, whatever the evidence\nwrote {out}\n")
     alone = tmp_path / "alone.npy"
-    assert main(["enhance", str(source), str(alone), *nfc_3]) == 0
+    alone.write_bytes(b"before")
+    assert main(["enhance", str(source), str(alone), *nfc_3]) == 2
+    assert "alone.npy exists. Choose another name, or overwrite it" in capsys.readouterr().err
+    assert main(["enhance", str(source), str(alone), *nfc_3, "--overwrite"]) == 0
     np.testing.assert_array_equal(np.load(alone), expected)
 
 
