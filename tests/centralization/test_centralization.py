@@ -389,7 +389,7 @@ class TestOut:
         assert len(calls[-1]) == 1  # it was under way
         assert os.listdir(tmp_path) == []
 
-    def test_no_file_is_replaced_not_even_the_one_that_is_read(self, rng, tmp_path, monkeypatch):
+    def test_no_file_is_replaced_unasked_not_even_the_one_that_is_read(self, rng, tmp_path, monkeypatch):
         np.save(tmp_path / "x.npy", rng.standard_normal((9, 4)))
         before = (tmp_path / "x.npy").read_bytes()
         monkeypatch.chdir(tmp_path)
@@ -399,6 +399,10 @@ class TestOut:
             with pytest.raises(FileExistsError, match=r"npy exists\. Choose another name"):
                 nfc(np.load("x.npy", mmap_mode="r"), out=out)
         assert (tmp_path / "x.npy").read_bytes() == before
+        expected = nfc(np.load("x.npy"))
+        nfc(np.load("x.npy", mmap_mode="r"), out="link.npy", overwrite=True)
+        assert os.path.islink("link.npy")
+        np.testing.assert_array_equal(np.load("x.npy"), expected)
 
     @pytest.mark.parametrize(
         ("features", "out", "error", "message"),

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__na
 
 
 RESULTS = searching.Workers.results
+LISTS = pytest.mark.skipif(sys.platform != "linux", reason="approximate search is refused elsewhere")
 
 
 def drawn(rng, n, dim, dtype):
@@ -47,6 +49,10 @@ def files(tmp_path, x):
 
 @pytest.fixture
 def here(monkeypatch):
+    run_here(monkeypatch)
+
+
+def run_here(monkeypatch):
     """Tasks run in this process, in any order: starting workers takes seconds."""
 
     class Pool:
@@ -105,7 +111,7 @@ def test_few_rows(here, rng, tmp_path, n):
     np.testing.assert_array_equal(np.load(out), nfc(x, 5, 5))
 
 
-@pytest.mark.parametrize("approximate", [True])
+@pytest.mark.parametrize("approximate", [False, pytest.param(True, marks=LISTS)])
 def test_rows_through_the_object_store(two_nodes, rng, tmp_path, approximate, monkeypatch):
     x = drawn(rng, 200, 6, np.float32)
     source, out = files(tmp_path, x)
@@ -120,8 +126,9 @@ def test_who_sees_a_file(two_nodes, tmp_path):
 
     (tmp_path / "there").write_bytes(b"rows")
     with connected() as cluster:
-        assert shared_rows._seen_by_all(cluster, str(tmp_path / "there"))
-    look = shared_rows._look()
+        look = shared_rows._look()
+        assert shared_rows._seen_by_all(cluster, str(tmp_path / "there"), look(str(tmp_path / "there")))
+        assert not shared_rows._seen_by_all(cluster, str(tmp_path / "there"), (4, 0, "another"))
     before = look(str(tmp_path / "there"))
     (tmp_path / "there").write_bytes(b"cols")
     os.utime(tmp_path / "there", ns=(before[1], before[1]))
@@ -129,38 +136,65 @@ def test_who_sees_a_file(two_nodes, tmp_path):
     assert look(str(tmp_path / "nowhere")) is None
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.5])
-def test_a_worker_is_killed(two_nodes, rng, tmp_path, moment, stress, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r" has no .*in\.npy"),
+        (np.zeros((3, 2), np.float32), r" has another .*in\.npy \(another .*checksum of"),
+        (np.zeros((4, 2), np.float32), r" has another .*in\.npy \(another size, "),
+    ],
+)
+def test_a_machine_that_joins_with_another_file(here, tmp_path, monkeypatch, content, message):
+    source, out = files(tmp_path, np.eye(3, 2, dtype=np.float32))
+
+    def change(*_):
+        source.unlink()
+        if content is not None:
+            np.save(source, content)
+        return True
+
+    monkeypatch.setattr(shared_rows, "_seen_by_all", change)
+    with pytest.raises(
+        RuntimeError, match=f"features must be the same file .*; {socket.gethostname()}{message}.*again"
+    ):
+        nfc_file(source, out)
+    assert not out.exists()
+
+
+def test_workers_are_killed(two_nodes, rng, tmp_path, stress, caplog, monkeypatch):
     x = drawn(rng, 300, 6, np.float32)
     source, out = files(tmp_path, x)
     expected = nfc(x, 2, 2)
     for round_ in range(10 if stress else 1):
-        kill(tmp_path, monkeypatch, moment if not stress else rng.random())
-        nfc_file(source, out, block_rows=25, workers=2, overwrite=True)
+        kill(tmp_path / str(round_), monkeypatch, rng.random())
+        nfc_file(source, out, block_rows=50, workers=2, overwrite=True)
         np.testing.assert_array_equal(np.load(out), expected)
-        assert caplog.text.count("is replaced") == round_ + 1
+        assert caplog.text.count("is replaced") == 2 * (round_ + 1)
 
 
-def kill(tmp_path, monkeypatch, moment):
-    """Kill a worker, so far into the tasks, that is at one."""
+def kill(folder, monkeypatch, moment):
+    """The first task, and one so far into them, kill the first worker that begins them."""
+    folder.mkdir()
 
-    def killed(self, tasks):
+    def results(self, tasks):
         tasks = list(tasks)
-        for at, found in enumerate(RESULTS(self, tasks)):
-            if at == int(moment * (len(tasks) - 3)):
-                worker = next(iter(self._held))
-                pid = self._ray.get(worker.work.remote(_Pid()))
-                os.kill(pid, signal.SIGKILL)
-            yield found
+        for at in (0, 1 + int(moment * (len(tasks) - 1))):
+            tasks[at] = _Deadly(tasks[at], folder / str(at))
+        return RESULTS(self, tasks)
 
-    monkeypatch.setattr(searching.Workers, "results", killed)
+    monkeypatch.setattr(searching.Workers, "results", results)
 
 
-class _Pid:
-    """A task whose result is its process."""
+class _Deadly:
+    def __init__(self, task, mark):
+        self._task, self._mark = task, mark
 
-    def run(self, _rows):
-        return os.getpid()
+    def run(self, rows):
+        if self._mark.exists():
+            return self._task.run(rows)
+        self._mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
 
 
 def real_like(n, dim):
@@ -170,13 +204,16 @@ def real_like(n, dim):
 
 
 @pytest.fixture(scope="module")
-def approximate(two_nodes, tmp_path_factory):
+def approximate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("approximate")
     x = real_like(6000, 64)
     source, out = files(folder, x)
-    return x, source, out, nfc_file(source, out, workers=2, approximate=True)
+    with pytest.MonkeyPatch.context() as patched:
+        run_here(patched)
+        return x, source, out, nfc_file(source, out, approximate=True)
 
 
+@LISTS
 def test_approximate_recall_is_what_it_says(approximate):
     x, _, out, done = approximate
     exact = nfc(x)
@@ -192,6 +229,7 @@ def test_approximate_recall_is_what_it_says(approximate):
     assert f"{done.recall.found} of {done.recall.edges} on a sample of 1000 rows" in str(done)
 
 
+@LISTS
 def test_all_lists_are_exact(here, rng, tmp_path):
     x = drawn(rng, 300, 6, np.float32)
     source, out = files(tmp_path, x)
@@ -202,6 +240,7 @@ def test_all_lists_are_exact(here, rng, tmp_path):
     assert done.probes == done.lists
 
 
+@LISTS
 def test_too_low_a_recall_writes_nothing(here, approximate, tmp_path):
     _, source, _, done = approximate
     message = r"nprobe must give a recall of at least 0.9, got nprobe=1, recall of mutual edges 0\..*Pass nprobe=2"
@@ -211,11 +250,15 @@ def test_too_low_a_recall_writes_nothing(here, approximate, tmp_path):
     assert done.probes > 1
 
 
+@LISTS
 def test_lists_without_faiss(here, rng, tmp_path, monkeypatch):
     source, out = files(tmp_path, drawn(rng, 100, 6, np.float32))
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(RuntimeError, match="approximate must be False where faiss cannot be used: importing it failed"):
-        nfc_file(source, out, approximate=True)
+    message = "approximate must be False where faiss cannot be used: importing it failed"
+    with monkeypatch.context() as patched:
+        patched.delattr(enhancement, "connected")  # said before Ray starts
+        with pytest.raises(RuntimeError, match=message):
+            nfc_file(source, out, approximate=True)
     nfc_file(source, out)
     np.testing.assert_array_equal(np.load(out), nfc(np.load(source)))
 
@@ -230,6 +273,17 @@ def test_an_exact_search_of_days_is_asked_for(here, rng, tmp_path, monkeypatch):
     assert not out.exists()
     nfc_file(source, out, block_rows=30, exact=True)
     assert out.exists()
+
+
+@pytest.mark.parametrize(("first", "later", "refused"), [(1e9, 1e-9, False), (1e-9, 1e9, True)])
+def test_first_tasks_do_not_tell_how_long_all_take(here, rng, tmp_path, monkeypatch, first, later, refused):
+    source, out = files(tmp_path, drawn(rng, 100, 6, np.float32))
+    run, times = searching._Pair.run, [later] * 10  # by two workers
+    times[:2] = [first] * 2
+    monkeypatch.setattr(searching._Pair, "run", lambda task, rows: (times.pop(0), run(task, rows)[1]))
+    with pytest.raises(RuntimeError, match="exact must be True") if refused else nullcontext():
+        nfc_file(source, out, block_rows=30)
+    assert out.exists() != refused
 
 
 def people(rng, n, cameras, dtype=np.float32):
@@ -277,7 +331,10 @@ def test_commands(two_nodes, rng, tmp_path, capsys):
     assert said.startswith("enhance: 120 features by 2 workers in ")
     assert said.endswith(f" s, exact. nfc, k1 3, k2 2, whatever the evidence\nwrote {out}\n")
     alone = tmp_path / "alone.npy"
-    assert main(["enhance", str(source), str(alone), *nfc_3]) == 0
+    alone.write_bytes(b"before")
+    assert main(["enhance", str(source), str(alone), *nfc_3]) == 2
+    assert "alone.npy exists. Choose another name, or overwrite it" in capsys.readouterr().err
+    assert main(["enhance", str(source), str(alone), *nfc_3, "--overwrite"]) == 0
     np.testing.assert_array_equal(np.load(alone), expected)
 
 
@@ -285,13 +342,14 @@ def test_the_command_takes_cameras(two_nodes, rng, tmp_path, capsys):
     x, camids = people(rng, 300, 2)
     source, out = files(tmp_path, x)
     np.save(tmp_path / "cameras.npy", camids)
-    words = ["--cameras", str(tmp_path / "cameras.npy"), "--workers", "1"]
+    words = ["--cameras", str(tmp_path / "cameras.npy"), "--workers", "1", "--method", "guarded"]
     assert main(["enhance", str(source), str(out), *words]) == 0
-    alone = Centralizer().enhance(x[:1], x, gallery_camids=camids, camera_statistics="gallery")[1]
+    alone = Centralizer(method="guarded").enhance(x[:1], x, gallery_camids=camids, camera_statistics="gallery")[1]
     np.testing.assert_array_equal(np.load(out), alone)
-    assert "cameras: 2 cameras, gate 1.00." in capsys.readouterr().out
+    assert "guarded, 2 cameras centred, gate 1.00." in capsys.readouterr().out
 
 
+@LISTS
 def test_the_command_tells_the_recall(here, rng, tmp_path, capsys):
     source, out = files(tmp_path, drawn(rng, 120, 6, np.float32))
     out.write_bytes(b"before")

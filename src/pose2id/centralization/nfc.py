@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pose2id.io.checks import BLOCK_BYTES, checked_choice, checked_count, checked_memory
+from pose2id.io.checks import BLOCK_BYTES, checked_choice, checked_count, checked_flag, checked_memory
 from pose2id.io.rows import FeatureArray, Rows, unit
 from pose2id.io.whole_files import new_file, write_npy
 from pose2id.neighbors import visible_parts
@@ -36,6 +36,7 @@ def nfc(
     neighbors: NeighborSearch | None = None,
     max_memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> FeatureArray:
     """Neighbor Feature Centralization: add to every feature its mutual nearest neighbours (Algorithm 1, eq. 26-28).
 
@@ -69,8 +70,9 @@ def nfc(
             distances)` (`pose2id.neighbors.search.NeighborSearch`). It gets all rows in one array, as queries too.
         max_memory: bytes for the search of neighbours, see `pose2id.nearest_neighbors`.
         out: name of a .npy file to write the result to, block by block, instead of holding it in memory; for numpy
-            features. It appears whole or not at all, and never in the place of another file. With memory-mapped
-            features and max_memory, neither has to fit into memory.
+            features. It appears whole or not at all, and in the place of another file only with `overwrite`. With
+            memory-mapped features and max_memory, neither has to fit into memory.
+        overwrite: replace `out` if it exists.
 
     Returns:
         Features in the shape, container, dtype and on the device of `features`, computed in at least float32; with
@@ -86,19 +88,21 @@ def nfc(
         TypeError: `features` is no floating array or tensor, k1 or k2 no integer, or `out` is given with tensors.
         ValueError: another rank, no columns, k1 or k2 below 1, a row that is not finite (named by its index), bad
             visibility, or visibility or backend="faiss" where they have no meaning.
-        FileExistsError, FileNotFoundError, OSError: `out` exists, has no folder, or cannot be written.
+        FileExistsError, FileNotFoundError, OSError: `out` exists and may not, has no folder, or cannot be written.
         RuntimeError: a forced backend cannot be used; the message names the repair.
     """
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     checked_memory(max_memory)
     if out is not None and isinstance(features, Tensor):
         raise TypeError("out must be None for tensors, which are in memory anyway. For a file pass a numpy array.")
-    if out is not None and os.path.islink(out):  # even to nothing: the file would take the link's place
+    checked_flag(overwrite, "overwrite")
+    # A link even to nothing: the file would take the link's place.
+    if out is not None and not overwrite and os.path.islink(out):
         raise FileExistsError(f"{out} exists. Choose another name.")
-    target = None if out is None else new_file(out, suffixes=(".npy",))
+    target = None if out is None else new_file(out, overwrite=overwrite, suffixes=(".npy",))
     z = Rows(features, "features", normalize=normalize, parts=True)
     v = checked_weights(z, visibility, "visibility", part_distance)
-    return with_neighbors(z, v, k1, k2, normalize, backend, neighbors, max_memory, target)
+    return with_neighbors(z, v, k1, k2, normalize, backend, neighbors, max_memory, target, replace=overwrite)
 
 
 def with_neighbors(
@@ -111,6 +115,8 @@ def with_neighbors(
     neighbors: NeighborSearch | None = None,
     max_memory: int | None = None,
     target: Path | None = None,
+    *,
+    replace: bool = False,
 ) -> Any:
     """`nfc` of checked rows, with the visibility that `checked_weights` gives."""
     if v is not None and checked_choice(backend, "backend", BACKENDS) == "faiss":
@@ -118,7 +124,7 @@ def with_neighbors(
     if checked_search(neighbors, backend) is not None and v is not None:
         raise ValueError("neighbors must be None for visible parts: it compares rows. Pass part_distance='flattened'.")
     nearest = nearest_others(z, v, max(k1, k2), backend, neighbors, max_memory)
-    return summed(z, v, nearest, mutual_neighbors(nearest, k1, k2), normalize, max_memory, target)
+    return summed(z, v, nearest, mutual_neighbors(nearest, k1, k2), normalize, max_memory, target, replace=replace)
 
 
 def summed(

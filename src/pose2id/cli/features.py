@@ -63,14 +63,14 @@ def _enhance_npy(args: argparse.Namespace) -> None:
     from pose2id.io.checks import checked_choice  # noqa: PLC0415
 
     method = checked_choice(args.method or "auto", "method", METHODS)
-    given = {name: getattr(args, name) for name in (*_OF_SIDES, *_DISTRIBUTED, "cameras", "k1", "k2", "overwrite")}
+    given = {name: getattr(args, name) for name in (*_OF_SIDES, *_DISTRIBUTED, "cameras", "k1", "k2")}
     given = {
         name: value for name, value in given.items() if value is not None and value is not False
     }  # 0 is an error of its own
     alone = args.workers is None and args.address is None
     for names, wrong, where in (
         (_OF_SIDES, True, "be left out for an .npy file, which holds one array of one set"),
-        (("approximate", "nprobe", "exact", "cameras", "overwrite"), alone, "come with --workers or --ray"),
+        (("approximate", "nprobe", "exact", "cameras"), alone, "come with --workers or --ray"),
         (("approximate", "nprobe", "exact", "k1", "k2"), method != "nfc", f"come with --method nfc, not {method}"),
         (("cameras",), method == "nfc", "come with another method than nfc, which knows none"),
     ):
@@ -110,7 +110,7 @@ def _enhance_alone(args: argparse.Namespace, k1: int, k2: int) -> None:
 
     if not Path(args.input).is_file():
         raise FileNotFoundError(f"There is no feature file {args.input}.")
-    nfc(read_array(Path(args.input)), k1, k2, out=args.output)
+    nfc(read_array(Path(args.input)), k1, k2, out=args.output, overwrite=args.overwrite)
     print(f"enhance: nfc, k1 {k1}, k2 {k2}, whatever the evidence.")
     print(f"wrote {args.output}")
 

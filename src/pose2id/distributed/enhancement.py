@@ -23,7 +23,7 @@ from pose2id.centralization.guard import Guard
 from pose2id.centralization.links import Searched, links_among, map_of
 from pose2id.centralization.nfc import mutual_neighbors, summed
 from pose2id.distributed.cluster import Cluster, connected
-from pose2id.distributed.searching import LONGEST, ComparedByWorkers, Recall, Searching
+from pose2id.distributed.searching import LONGEST, ComparedByWorkers, Recall, Searching, check_faiss
 from pose2id.distributed.shared_rows import share, working
 from pose2id.distributed.workers import Workers
 from pose2id.io.array_files import read_array
@@ -95,7 +95,7 @@ def nfc_file(
         workers: how many; None: one a GPU, or where there is none, one a machine.
         approximate: search in faiss's inverted lists, and measure the recall of mutual edges on a sample.
         nprobe: how many lists a row looks at; None: so many that the lists hold 97.5 % of a sample's mutual edges.
-        exact: search exactly, even if the first task tells that all take more than 24 hours.
+        exact: search exactly, even if early tasks tell that all take more than 24 hours.
         block_rows: rows of a block; None: at most 64 MiB of float32, and at least two blocks a worker.
         overwrite: replace an existing file.
 
@@ -104,8 +104,8 @@ def nfc_file(
         ImportError: Ray is not installed.
         FileExistsError, FileNotFoundError, OSError: as of `nfc`; there is no file `features`.
         ValueError, TypeError: not an .npy file of finite floating features (N, D); bad counts.
-        RuntimeError: an exact search would take more than 24 hours; the recall is below 0.9, so that nothing is
-            written; what `Workers.results` raises.
+        RuntimeError: an exact search would take more than 24 hours; faiss, for approximate=True, cannot be used; the
+            recall is below 0.9, so that nothing is written; what `Workers.results` raises.
     """
     started = time.perf_counter()
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
@@ -120,6 +120,8 @@ def nfc_file(
         checked_count(block_rows, "block_rows")
     path, target = _files(features, out, overwrite)
     array = read_array(path)
+    if approximate:
+        check_faiss()
     with connected(address, workers) as cluster:
         z = Rows(array, f"features of {path}", normalize=normalize)
         done: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES, _LEAST_BLOCK = 64 << 20, 4096  # of a block in float32; rows
 _BLOCKS_A_WORKER = 2  # so many blocks or more, so that the last tasks are spread
 LONGEST = 24 * 3600  # seconds of an exact search that is not asked for by exact=True
+_TIMED = 5  # tasks tell how long all take
 _LISTS, _TRAINED, _ROUNDS = 4, 64, 10  # lists a root of n, rows a list to train with, and how often
 _SAMPLE = 1000  # rows whose exact mutual edges are found, to choose how many lists are looked at, and again to measure
 _WANTED = 0.975  # of a sample's mutual edges must be in the lists that are looked at
@@ -273,13 +275,18 @@ class Searching:
         """(n, k) positions of the nearest, those of a search in one process.
 
         Raises:
-            RuntimeError: the first task tells that all would take more than `longest` seconds.
+            RuntimeError: early tasks tell that all would take more than `longest` seconds.
         """
         nearest, tasks = NearestSoFar(self.n, self._k), list(self._pairs())
         products = sum(task.products for task in tasks)
-        for done, (task, (seconds, found)) in enumerate(self._results(tasks)):
-            if not done:
-                self._check_time(len(tasks), seconds * products / task.products / self._count, longest)
+        # Each worker's first task starts libraries and reads from a cold disk.
+        timed = min(self._count + _TIMED, math.ceil(len(tasks) / 2))
+        times: list[float] = []
+        for task, (seconds, found) in self._results(tasks):
+            times.append(seconds / task.products)
+            if len(times) == timed:
+                typical = statistics.median(times[self._count :] or times)
+                self._check_time(len(tasks), typical * products / self._count, longest)
             positions, exact = _received(found)
             m = task.first.stop - task.first.start
             if task.first == task.second:
@@ -310,9 +317,8 @@ class Searching:
         """Positions as of `exact`, mostly; how many lists there are, how many each row looks at, and the recall.
 
         Raises:
-            RuntimeError: faiss cannot be used, or the recall is below `RECALL`.
+            RuntimeError: the recall is below `RECALL`.
         """
-        _check_faiss()
         number = min(int(_LISTS * math.sqrt(self.n)), self.n)
         drawn = torch.randperm(self.n, generator=torch.Generator().manual_seed(0), device="cpu")
         sample = drawn[: min(_SAMPLE, self.n // 2)], drawn[-min(_SAMPLE, self.n - self.n // 2) :]
@@ -382,6 +388,15 @@ class Searching:
         return int(needed[min(len(needed) - 1, math.ceil(_WANTED * len(needed)))])
 
     def _in_lists(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
+        near = self._near(centroids, probes)
+        nearest = NearestSoFar(self.n, self._k)
+        # One by one, as workers ask: each holds copies of its rows' candidates.
+        for place, found in self._pool.results(self._candidates(block, near[block]) for block in self._blocks):
+            nearest.add(self._blocks[place], *_received(found))
+        return nearest.positions
+
+    def _near(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
+        """Candidates of each row, by float32 products."""
         faiss = usable_faiss(gpu=False)
         shared = self._put(centroids)
         looks = np.empty((self.n, probes), dtype=np.int32)
@@ -413,10 +428,7 @@ class Searching:
         near = NearestSoFar(self.n, self._k + _EXTRA)
         for _, (rows, found) in self._pool.results(lists()):
             near.add(torch.from_numpy(np.array(rows)), *_received(found))
-        nearest = NearestSoFar(self.n, self._k)
-        for task, found in self._results([self._candidates(block, near.positions[block]) for block in self._blocks]):
-            nearest.add(task.block, *_received(found))
-        return nearest.positions
+        return near.positions
 
     def _candidates(self, block: slice, found: Tensor) -> _Candidates:
         candidates = found.numpy()
@@ -443,7 +455,8 @@ class Searching:
                 due += 1
 
 
-def _check_faiss() -> None:
+def check_faiss() -> None:
+    """RuntimeError where this process cannot search approximately."""
     try:
         if sys.platform != "linux":
             # faiss and torch bring an OpenMP runtime each, and the process may abort.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import Rows, blocks
 from pose2id.neighbors.space import Centre
 
+_Look = tuple[int, int, str]  # at a file: bytes, time of last change, checksum of its first and last MiB
+
 
 class SharedRows:
     """Rows of an .npy file that workers can read; made by `share`, and pickled to them.
@@ -25,8 +28,10 @@ class SharedRows:
         sent: the blocks of rows in Ray's object store; None: every machine maps the file.
     """
 
-    def __init__(self, path: Path, normalize: bool, centre: Centre, sent: tuple[list[Any], int] | None) -> None:
-        self._path, self._normalize, self.centre, self.sent = path, normalize, centre, sent
+    def __init__(
+        self, path: Path, normalize: bool, centre: Centre, sent: tuple[list[Any], int] | None, look: _Look | None
+    ) -> None:
+        self._path, self._normalize, self.centre, self.sent, self._look = path, normalize, centre, sent, look
         self._mapped: NDArray[Any] | None = None
 
     def read(self, *indices: NDArray[np.int64]) -> Rows:
@@ -39,6 +44,7 @@ class SharedRows:
     def _read(self, index: NDArray[np.int64]) -> NDArray[Any]:
         if self.sent is None:
             if self._mapped is None:
+                self._check_file()
                 self._mapped = np.load(self._path, mmap_mode="r")
             return np.asarray(_taken(self._mapped, index))
         import ray  # noqa: PLC0415 - an extra
@@ -51,6 +57,21 @@ class SharedRows:
         result[order] = np.concatenate(found)
         return result
 
+    def _check_file(self) -> None:
+        # A machine that joined later was not asked when the rows were shared.
+        found = _look()(str(self._path))
+        if found == self._look:
+            return
+        given = f"{socket.gethostname()} has no {self._path}"
+        if found is not None and self._look is not None:
+            names = ("size", "time of last change", "checksum of the first and last MiB")
+            differs = [name for name, theirs, mine in zip(names, found, self._look, strict=True) if theirs != mine]
+            given = f"{socket.gethostname()} has another {self._path} (another {', '.join(differs)})"
+        remedy = (
+            "Leave the file as it is while workers run, and start again: machines are asked anew, and get rows sent"
+        )
+        raise RuntimeError(f"features must be the same file on every machine that maps them; {given}. {remedy}.")
+
 
 def share(cluster: Cluster, path: Path, features: NDArray[Any], normalize: bool, centre: Centre) -> SharedRows:
     """Rows for the workers of a cluster.
@@ -59,29 +80,28 @@ def share(cluster: Cluster, path: Path, features: NDArray[Any], normalize: bool,
     first and last MiB. Where all machines see it they map it; else all blocks go into Ray's object store.
     """
     path = path.resolve()
-    if _seen_by_all(cluster, str(path)):
-        return SharedRows(path, normalize, centre, None)
+    mine = _look()(str(path))
+    if _seen_by_all(cluster, str(path), mine):
+        return SharedRows(path, normalize, centre, None, mine)
     size = max(1, BLOCK_BYTES // (features.itemsize * features.shape[1]))
     sent = [cluster.ray.put(np.array(features[block])) for block in blocks(len(features), size)]
-    return SharedRows(path, normalize, centre, (sent, size))
+    return SharedRows(path, normalize, centre, (sent, size), None)
 
 
-def _seen_by_all(cluster: Cluster, path: str) -> bool:
+def _seen_by_all(cluster: Cluster, path: str, mine: _Look | None) -> bool:
     ray = cluster.ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
-    look = _look()
-    mine = look(path)
-    ask = ray.remote(num_cpus=0)(look)
+    ask = ray.remote(num_cpus=0)(_look())
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     found = ray.get([ask.options(scheduling_strategy=strategy).remote(path) for strategy in strategies])
     return all(theirs == mine for theirs in found)
 
 
-def _look() -> Callable[[str], tuple[int, int, str] | None]:
+def _look() -> Callable[[str], _Look | None]:
     # Within a function, so that it travels whole, to a machine without pose2id too: that is said later.
-    def look(path: str) -> tuple[int, int, str] | None:
+    def look(path: str) -> _Look | None:
         import hashlib  # noqa: PLC0415
         import os  # noqa: PLC0415
 
