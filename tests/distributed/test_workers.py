@@ -13,7 +13,7 @@ import pytest
 
 import pose2id
 from pose2id.distributed.cluster import Cluster, _cores_each, connected
-from pose2id.distributed.workers import Workers
+from pose2id.distributed.workers import Workers, in_order
 
 # Workers don't find test modules.
 pytest.importorskip("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -74,7 +74,7 @@ def test_results_in_order_and_tasks_not_far_ahead(two_nodes):
 
     with connected(workers=2) as cluster, Workers(cluster, make) as workers:
         tasks = (drawn.append(i) or i for i in range(40))
-        for due, x in enumerate(workers.in_order(tasks)):
+        for due, x in enumerate(in_order(workers.results(tasks, ahead=8))):
             assert x == due
             assert due or len(drawn) <= 8  # the first took long
     assert drawn == list(range(40))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pose2id.distributed.cluster import Cluster
-from pose2id.distributed.workers import Workers
+from pose2id.distributed.workers import Workers, in_order
 from pose2id.extraction import Files, features_of, stored_features
 from pose2id.extractor import SideInputs
 from pose2id.io.checks import checked_count, checked_flags
@@ -66,7 +66,8 @@ def extract(
 
         def features(start: int) -> Iterator[NDArray[Any]]:
             with tqdm(total=len(paths) - start, unit="img", disable=None if progress else True) as bar:
-                for rows in workers.in_order(_tasks(paths, start, batch_size, key, read=not by_path)):
+                tasks = _tasks(paths, start, batch_size, key, read=not by_path)
+                for rows in in_order(workers.results(tasks, ahead=4 * workers.count)):
                     bar.update(len(rows))
                     yield rows
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pose2id.centralization.nfc import mutual_neighbors
 from pose2id.distributed.shared_rows import SharedRows
-from pose2id.distributed.workers import Workers
+from pose2id.distributed.workers import Workers, in_order
 from pose2id.io.checks import BLOCK_BYTES
 from pose2id.io.rows import ChosenRows, Rows, blocks
 from pose2id.neighbors.engines import UnusableError, own_entry, usable_faiss
@@ -348,7 +348,7 @@ class Searching:
         faiss = usable_faiss(gpu=False)
         rows = np.sort(drawn[: _TRAINED * number])
         index = [self._kept[rows[part]] for part in blocks(len(rows), self.block)]
-        x = np.concatenate(list(self._ordered([_Read(part) for part in index])))
+        x = np.concatenate(list(in_order(self._pool.results([_Read(part) for part in index]))))
         means = faiss.Kmeans(x.shape[1], number, niter=_ROUNDS, min_points_per_centroid=1, seed=0)
         means.train(x)
         return np.asarray(means.centroids, dtype=np.float32)
@@ -401,7 +401,7 @@ class Searching:
         shared = self._put(centroids)
         looks = np.empty((self.n, probes), dtype=np.int32)
         tasks = [_Assigned(self._kept[block], shared, probes) for block in self._blocks]
-        for at, found in zip(self._blocks, self._ordered(tasks), strict=True):
+        for at, found in zip(self._blocks, in_order(self._pool.results(tasks)), strict=True):
             looks[at] = found
         of = looks[:, 0].copy()
         members, starts = np.argsort(of, kind="stable"), np.searchsorted(np.sort(of), np.arange(len(centroids) + 1))
@@ -443,16 +443,6 @@ class Searching:
     def _results(self, tasks: list[Any]) -> Iterator[tuple[Any, Any]]:
         for place, found in self._pool.results(tasks):
             yield tasks[place], found
-
-    def _ordered(self, tasks: list[Any]) -> Iterator[Any]:
-        """Results in the order of the tasks."""
-        early: dict[int, Any] = {}
-        due = 0
-        for place, found in self._pool.results(tasks):
-            early[place] = found
-            while due in early:
-                yield early.pop(due)
-                due += 1
 
 
 def check_faiss() -> None:

@@ -78,16 +78,6 @@ class Workers:
             for held in self._held.values():
                 held.clear()
 
-    def in_order(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """The results in the order of the tasks, of which few wait for an earlier one; see `results`."""
-        early: dict[int, Any] = {}
-        due = 0
-        for place, result in self.results(tasks, ahead=2 * _AHEAD * self.count):
-            early[place] = result
-            while due in early:
-                yield early.pop(due)
-                due += 1
-
     def _run(self, tasks: Iterator[tuple[int, Any]], ahead: int | None) -> Iterator[tuple[int, Any]]:
         waiting = _Ahead(tasks, ahead)
         self._hand_out(waiting)
@@ -190,6 +180,17 @@ class Workers:
             logger.warning("a worker died %s, and is not replaced: %s", when, why)
         else:
             raise RuntimeError(f"{_DEATHS} workers died {when}, the last of: {error}") from error
+
+
+def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:
+    """The results of `Workers.results` in the order of their tasks; `ahead` bounds how many wait for an earlier one."""
+    early: dict[int, Any] = {}
+    due = 0
+    for place, result in results:
+        early[place] = result
+        while due in early:
+            yield early.pop(due)
+            due += 1
 
 
 class _Ahead:
