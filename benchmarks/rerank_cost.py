@@ -87,6 +87,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot([row["images"] for row in of_method], [row[column] for row in of_method], "o-", label=method)
     for axis, title in zip(axes, ("seconds", "MB of memory, features and output apart"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="images, queries and gallery", title=title)
+        sizes = sorted({row["images"] for row in rows})
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axis.minorticks_off()
         axis.grid(visible=True, which="major", alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=130)
