@@ -260,7 +260,7 @@ def _list_broken(job: Job, broken: Mapping[Path, str]) -> None:
     csv.writer(table).writerows([("path", "reason"), *broken.items()])
     content = table.getvalue().encode(errors="surrogateescape")  # file names are any bytes
     if job.shards is not None:
-        job.shards.write_beside(BROKEN, content if broken else None)
+        job.shards.write_beside(BROKEN, io.BytesIO(content) if broken else None)
         return
     target = job.directory / BROKEN
     if not broken:

@@ -338,7 +338,7 @@ class Job:
             raise ValueError(f"grid must be False for a URL, whose shards have no contact sheets, got {directory}.")
         self.place = os.fspath(directory)
         self.shards = Shards(directory) if is_url(directory) else None
-        self._writer = None if self.shards is None else ShardWriter(self.shards, share=(process, processes))
+        self._writer = None if self.shards is None else ShardWriter(self.shards)
         # Pictures in shards go by their paths below the URL.
         self.directory = Path(directory if self.shards is None else "")
         check_folder(self.directory)
