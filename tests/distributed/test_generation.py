@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import os
 import random
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from threading import Timer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,11 +37,12 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 OPTIONS = {"poses": poses.standard()[:2], "sampling": Sampling(steps=3, size=(16, 8)), "batch_size": 4}
 IMAGES = 24
+STEPS = 20  # so many that an interruption comes before the end
+NOT_UTF8 = [os.fsdecode(b"not-utf-8-\xff.png")] if sys.platform == "linux" else []
 
 
-def loading(weights, pids):
-    """A worker's generator; it leaves its process's number."""
-    (pids / str(os.getpid())).touch()
+def loading(weights):
+    """A worker's generator."""
     return IdentityGenerator.from_pretrained(weights, device="cpu")
 
 
@@ -49,7 +51,6 @@ def given(tmp_path_factory):
     """Weights, images, and the files of a single process."""
     folder = tmp_path_factory.mktemp("given")
     miniature().save_pretrained(folder / "weights")
-    (folder / "pids").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 16, 3), dtype=np.uint8)
     for i, picture in enumerate(pixels):
         path = folder / "people" / f"cam{i % 2}" / f"{i:02}.{('png', 'jpg')[i % 2]}"
@@ -71,15 +72,16 @@ def third(two_nodes):
 
 def wait_for_machines(count):
     """Until the cluster knows which are gone: other tests count them."""
-    soon = time.monotonic() + 30
-    while sum(node["Alive"] for node in ray.nodes()) > count and time.monotonic() < soon:
+    soon = time.monotonic() + 120
+    while sum(node["Alive"] for node in ray.nodes()) > count:
+        assert time.monotonic() < soon, ray.nodes()
         time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def workers(given, third):
     """One on each of three machines."""
-    load = partial(loading, given / "weights", given / "pids")
+    load = partial(loading, given / "weights")
     with connected(workers=3) as cluster, generation_workers(cluster, load) as workers:
         yield workers
 
@@ -120,7 +122,8 @@ def test_shards_behind_a_url(workers, given, tmp_path):
     for written, kept in ((2 * IMAGES, 0), (0, 2 * IMAGES)):
         done = run(workers, tmp_path, url)
         assert (done.written, done.kept, len(done.broken)) == (written, kept, 1)
-    assert below(tmp_path / "out") == {"pictures-000000.json", "pictures-000000.tar", "broken.csv"}
+    names = {re.sub(r"-\w{8}", "", name) for name in below(tmp_path / "out")}
+    assert names == {"pictures-000000.json", "pictures-000000.tar", "broken.csv"}
     sources = PictureFolder(url).files(images, tmp_path / "copies"), PictureFolder(given / "single")(images)
     for copies, files in zip(*sources, strict=True):
         for copy, file in zip(copies, files, strict=True):
@@ -152,21 +155,61 @@ def test_other_pictures_are_not_replaced(workers, given, tmp_path):
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in below(tmp_path / "out")} == before
 
 
-def test_files_are_read_as_they_are_needed(workers, given, tmp_path, monkeypatch):
-    read, saved, ahead = [], [], []
-    read_bytes, save = Path.read_bytes, batch._save
+def reading(monkeypatch, note):
+    """Call `note(how many)` when an image is read for a task."""
+    read, read_bytes = [], Path.read_bytes
 
-    def reading(path):
-        if path.parent.name.startswith("cam") and "people" in path.parts:
+    def noted(path):
+        if path.parent.name.startswith("cam"):
             read.append(path)
-            ahead.append(len(read) - len(saved) // 2)
+            note(len(read))
         return read_bytes(path)
 
-    monkeypatch.setattr(Path, "read_bytes", reading)
-    monkeypatch.setattr(batch, "_save", lambda *to: save(*to) or saved.append(to))
-    run(workers, given, tmp_path)
-    assert len(read) == IMAGES
-    assert max(ahead) < IMAGES
+    monkeypatch.setattr(Path, "read_bytes", noted)
+    return read
+
+
+def test_files_are_read_as_they_are_needed(workers, given, tmp_path, monkeypatch):
+    done, ahead = [], []
+
+    def results(tasks):
+        for place, result in workers.results(tasks):
+            if isinstance(result[1], list):
+                done.extend(result[1])
+            yield place, result
+
+    read = reading(monkeypatch, lambda count: ahead.append(count - len(done)))
+    run(SimpleNamespace(count=workers.count, results=results), given, tmp_path)
+    assert len(read) == len(done) == IMAGES
+    assert max(ahead) <= 3 * 2 * 2  # each worker holds two batches
+
+
+@pytest.mark.parametrize(("pictures", "poses_each"), [(192, 8), (32, 3), (32, 5), (4, 8)])
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_tasks_are_whole_batches(tmp_path, monkeypatch, pictures, poses_each, size):
+    (tmp_path / "image").write_bytes(b"x" * size)
+    monkeypatch.setattr(generation, "_TASK_BYTES", 5_000_000)
+    count, at_once = 1000, max(1, pictures // poses_each)
+    job = SimpleNamespace(
+        incomplete=dict.fromkeys(range(count), 1),
+        poses=[None] * poses_each,
+        names=["image"] * count,
+        keys=["key"] * count,
+        paths=[tmp_path / "image"] * count,
+        broken={},
+    )
+    lengths = []
+
+    def results(tasks):
+        for place, task in enumerate(tasks):
+            lengths.append(len(task.keywords["images"]))
+            yield place, (0.001, [[]] * lengths[-1])
+
+    given = generation._Run(job, None, {}, at_once, 2).pictures(SimpleNamespace(results=results))
+    assert [i for i, _ in given] == list(range(count))
+    assert not [length for length in lengths[:-1] if length % at_once]
+    if size == 10 and pictures == 32:
+        assert max(lengths) > at_once
 
 
 def process(worker):
@@ -174,48 +217,37 @@ def process(worker):
     return os.getpid()
 
 
+def begun(workers):
+    """PIDs of workers that take tasks."""
+    return {pid for _, pid in workers.results([process] * 6)}
+
+
 def test_a_machine_that_goes(two_nodes, third, workers, given, tmp_path, monkeypatch, caplog):
-    pids = set()
-    while len(pids) < 3:  # all have begun
-        pids |= {pid for _, pid in workers.results([process] * 6)}
-    read, read_bytes = [], Path.read_bytes
-
-    def reading(path):
-        read.append(path)
-        if len(read) == 1:  # its worker is about to get tasks
-            two_nodes.remove_node(third, allow_graceful=False)
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", reading)
+    pids, soon = set(), time.monotonic() + 300
+    while len(pids) < 3:
+        assert time.monotonic() < soon, pids
+        pids |= begun(workers)
+    # Before its worker gets tasks.
+    reading(monkeypatch, lambda count: count == 1 and two_nodes.remove_node(third, allow_graceful=False))
     assert run(workers, given, tmp_path).written == 2 * IMAGES
     assert_as_by_one_process(tmp_path, given)
     assert "a worker died" in caplog.text
 
 
-def kill_one(pids, dying):
-    alive = [int(path.name) for path in pids.iterdir() if Path("/proc", path.name).exists()]
-    dying.append(random.choice(alive))
-    os.kill(dying[-1], signal.SIGKILL)
-
-
 @pytest.mark.parametrize("moment", range(20))
-def test_a_worker_killed_at_a_random_moment(workers, given, tmp_path, monkeypatch, moment, stress):
+def test_a_worker_killed_at_a_random_moment(workers, given, tmp_path, monkeypatch, caplog, moment, stress):
     if moment > 1 and not stress:
         pytest.skip("only with --stress")
-    at, save, saved, dying = random.Random(moment).randrange(IMAGES), batch._save, [], []
-
-    def saving(content, target):
-        saved.append(target)
-        if len(saved) == at + 1:
-            Timer(random.random() / 20, kill_one, (given / "pids", dying)).start()
-        save(content, target)
-
-    monkeypatch.setattr(batch, "_save", saving)
+    rng, save, saved = random.Random(moment), batch._save, []
+    # Half of the images are left then, and it gets tasks that it cannot do.
+    at, dying = rng.randint(1, IMAGES // 2), rng.choice(sorted(begun(workers)))
+    reading(monkeypatch, lambda count: count == at and os.kill(dying, signal.SIGKILL))
+    monkeypatch.setattr(batch, "_save", lambda *to: save(*to) or saved.append(to))
     done = run(workers, given, tmp_path)
     assert (done.written, done.broken) == (2 * IMAGES, {})
     assert len(saved) == 2 * IMAGES  # none twice
-    assert len(dying) == 1
     assert_as_by_one_process(tmp_path, given)
+    assert "is replaced" in caplog.text
 
 
 @pytest.fixture
@@ -226,11 +258,13 @@ def with_broken(given, tmp_path):
     (people / "cam0" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     Image.new("RGB", (4, 4)).save(people / "cam0" / "02.png")
     shutil.copy(given / "single" / "pose1" / "cam0" / "00.png", people / "cam0" / "04.png")
+    if NOT_UTF8:
+        (people / "cam0" / NOT_UTF8[0]).write_bytes(b"no picture")
     return people
 
 
 def listed(out):
-    with (out / "broken.csv").open(encoding="utf-8", newline="") as file:
+    with (out / "broken.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return {Path(row["path"]).name: row["reason"] for row in csv.DictReader(file)}
 
 
@@ -238,9 +272,10 @@ def test_broken_images_end_in_a_list(workers, given, with_broken, tmp_path):
     out = tmp_path / "out"
     done = generate_on(workers, [with_broken], out, progress=False, **OPTIONS)
     names = ("00", "02", "04")
-    assert list(done.broken) == [with_broken / "cam0" / f"{name}.png" for name in names]
+    broken = [*(f"{name}.png" for name in names), *NOT_UTF8]
+    assert list(done.broken) == [with_broken / "cam0" / name for name in broken]
     reasons = listed(out)
-    assert list(reasons) == [f"{name}.png" for name in names]
+    assert list(reasons) == broken
     assert reasons["00.png"].startswith("image cam0/00 cannot be read: ")
     assert "must be at least 8 pixels" in reasons["02.png"]
     assert reasons["04.png"].endswith("04.png was generated by pose2id.")
@@ -343,8 +378,8 @@ def test_the_command(command, given, with_broken, tmp_path, capsys):
     assert printed == f"wrote 0 pictures to {out}; {2 * IMAGES} were there already"
     assert command("--workers", 3, images=with_broken) == 1
     said = capsys.readouterr().err
-    assert f"images left out: 3, all in {out / 'broken.csv'}:\nimage cam0/00 cannot be read: " in said
-    assert len(listed(out)) == 3
+    assert f"images left out: {3 + len(NOT_UTF8)}, all in {out / 'broken.csv'}:\nimage cam0/00 cannot be read: " in said
+    assert len(listed(out)) == 3 + len(NOT_UTF8)
 
 
 def test_a_full_disk(command, tmp_path, capsys, monkeypatch):
@@ -360,7 +395,9 @@ def test_a_full_disk(command, tmp_path, capsys, monkeypatch):
     with connected(workers=1):
         assert command("--workers", 1) == 2
     assert "cannot be written: No space left on device" in capsys.readouterr().err
-    assert all(name.startswith(("pose1/cam0", "pose2/cam0")) for name in below(tmp_path / "out"))
+    names = below(tmp_path / "out")
+    assert names
+    assert all(name.startswith(("pose1/cam0", "pose2/cam0")) for name in names)
 
 
 def test_what_the_command_says_no_to(command, tmp_path, capsys, monkeypatch):
@@ -379,40 +416,54 @@ def test_what_the_command_says_no_to(command, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@contextmanager
 def started(given, tmp_path, *launcher, words=()):
-    """The command in a process of its own."""
+    """The command in a process of its own, which ends here at the latest."""
     poses.write(OPTIONS["poses"], tmp_path / "poses.json")
     given = ["-m", "pose2id", "generate", given / "people", *fixed(given, tmp_path), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     python = [sys.executable, *map(str, launcher), *map(str, given)]
-    return subprocess.Popen(python, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(python, **pipes, env=environment, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_an_interrupted_command_leaves_whole_files_and_goes_on(two_nodes, workers, given, tmp_path):
+@pytest.fixture
+def room(two_nodes, workers):
+    """For one more worker, and the one whose machine has gone."""
     machines = sum(node["Alive"] for node in ray.nodes())
-    with_room = two_nodes.add_node(num_cpus=2)
-    process = started(given, tmp_path, words=("--ray", two_nodes.address, "--workers", 1, "--steps", 60))
-    out, soon = tmp_path / "out", time.monotonic() + 60
-    while not any(out.rglob("*.png")) and process.poll() is None and time.monotonic() < soon:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    two_nodes.remove_node(with_room)
+    node = two_nodes.add_node(num_cpus=2)
+    yield
+    two_nodes.remove_node(node)
     wait_for_machines(machines)
+
+
+def test_an_interrupted_command_leaves_whole_files_and_goes_on(two_nodes, room, workers, given, tmp_path):
+    out, soon = tmp_path / "out", time.monotonic() + 300
+    words = ("--ray", two_nodes.address, "--workers", 1, "--steps", STEPS)
+    with started(given, tmp_path, words=words) as process:
+        while not any(out.rglob("*.png")) and process.poll() is None and time.monotonic() < soon:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=300)
+    names = below(out)
+    assert 0 < len(names) < 2 * IMAGES, said
     assert (process.returncode, said.splitlines()[-1]) == (130, "pose2id: interrupted"), said
     assert "Traceback" not in said
-    names = below(out)
-    assert 0 < len(names) < 2 * IMAGES
     assert not [name for name in names if Path(name).name.startswith(".")]
-    assert all(read_note(out / name)["num_inference_steps"] == 60 for name in names)
-    done = run(workers, given, out, sampling=Sampling(steps=60, size=(16, 8)))
+    assert all(read_note(out / name)["num_inference_steps"] == STEPS for name in names)
+    done = run(workers, given, out, sampling=Sampling(steps=STEPS, size=(16, 8)))
     assert (done.written, done.kept) == (2 * IMAGES - len(names), len(names))
 
 
 def test_two_processes_of_a_launcher(given, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
-    process = started(given, tmp_path, *launcher, words=("--grid",))
-    printed, said = process.communicate(timeout=120)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    with started(given, tmp_path, *launcher, words=("--grid",)) as process:
+        printed, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert printed == f"wrote {2 * IMAGES} pictures to {tmp_path / 'out'}\n"
     assert_as_by_one_process(tmp_path / "out", given, grid=True)
@@ -449,9 +500,3 @@ def test_each_image_is_one_process_s(given, tmp_path):
     assert_as_by_one_process(tmp_path, given)
     with pytest.raises(ValueError, match="share's index must be at most 2, got 3"):
         generate_files(generator, [given / "people"], tmp_path, **{**options, "share": (3, 3)})
-
-
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import builtins
+import io
 import itertools
 import json
+import os
 import re
+import secrets
+import shutil
 import sys
 import tarfile
 import threading
 import zlib
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -24,7 +29,9 @@ from PIL import Image
 from pose2id import Centralizer, Extractor, PictureFolder, poses
 from pose2id.cli import main
 from pose2id.extractor import Preprocess
+from pose2id.io import urls
 from pose2id.ipg import generate_files
+from pose2id.ipg import shards as shards_module
 from pose2id.ipg.batch import Written, missing_pictures
 from pose2id.ipg.folder import read_note
 from pose2id.ipg.shards import Shards, ShardWriter
@@ -71,17 +78,25 @@ def memory():
     return f"memory://of-test-{next(_numbers)}"
 
 
-def listed(url):
-    """Name to content of the files behind a URL."""
+def paths(url):
+    """Name to path of the files behind a URL; names of shards without their random part."""
     filesystem, path = fsspec.core.url_to_fs(url)
     found = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
-    return {name.rpartition("/")[2]: filesystem.cat_file(name) for name in found}
+    names = {re.sub(r"(?<=\d)-[0-9a-f]{8}(?=\.)", "", path.rpartition("/")[2]): path for path in found}
+    assert len(names) == len(found)
+    return names
+
+
+def listed(url):
+    """Name to content of the files behind a URL."""
+    filesystem, _ = fsspec.core.url_to_fs(url)
+    return {name: filesystem.cat_file(path) for name, path in paths(url).items()}
 
 
 def put(url, name, content):
     filesystem, path = fsspec.core.url_to_fs(url)
     filesystem.makedirs(path, exist_ok=True)
-    filesystem.pipe_file(f"{path}/{name}", content)
+    filesystem.pipe_file(paths(url).get(name, f"{path}/{name}"), content)
 
 
 def members(content, tmp_path):
@@ -142,6 +157,7 @@ def test_they_are_read_as_from_a_folder(generator, people, folder, url):
     extractor = Extractor(model, transform=Preprocess((32, 16), (0.5,) * 3, (0.5,) * 3), batch_size=3)
     expected = Centralizer(extractor, generated=folder)(images, progress=False)
     assert torch.equal(Centralizer(extractor, generated=url)(images, progress=False), expected)
+    assert [*PictureFolder(url, num_poses=0)(images)] == [[]] * len(images)
     # One of them alone, and fewer poses.
     one = Centralizer(extractor, generated=url, num_poses=1)(images[1:2], progress=False)
     assert torch.equal(one, Centralizer(extractor, generated=folder, num_poses=1)(images[1:2], progress=False))
@@ -263,23 +279,84 @@ def killed(*_, **__):
     raise KilledError
 
 
-@pytest.mark.parametrize("where", ["tar", "index"])
-def test_a_shard_without_index_is_not_there(memory, monkeypatch, where):
+def test_a_shard_without_index_is_not_there(memory):
     fill(memory, "a")
-    with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, *(("open", killed) if where == "tar" else ("pipe_file", killed)))
-        with pytest.raises(OSError, match="pictures-000001 cannot be written: KilledError"):
-            fill(memory, "b", "c")
-    assert ("pictures-000001.tar" in listed(memory)) == (where == "index")
+    put(memory, "pictures-000001-00000000.tar", b"of a run that was killed")
     assert [*Shards(memory)] == ["a"]
     with pytest.raises(ValueError, match=r"must hold 2 pictures .* missing for 1 of 2: images\[1\] \(b.jpg\)"):
         Shards(memory).find(["a.jpg", "b.jpg"], 2)
     first = listed(memory)["pictures-000000.tar"]
     fill(memory, "b", "c", "d")
-    assert set(listed(memory)) == {f"pictures-00000{n}.{end}" for n in (0, 1) for end in ("tar", "json")}
     shards = Shards(memory)
     assert [*shards.contents(shards.find(["d.jpg", "a.jpg"], 2))] == [[b"d"] * 2, [b"a"] * 2]
+    filesystem, path = fsspec.core.url_to_fs(memory)
+    assert filesystem.cat_file(f"{path}/pictures-000001-00000000.tar") == b"of a run that was killed"
+    filesystem.rm_file(f"{path}/pictures-000001-00000000.tar")
+    assert set(listed(memory)) == {f"pictures-00000{n}.{end}" for n in (0, 1) for end in ("tar", "json")}
     assert listed(memory)["pictures-000000.tar"] == first
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make copies to files behind URLs fail in their middle: those that `when(path)` says; gives all paths."""
+
+    def fail(when, error):
+        def copy(source, target, length):
+            at = str(getattr(target, "path", None) or target.name)
+            tried.append(at)
+            if when(at):
+                target.write(source.read(10))
+                raise error
+            copyfileobj(source, target, length)
+
+        copyfileobj, tried = shutil.copyfileobj, []
+        monkeypatch.setattr(urls, "shutil", SimpleNamespace(copyfileobj=copy))
+        monkeypatch.setattr(urls, "_WAITS", (0, 0, 0))
+        return tried
+
+    return fail
+
+
+@pytest.mark.parametrize("where", [".tar", ".json"])
+def test_nothing_is_left_of_a_shard_that_fails(url, failing, where):
+    fill(url, "a")
+    before = listed(url)
+    tried = failing(lambda path: where in path, KilledError())
+    with pytest.raises(OSError, match=rf"pictures-000001-[0-9a-f]{{8}}\{where} cannot be written: KilledError"):
+        fill(url, "b")
+    assert len(tried) == (1 if where == ".tar" else 2)
+    assert all("/.pictures-" in path for path in tried)  # under their names they appear whole
+    assert listed(url) == before
+
+
+@pytest.mark.parametrize("where", [".tar", ".json"])
+def test_what_fails_for_a_moment_is_tried_again(url, failing, where, caplog):
+    tried = failing(lambda path: where in path and len(tried) < 4, ConnectionResetError("reset by peer"))
+    fill(url, "a", "b")
+    assert len(tried) == (5 if where == ".tar" else 4)
+    assert caplog.text.count("is written again") == (3 if where == ".tar" else 2)
+    assert "reset by peer" in caplog.text
+    assert set(listed(url)) == {"pictures-000000.tar", "pictures-000000.json"}
+    shards = Shards(url)
+    assert [*shards.contents(shards.find(["a.jpg", "b.jpg"], 2))] == [[b"a"] * 2, [b"b"] * 2]
+    tried.clear()
+    failing(lambda path: True, ConnectionResetError("reset by peer"))
+    with pytest.raises(OSError, match="cannot be written: reset by peer"):
+        fill(url, "c")
+    assert set(listed(url)) == {"pictures-000000.tar", "pictures-000000.json"}
+
+
+def test_a_list_beside_them_is_whole_or_as_before(url, failing):
+    shards = Shards(url)
+    shards.write_beside("list.csv", io.BytesIO(b"first of two"))
+    shards.write_beside("list.csv", io.BytesIO(b"second of two"))
+    failing(lambda path: True, KilledError())
+    with pytest.raises(OSError, match=r"list\.csv cannot be written: KilledError"):
+        shards.write_beside("list.csv", io.BytesIO(b"third, of which half is written"))
+    assert listed(url) == {"list.csv": b"second of two"}
+    shards.write_beside("list.csv", None)
+    shards.write_beside("list.csv", None)
+    assert listed(url) == {}
 
 
 def test_a_run_that_fails_keeps_whole_images(generator, people, memory, monkeypatch, folder):
@@ -333,45 +410,31 @@ def test_an_image_that_is_interrupted_leaves_the_others_whole(memory, monkeypatc
     assert members(listed(memory)["pictures-000000.tar"], tmp_path) == {f"a.pose{m}.png": b"a" for m in (1, 2)}
 
 
-def test_two_runs_into_one_shard_are_noticed(memory, monkeypatch):
-    opened = MemoryFileSystem.open
+@pytest.mark.parametrize("larger", ["first", "second"])
+def test_two_runs_that_choose_one_number_lose_nothing(memory, monkeypatch, larger):
+    opened, parts = MemoryFileSystem.open, iter(["11111111", "22222222"][:: 1 if larger == "second" else -1])
 
     def meanwhile(*args, **options):
         monkeypatch.setattr(MemoryFileSystem, "open", opened)
-        fill(memory, "b")
+        fill(memory, "b", "both")
+        read_meanwhile.refresh()
         return opened(*args, **options)
 
-    writer = ShardWriter(Shards(memory))
+    read_meanwhile, writer = Shards(memory), ShardWriter(Shards(memory))
     writer.write("a", sample(b"a", 20_000))
+    writer.write("both", sample(b"first"))
     monkeypatch.setattr(MemoryFileSystem, "open", meanwhile)
-    with pytest.raises(FileExistsError, match=r"pictures-000000 was written by another run .* Delete that \.tar"):
-        writer.finish()
-    shards = Shards(memory)
-    assert [*shards] == ["b"]
-    assert "bytes of its index" in shards.damage("b")
-
-
-def test_writers_at_one_time_have_numbers_of_their_own(memory):
-    fill(memory, "before")
-    writers = [ShardWriter(Shards(memory), share=(i, 3)) for i in range(3)]
-    for k in range(2):
-        for i, writer in enumerate(writers):
-            writer.write(f"{i}.{k}", sample(b"x"))
-            if (i, k) != (1, 0):
-                writer.finish()
-    names = {
-        re.sub(r"\D", "", name): [*json.loads(content)["images"]]
-        for name, content in listed(memory).items()
-        if name.endswith("json")
-    }
-    assert names == {
-        "000000": ["before"],
-        "000003": ["0.0"],
-        "000005": ["2.0"],
-        "000006": ["0.1"],
-        "000007": ["1.0", "1.1"],
-        "000008": ["2.1"],
-    }
+    token_hex = secrets.token_hex
+    monkeypatch.setattr(shards_module, "secrets", SimpleNamespace(token_hex=lambda n: next(parts, token_hex(n))))
+    writer.finish()
+    filesystem, path = fsspec.core.url_to_fs(memory)
+    ends = {f"pictures-000000-{part * 8}.{end}" for part in "12" for end in ("tar", "json")}
+    assert {name.rpartition("/")[2] for name in filesystem.ls(path, detail=False)} == ends
+    read_meanwhile.refresh()
+    for shards in (Shards(memory), read_meanwhile):
+        found = shards.find(["a.jpg", "b.jpg", "both.jpg"], 2)
+        expected = b"first" if larger == "first" else b"both"
+        assert [*shards.contents(found)] == [[b"a" * 20_000] * 2, [b"b"] * 2, [expected] * 2]
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
@@ -379,13 +442,15 @@ def test_a_damaged_shard(generator, people, url, caplog, damage):
     image = [people / "a.png"]
     generate_files(generator, image, url, **OPTIONS)
     source = PictureFolder(url)
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, _ = fsspec.core.url_to_fs(url)
     if damage == "gone":
-        filesystem.rm(f"{path}/pictures-000000.tar")
+        filesystem.rm(paths(url)["pictures-000000.tar"])
     else:
         put(url, "pictures-000000.tar", listed(url)["pictures-000000.tar"][:-512])
     given = "it is gone" if damage == "gone" else r"it has \d+"
-    with pytest.raises(ValueError, match=rf"pictures-000000.tar must have the \d+ bytes of its index, and {given}"):
+    with pytest.raises(
+        ValueError, match=rf"pictures-000000-\w{{8}}.tar must have the \d+ bytes of its index, and {given}"
+    ):
         source(image)
     assert not caplog.messages
     assert generate_files(generator, image, url, **OPTIONS) == Written(2, 0)
@@ -403,7 +468,7 @@ def test_a_damaged_picture(memory):
     a, b = shards.find(["a.jpg", "b.jpg"], 2)
     assert [*shards.contents([a, b[:1]])] == [[b"a"] * 2, [b"b"]]
     with pytest.raises(
-        ValueError, match=r"pictures-000000.tar:b.pose2.png must be what its index says, and is damaged"
+        ValueError, match=r"pictures-000000-\w{8}.tar:b.pose2.png must be what its index says, and is damaged"
     ):
         [*shards.contents([b])]
 
@@ -424,23 +489,34 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("name", ["a\\..\\..\\x", "a/c:/x", "c:x"])
+def test_names_that_lead_out_of_a_folder_on_windows(memory, caplog, monkeypatch, name):
+    put(memory, "pictures-000000-0123abcd.json", json.dumps(INDEX).replace('"x"', json.dumps(name)).encode())
+    if os.name != "nt":
+        assert [*Shards(memory)] == [name]
+    monkeypatch.setattr(shards_module, "os", SimpleNamespace(name="nt", fspath=os.fspath))
+    assert not len(Shards(memory))
+    assert "path below a folder" in caplog.text
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_an_index_that_is_none_counts_as_none(memory, caplog, bad):
-    put(memory, "pictures-000000.json", json.dumps(INDEX).encode())
+    put(memory, "pictures-000000-0123abcd.json", json.dumps(INDEX).encode())
     assert [*Shards(memory)] == ["x"]
     assert not caplog.messages
-    put(memory, "pictures-000000.json", BAD[bad].encode())
+    put(memory, "pictures-000000-0123abcd.json", BAD[bad].encode())
     assert not len(Shards(memory))
-    assert "pictures-000000.json is no whole index, and its shard is left out" in caplog.text
-    fill(memory, "a")  # and is not written over
+    assert "pictures-000000-0123abcd.json is no whole index, and its shard is left out" in caplog.text
+    fill(memory, "a")
     assert [*Shards(memory)] == ["a"]
+    assert set(listed(memory)) == {"pictures-000000.json", "pictures-000001.json", "pictures-000001.tar"}
     assert listed(memory)["pictures-000000.json"].decode() == BAD[bad]
 
 
 def test_pictures_of_other_people_and_poses_are_refused(generator, people, memory, tmp_path):
     image = [people / "a.png"]
     generate_files(generator, image, memory, **OPTIONS)
-    with pytest.raises(ValueError, match=r"pictures-000000.tar:a.pose1.png is in another pose than poses\[0\]"):
+    with pytest.raises(ValueError, match=r"pictures-000000-\w{8}.tar:a.pose1.png is in another pose than poses\[0\]"):
         PictureFolder(memory, FEW[::-1])(image)
     Image.new("RGB", (30, 60), "red").save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"pictures must be of images\[0\] .*a.pose1.png was made from another image"):
@@ -483,6 +559,16 @@ def test_places_without_pictures(generator, people, memory, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file/out cannot be read: "):
         generate_files(generator, [people / "a.png"], f"file://{tmp_path}/file/out", **OPTIONS)
+
+
+def test_a_url_must_not_be_a_path(generator, people, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="a URL must be given as a string"):
+        PictureFolder(Path("s3://bucket/x"))
+    with pytest.raises(ValueError, match="a URL must be given as a string"):
+        generate_files(generator, [people], Path("memory://x"), **OPTIONS)
+    assert not [*tmp_path.iterdir()]
+    assert not any(map(urls.is_url, [Path("a:b/c"), Path("C:/x"), PureWindowsPath("C:/x"), Path("x/s3:"), Path()]))
 
 
 def test_packages_that_are_not_installed(monkeypatch):

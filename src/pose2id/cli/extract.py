@@ -55,7 +55,10 @@ def _extract(args: argparse.Namespace) -> None:
     listed = new_file(f"{args.out}.csv", overwrite=True)
     images = list(_images(args))
     features = _features(args, [path for path, *_ in images])
-    with whole_file(listed) as unfinished, unfinished.open("x", newline="", encoding="utf-8") as file:
+    with (
+        whole_file(listed) as unfinished,
+        unfinished.open("x", newline="", encoding="utf-8", errors="surrogateescape") as file,  # names are any bytes
+    ):
         csv.writer(file).writerows([("path", "identity", "camera", "split"), *images])
     print(f"wrote {args.out}: {features.shape[0]} images, {features.shape[1]} values each")
 

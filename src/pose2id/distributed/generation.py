@@ -167,7 +167,7 @@ class _Run:
         self._work = partial(_pictures, settings=settings, made_from=made_from)
         self._left = deque(job.incomplete)
         self._batch = self._at_once = batch
-        self._most = max(batch, _TASK_PICTURES // len(job.poses))
+        self._most = max(1, _TASK_PICTURES // len(job.poses) // batch) * batch
         self._given: dict[int, list[int]] = {}  # by place of a task
 
     def pictures(self, workers: Workers) -> Iterator[tuple[int, list[bytes]]]:
@@ -192,7 +192,7 @@ class _Run:
             spread = len(self._left) // (2 * self._workers) // self._batch * self._batch
             count, size = max(self._batch, min(self._at_once, spread)), 0
             images: dict[int, _Image] = {}
-            while self._left and len(images) < count and size < _TASK_BYTES:
+            while self._left and len(images) < count and (size < _TASK_BYTES or len(images) % self._batch):
                 i = self._left.popleft()
                 try:
                     file = self._job.paths[i].read_bytes()
@@ -258,8 +258,9 @@ def _list_broken(job: Job, broken: Mapping[Path, str]) -> None:
     """A table of images that were left out; none where none were."""
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("path", "reason"), *broken.items()])
+    content = table.getvalue().encode(errors="surrogateescape")  # file names are any bytes
     if job.shards is not None:
-        job.shards.write_beside(BROKEN, table.getvalue().encode() if broken else None)
+        job.shards.write_beside(BROKEN, io.BytesIO(content) if broken else None)
         return
     target = job.directory / BROKEN
     if not broken:
@@ -267,4 +268,4 @@ def _list_broken(job: Job, broken: Mapping[Path, str]) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as unfinished:
-        unfinished.write_bytes(table.getvalue().encode())
+        unfinished.write_bytes(content)

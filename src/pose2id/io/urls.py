@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import secrets
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import PurePath
+from typing import IO, Any
 
 from pose2id.io.checks import require_modules
 
-# Where a folder is made by what lies in it; mkdir makes buckets there, of misspelt names too.
+logger = logging.getLogger(__name__)
+
+_WAITS = (0.5, 1.0, 2.0)  # seconds before a file is written again
+# Where a folder is made by what lies in it, and mkdir makes buckets, of misspelt names too. A file appears whole there.
 _STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf"}
 
 
 def is_url(name: Any) -> bool:
-    """Whether a name is a URL, and no path."""
+    """Whether a name is a URL, and no path.
+
+    Raises:
+        ValueError: it was a URL before a Path was made of it.
+    """
+    if isinstance(name, PurePath) and name.parts and re.fullmatch(r"[A-Za-z][\w+.-]+:", name.parts[0]):
+        raise ValueError(f"a URL must be given as a string, since a Path loses a slash of it, got {name!r}.")
     return isinstance(name, str) and "://" in name
 
 
@@ -41,11 +56,30 @@ def opened(url: str) -> tuple[Any, str]:
     return filesystem, path.rstrip("/")
 
 
-def make_folder(filesystem: Any, path: str) -> None:
-    """Make a folder, where there are any."""
+def write(filesystem: Any, path: str, content: IO[bytes]) -> None:
+    """Write a file, and its folder, where there are any: whole or not at all; tried again 3 times after an OSError."""
+    folder, _, name = path.rpartition("/")
     protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
-    if not protocols & _STORES:
-        filesystem.makedirs(path, exist_ok=True)
+    store = bool(protocols & _STORES)
+    unfinished = path if store else f"{folder}/.{name}.{secrets.token_hex(4)}"
+    for wait in (*_WAITS, None):
+        try:
+            if not store:
+                filesystem.makedirs(folder, exist_ok=True)
+            content.seek(0)
+            with filesystem.open(unfinished, "wb") as target:
+                shutil.copyfileobj(content, target, 1 << 20)
+            if not store:
+                filesystem.mv(unfinished, path)
+        except BaseException as error:
+            with suppress(Exception):
+                filesystem.rm_file(unfinished)
+            if wait is None or not isinstance(error, OSError):
+                raise
+            logger.warning("%s is written again in %s s: %s", path, wait, error)
+            time.sleep(wait)
+        else:
+            return
 
 
 @contextmanager

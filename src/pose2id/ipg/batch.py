@@ -338,7 +338,7 @@ class Job:
             raise ValueError(f"grid must be False for a URL, whose shards have no contact sheets, got {directory}.")
         self.place = os.fspath(directory)
         self.shards = Shards(directory) if is_url(directory) else None
-        self._writer = None if self.shards is None else ShardWriter(self.shards, share=(process, processes))
+        self._writer = None if self.shards is None else ShardWriter(self.shards)
         # Pictures in shards go by their paths below the URL.
         self.directory = Path(directory if self.shards is None else "")
         check_folder(self.directory)
@@ -354,9 +354,7 @@ class Job:
         # By content: equal images of two names are one process's, and no other one's.
         self.keys = {i: key for i, key in keys.items() if int(key[:8], 16) % processes == process}
         self._made_from = dict(made_from)
-        there = self._there(grid)
-        missing = {i: sum(target not in there for target in self._pictures(i)) for i in self.keys}
-        self.incomplete = {i: count for i, count in missing.items() if count}
+        self.incomplete = self._incomplete(grid)
 
     @property
     def missing(self) -> int:
@@ -414,7 +412,7 @@ class Job:
         if found == note:
             return
         if found is not None and not self.overwrite:
-            raise self._others([(target, found, note)])
+            raise self._others(1, target, found, note)
         _save(content if isinstance(content, bytes) else content(), target)
 
     def _pictures(self, i: int) -> dict[Path, dict[str, Any]]:
@@ -426,25 +424,29 @@ class Job:
         note = {"image": self.keys[i], "pose": [key for key, _ in self.poses], **self._made_from}
         return self.directory / SHEETS / f"{self.names[i]}.png", note
 
-    def _there(self, grid: bool) -> set[Path]:
-        """Files that are what they should be; raises if others are in their place, or pictures in more poses."""
+    def _incomplete(self, grid: bool) -> dict[int, int]:
+        """Place to number of missing pictures; raises if others are in their place, or pictures in more poses."""
         more = f"pose{len(self.poses) + 1}"
         if (self.directory / more).exists() if self.shards is None else self.shards.num_poses > len(self.poses):
             rule = f"must not hold pictures in more than {len(self.poses)} poses, got {more}"
             remedy = "Choose another" + (", or remove the folders" if self.shards is None else "")
             raise FileExistsError(f"{self.place} {rule}. {remedy}.")
-        there: set[Path] = set()
-        others: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
+        incomplete: dict[int, int] = {}
+        others, first = 0, None
         for i in self.keys:
-            targets = dict([*self._pictures(i).items(), *([self._sheet(i)] if grid else [])])
+            pictures = self._pictures(i)
+            targets = dict([*pictures.items(), *([self._sheet(i)] if grid else [])])
             found = self._found(i, targets)
-            fitting = [target for target, note in targets.items() if found.get(target) == note]
-            # In a shard an image's pictures stay together: those of fewer poses are made anew.
-            there.update(fitting if self.shards is None or len(fitting) == len(targets) else [])
-            others += [(key, one, targets[key]) for key, one in found.items() if one not in (None, targets[key])]
-        if others and not self.overwrite:
-            raise self._others(others)
-        return there
+            if missing := sum(found.get(target) != note for target, note in pictures.items()):
+                # In a shard an image's pictures stay together: those of fewer poses are made anew.
+                incomplete[i] = missing if self.shards is None else len(pictures)
+            for target, one in found.items():
+                if one not in (None, targets[target]):
+                    others += 1
+                    first = first or (target, one, targets[target])
+        if first is not None and not self.overwrite:
+            raise self._others(others, *first)
+        return incomplete
 
     def _found(self, i: int, targets: Iterable[Path]) -> dict[Path, dict[str, Any] | None]:
         """What is in the place of an image's files: notes."""
@@ -452,13 +454,12 @@ class Job:
             return {target: _look(target) for target in targets}
         return dict(zip(targets, self.shards.notes(self.names[i]), strict=False))
 
-    def _others(self, others: Sequence[tuple[Path, dict[str, Any], dict[str, Any]]]) -> FileExistsError:
-        target, found, note = others[0]
+    def _others(self, count: int, target: Path, found: dict[str, Any], note: dict[str, Any]) -> FileExistsError:
         keys = dict.fromkeys([*note, *found])  # a setting at its default may have no entry
         differing = [key for key in keys if found.get(key) != note.get(key)] if found else ["no note of pose2id"]
         where = target if self.shards is None else f"{self.place}: {target}"
         return FileExistsError(
-            f"{len(others)} files are in the place of new pictures, made from other images, settings or weights; "
+            f"{count} files are in the place of new pictures, made from other images, settings or weights; "
             f"{where} is the first, different in: {', '.join(differing)}. Choose another directory, or overwrite them "
             "(overwrite=True, --overwrite)."
         )

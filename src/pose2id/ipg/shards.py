@@ -1,10 +1,12 @@
-"""Generated pictures in WebDataset shards, in a folder or behind a URL: `pictures-000000.tar`, ... with an index each.
+"""Generated pictures in WebDataset shards, in a folder or behind a URL: `pictures-000000-1f3a9c2e.tar`, ...
 
 In a shard the pictures of an image follow each other, as KEY.pose1.png to KEY.poseM.png: the very files that a folder
 would have. KEY is the image's name; in its last part "%" and "." are written %25 and %2E, since WebDataset ends a key
-at that part's first dot. The index, `pictures-000000.json`, says where in the shard each picture lies and what it was
-made from. It is written last: a shard without index is not there, and the next run puts its own in its place. What has
-an index is never written again.
+at that part's first dot. The index, `pictures-000000-1f3a9c2e.json`, says where in the shard each picture lies and what
+it was made from. It is written last: a shard without index is not there. What has an index is never written again.
+
+A later shard has a higher number. Runs at one time may choose the same one: the random part of their names keeps them
+apart, and puts them in order.
 """
 
 from __future__ import annotations
@@ -14,21 +16,22 @@ import json
 import logging
 import os
 import re
-import shutil
+import secrets
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 
 from pose2id.io.checks import checked_count
 from pose2id.io.rows import blocks
-from pose2id.io.urls import is_url, make_folder, named, opened
+from pose2id.io.urls import is_url, named, opened, write
 from pose2id.io.whole_files import whole_file
 from pose2id.ipg.folder import check_found, names_in
 
@@ -36,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES = 256  # of a shard, at most
 BYTES = 256 << 20  # when a shard is full
-_INDEX = re.compile(r"pictures-(\d{6,})\.json")
+_INDEX = re.compile(r"pictures-(\d{6,})-[0-9a-f]{8}\.json")
 _AHEAD = 32  # images whose pictures are asked for at once
 _REQUEST = 4 << 20  # bytes of one request, where it is for more than one image
 _GAP = 16 << 10  # bytes between two images that may be read for nothing: less than a request costs
@@ -54,7 +57,7 @@ def in_shards(directory: str | os.PathLike[str]) -> bool:
 def checked_shards(shards: Shards, count: int) -> Shards:
     """Shards with pictures in at least `count` poses."""
     if not len(shards):
-        rule = "must hold shards of pictures (pictures-000000.tar and .json), and has none"
+        rule = "must hold shards of pictures (pictures-*.tar, each with its .json), and has none"
         raise ValueError(f"directory {rule}, got {shards.url!r}. Make them with `pose2id generate --out URL`.")
     if count > shards.num_poses:
         given = f"the number of an image's pictures in {shards.url}, got {count}"
@@ -94,7 +97,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Shard:
-    number: int
+    order: tuple[int, str]  # the newest is last
     path: str
     size: int  # as the index has it
     notes: list[dict[str, Any]]
@@ -131,7 +134,7 @@ class Shards:
         self._sizes = {file["name"]: file["size"] for file in found}
         indexes = {path: int(number[1]) for path in self._sizes if (number := _INDEX.fullmatch(_last(path)))}
         self.next_number = max(indexes.values(), default=-1) + 1
-        new = sorted(indexes.keys() - self._read, key=indexes.__getitem__)
+        new = sorted(indexes.keys() - self._read)
         contents = self._bytes(new, [None] * len(new), [None] * len(new)) if new else []
         for path, content in zip(new, contents, strict=True):
             try:
@@ -140,10 +143,6 @@ class Shards:
                 logger.warning("%s is no whole index, and its shard is left out (%s)", path, error)
             else:
                 self._read.add(path)
-
-    def has_index(self, number: int) -> bool:
-        """Whether a shard of this number is there."""
-        return f"pictures-{number:06}.json" in map(_last, self._sizes)
 
     @property
     def num_poses(self) -> int:
@@ -219,8 +218,10 @@ class Shards:
         """
         for block in blocks(len(found), _AHEAD):
             some = [list(pictures) for pictures in found[block]]
-            spans = [(row[0].shard, row[0].offset, row[-1].offset + row[-1].size) for row in some]
-            for pictures, (_, start, _), content in zip(some, spans, self._of_spans(spans), strict=True):
+            spans = [(row[0].shard, row[0].offset, row[-1].offset + row[-1].size) for row in some if row]
+            read = iter(self._of_spans(spans) if spans else [])
+            for pictures in some:
+                content, start = (next(read), pictures[0].offset) if pictures else (b"", 0)
                 files = [content[p.offset - start : p.offset - start + p.size] for p in pictures]
                 for picture, file in zip(pictures, files, strict=True):
                     if zlib.crc32(file) != picture.crc32:
@@ -243,19 +244,18 @@ class Shards:
                     unfinished.write_bytes(file)
         return targets
 
-    def write_beside(self, name: str, content: bytes | None) -> None:
-        """Write another file beside the shards; None: remove it, if it is there."""
+    def write_beside(self, name: str, content: IO[bytes] | None) -> None:
+        """Write a file among the shards; None: remove it, if it is there."""
         path = f"{self.path}/{name}"
         with named(f"{self.url}/{name}", "written"):
             if content is not None:
-                make_folder(self.filesystem, self.path)
-                self.filesystem.pipe_file(path, content)
+                write(self.filesystem, path, content)
             elif self.filesystem.exists(path):
                 self.filesystem.rm_file(path)
 
     def _add(self, number: int, path: str, index: Mapping[str, Any]) -> None:
         notes = [dict(note) for note in index["notes"]]
-        shard = _Shard(number, path, int(index["size"]), notes)
+        shard = _Shard((number, path), path, int(index["size"]), notes)
         images = {_checked_name(name): (shard, of["image"], of["pictures"]) for name, of in index["images"].items()}
         for _, _, places in images.values():
             for offset, size, crc32, note in places:
@@ -265,7 +265,7 @@ class Shards:
                     raise ValueError("a picture is outside its shard")
         for name, entry in images.items():
             # Indexes may come out of order: one that was not whole a moment ago.
-            if name not in self._images or self._images[name][0].number <= number:
+            if name not in self._images or self._images[name][0].order <= shard.order:
                 self._images[name] = entry
 
     def _of_spans(self, spans: Sequence[tuple[str, int, int]]) -> list[bytes]:
@@ -305,20 +305,18 @@ class ShardWriter:
         with ShardWriter(Shards("s3://bucket/generated")) as writer:
             writer.write(name, [(png, note), ...])  # the M pictures of an image
 
-    A shard is a temporary file on this machine until it is full, then it is uploaded, and after it its index. Leaving
-    the block finishes the last one, on an error too: images that are in it are whole.
+    A shard is a temporary file on this machine until it is full, then it is uploaded, and after it its index; what
+    fails with an OSError is tried again 3 times, within seconds. Leaving the block finishes the last one, on an error
+    too: images that are in it are whole. Several writers may be at work in one place.
 
     Args:
         shards: of the place.
-        share: (index, count) of this writer among several at one time: their shards have other numbers.
         images: that fill a shard.
         size: bytes that do.
     """
 
-    def __init__(
-        self, shards: Shards, *, share: tuple[int, int] = (0, 1), images: int = IMAGES, size: int = BYTES
-    ) -> None:
-        self.shards, self.share = shards, share
+    def __init__(self, shards: Shards, *, images: int = IMAGES, size: int = BYTES) -> None:
+        self.shards = shards
         self.images, self.size = checked_count(images, "images"), checked_count(size, "size")
         self._shard: _Unfinished | None = None
 
@@ -326,7 +324,6 @@ class ShardWriter:
         """Add an image: in the order of the poses each picture's PNG file, with the note that it has.
 
         Raises:
-            FileExistsError: another run wrote a shard of this number in the meantime.
             OSError: a shard cannot be written; its images are lost.
         """
         if self._shard is None:
@@ -339,7 +336,7 @@ class ShardWriter:
         """Upload the shard that has been begun, if there is one."""
         shard, self._shard = self._shard, None
         if shard is not None:
-            shard.upload(self.shards, self.share)
+            shard.upload(self.shards)
 
     def __enter__(self) -> ShardWriter:
         """The writer."""
@@ -386,25 +383,21 @@ class _Unfinished:
             raise
         self.images[name] = {"image": image, "pictures": places}
 
-    def upload(self, shards: Shards, share: tuple[int, int]) -> None:
+    def upload(self, shards: Shards) -> None:
         with self.file:
             self.tar.close()
             size = self.file.seek(0, os.SEEK_END)
-            self.file.seek(0)
             index = {"size": size, "notes": [json.loads(note) for note in self._notes], "images": self.images}
             shards.refresh()
-            number = shards.next_number + (share[0] - shards.next_number) % share[1]
-            path = f"{shards.path}/pictures-{number:06}"
-            with named(f"{shards.url}/{_last(path)}", "written"):
-                make_folder(shards.filesystem, shards.path)
-                with shards.filesystem.open(f"{path}.tar", "wb") as target:
-                    shutil.copyfileobj(self.file, target, 1 << 20)
-            shards.refresh()
-            if shards.has_index(number):
-                taken = f"{shards.url}/{_last(path)} was written by another run in the meantime"
-                raise FileExistsError(f"{taken}, and may be damaged. Delete that .tar, and run again alone.")
-            with named(f"{shards.url}/{_last(path)}", "written"):
-                shards.filesystem.pipe_file(f"{path}.json", json.dumps(index).encode())
+            name = f"pictures-{shards.next_number:06}-{secrets.token_hex(4)}"
+            try:
+                shards.write_beside(f"{name}.tar", self.file)
+                shards.write_beside(f"{name}.json", io.BytesIO(json.dumps(index).encode()))
+            except BaseException:
+                for end in (".json", ".tar"):
+                    with suppress(Exception):  # must not hide the first
+                        shards.filesystem.rm_file(f"{shards.path}/{name}{end}")
+                raise
         shards.refresh()
 
 
@@ -416,7 +409,7 @@ def _key(name: str) -> str:
 
 def _checked_name(name: str) -> str:
     """Of an image: a path below a folder."""
-    if not name or name.startswith("/") or {"..", ""} & set(name.split("/")):
+    if {"..", ""} & set(name.split("/")) or (os.name == "nt" and {"\\", ":"} & set(name)):
         raise ValueError(f"an image's name must be a path below a folder, got {name!r}")
     return name
 
