@@ -37,7 +37,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 OPTIONS = {"poses": poses.standard()[:2], "sampling": Sampling(steps=3, size=(16, 8)), "batch_size": 4}
 IMAGES = 24
-STEPS = 20  # so many that an interruption comes before the end
+STEPS = 40  # so many that an interruption comes before the end
 NOT_UTF8 = [os.fsdecode(b"not-utf-8-\xff.png")] if sys.platform == "linux" else []
 
 
@@ -424,12 +424,14 @@ def started(given, tmp_path, *launcher, words=()):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     python = [sys.executable, *map(str, launcher), *map(str, given)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(python, **pipes, env=environment, start_new_session=True) as process:
+    with subprocess.Popen(python, **pipes, env=environment) as process:
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # on which a launcher ends its processes
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+            process.kill()
 
 
 @pytest.fixture
