@@ -721,7 +721,7 @@ def test_killed_between_old_weights_and_new(short, run, tmp_path, monkeypatch):
             run(tmp_path / "run", steps=3)
     assert not (tmp_path / "run" / "weights").exists()
     with pytest.raises(ValueError, match="validation"):
-        run(tmp_path / "run", steps=4, validation=["nowhere.png"], validation_images=2)
+        run(tmp_path / "run", steps=4, validation=["nowhere.png", "there.png"], validation_images=2)
     assert_equal(weights(short / "weights"), weights(tmp_path / "run" / "weights"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["published"] is None
     run(tmp_path / "run", steps=3)
@@ -999,7 +999,7 @@ def test_a_finished_run_goes_on_to_more_steps(run, tmp_path, ema):
 def test_a_run_that_cannot_go_on_to_more_steps_keeps_its_weights(short, run, tmp_path):
     shutil.copytree(short, tmp_path / "run")
     with pytest.raises(ValueError, match="validation"):
-        run(tmp_path / "run", steps=4, validation=["nowhere.png"], validation_images=2)
+        run(tmp_path / "run", steps=4, validation=["nowhere.png", "there.png"], validation_images=2)
     (tmp_path / "run" / "step-00000002" / "training.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
         run(tmp_path / "run", steps=4)

@@ -67,8 +67,8 @@ class Cluster:
 
 
 def _cores_each(machines: list[float], workers: int) -> float:
-    """The most cores, which are threads, that each worker can have, if it lies on one machine."""
-    most = int(max(machines, default=1))
+    """The most cores, which are threads, that each worker can have on any machine: others may work on the largest."""
+    most = max(1, int(min(machines, default=1)))
     fitting = (c for c in range(most, 0, -1) if sum(int(cores // c) for cores in machines) >= workers)
     return float(next(fitting, 1 / math.ceil(workers / max(1, sum(machines)))))
 
