@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pose2id.cli.options import FILES, feature_command
+from pose2id.cli.options import FILES, add_cluster, feature_command
 
 _OF_SIDES = ("array", "joint", "without_cameras")
-_DISTRIBUTED = ("address", "workers", "approximate", "nprobe", "exact")
+_DISTRIBUTED = ("ray", "workers", "approximate", "nprobe", "exact")
 
 
 def add_command(commands: Any) -> None:
@@ -32,10 +32,7 @@ def add_command(commands: Any) -> None:
     enhance.add_argument("--without-cameras", action="store_true", help="as if IN had no cameras")
     enhance.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     many = enhance.add_argument_group('an .npy file, by many processes and machines (extra "distributed")')
-    many.add_argument("--workers", type=int, metavar="N", help="so many workers; without --ray on this machine")
-    many.add_argument(
-        "--ray", dest="address", metavar="ADDRESS", help="a Ray cluster: auto, HOST:PORT, ray://HOST:PORT"
-    )
+    add_cluster(many)
     many.add_argument("--cameras", metavar="FILE", help=".npy of (N,) cameras, for methods other than nfc")
     many.add_argument(
         "--approximate", action="store_true", help="NFC: inverted lists; the recall is measured and printed"
@@ -67,7 +64,7 @@ def _enhance_npy(args: argparse.Namespace) -> None:
     given = {
         name: value for name, value in given.items() if value is not None and value is not False
     }  # 0 is an error of its own
-    alone = args.workers is None and args.address is None
+    alone = args.workers is None and args.ray is None
     for names, wrong, where in (
         (_OF_SIDES, True, "be left out for an .npy file, which holds one array of one set"),
         (("approximate", "nprobe", "exact", "cameras"), alone, "come with --workers or --ray"),
@@ -85,7 +82,9 @@ def _enhance_npy(args: argparse.Namespace) -> None:
         return
     from pose2id.distributed.enhancement import enhance_file, nfc_file  # noqa: PLC0415
 
-    options = {name: given[name] for name in _DISTRIBUTED if name in given} | {"overwrite": args.overwrite}
+    options = {"address" if name == "ray" else name: given[name] for name in _DISTRIBUTED if name in given} | {
+        "overwrite": args.overwrite
+    }
     if method == "nfc":
         done = nfc_file(args.input, args.output, k1, k2, **options)
     else:
