@@ -126,7 +126,7 @@ def test_features_are_kept_and_used_again(market, folder, capsys):
 @pytest.mark.filterwarnings("ignore:Market1501 is not as published")
 def test_features_that_were_extracted_before(market, folder, capsys):
     assert main(["extract", str(market), "--model", MARKET, "--workers", "0", "--out", "f.npy"]) == 0
-    assert capsys.readouterr().out == "wrote f.npy: 56 images, 12 values each\n"
+    assert capsys.readouterr().out == "f.npy: features of 56 images, 12 values each\n"
     feats, labels, found = direct(market)
     np.testing.assert_array_equal(np.load("f.npy"), np.concatenate(feats))
     with open("f.npy.csv", newline="") as file:

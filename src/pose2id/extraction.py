@@ -102,7 +102,8 @@ def stored_features(
             return _opened(target)
         if not overwrite:
             differing = _differing(_journal(target), made_from)
-            raise FileExistsError(f"{out} exists, of other {differing}. Choose another name, or overwrite it.")
+            remedy = "Choose another name, or overwrite it (overwrite=True, --overwrite)"
+            raise FileExistsError(f"{out} exists, of other {differing}. {remedy}.")
     run = _Run(target, made_from, len(paths), again=key is not None)
     if run.done:
         logger.info("extract: goes on after %d of %d images", run.done, len(paths))

@@ -77,11 +77,10 @@ def load(
         ImportError: the package is not installed.
         ValueError: an unknown form, or no transform.
     """
+    check_name(spec, transform)
     kind, _, name = spec.partition(":")
-    if not name:
-        raise ValueError(f"model must be {_FORMS}, got {spec!r}.")
     if isinstance(transform, str):
-        transform = PRESETS[checked_choice(transform, "transform", tuple(PRESETS))]
+        transform = PRESETS[transform]
     loaders = {
         "timm": _timm,
         "hf": _transformers,
@@ -92,6 +91,14 @@ def load(
     loader = loaders.get(kind, _object)
     found = loader(name if kind in loaders else spec, transform, {"batch_size": batch_size, "flip": flip}, device)
     return LoadedModel(found, digest_of(found), spec)
+
+
+def check_name(spec: str, transform: Any = None) -> None:
+    """Raise ValueError, as `load` would, for what is no name of a model, or none of a preset."""
+    if not spec.partition(":")[2]:
+        raise ValueError(f"model must be {_FORMS}, got {spec!r}.")
+    if isinstance(transform, str):
+        checked_choice(transform, "transform", tuple(PRESETS))
 
 
 class OnnxModel:

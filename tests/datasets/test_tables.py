@@ -224,8 +224,10 @@ def test_images_are_listed_whoever_is_on_them(write, tmp_path):
     for row, message in ((",anna", "each image's path"), ("./0.jpg,b", "one row per image")):
         with pytest.raises(ValueError, match=message):
             listed_images(write("path,identity", "0.jpg,a", row))
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg \(line 2\)"):
-        listed_images(write("path,identity", "gone.jpg,a"))
+    gone = write("path,identity", "gone.jpg,a")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg \(line 2\)\. Mend the paths, which start from the table's"):
+        listed_images(gone)
+    assert listed_images(gone, missing=True) == [tmp_path / "gone.jpg"]
 
 
 def test_text_that_is_not_utf8(write):

@@ -163,12 +163,19 @@ def test_the_command(two_nodes, paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     command = ["extract", ".", "--all-images", "--model", "stripes:model", "--out"]
     assert main([*command, "by_workers.npy", "--processes", "2"]) == 0
-    assert "wrote by_workers.npy: 60 images" in capsys.readouterr().out
+    assert "by_workers.npy: features of 60 images" in capsys.readouterr().out
     assert main([*command, "alone.npy"]) == 0
     assert (tmp_path / "by_workers.npy").read_bytes() == (tmp_path / "alone.npy").read_bytes()
     assert (tmp_path / "by_workers.npy.csv").read_bytes() == (tmp_path / "alone.npy.csv").read_bytes()
     sys.modules.pop("stripes", None)
     assert main([*command, "other.npy", "--ray", "nowhere"]) == 2
     assert "--ray must be 'auto', 'host:port' or 'ray://host:port', got 'nowhere'" in capsys.readouterr().err
+    # Before Ray is asked for.
+    for words, message in (
+        (["--model", "stripes"], "--model must be module:callable"),
+        (["--transform", "no"], "one of"),
+    ):
+        assert main([*command, "other.npy", "--ray", "nowhere", *words]) == 2
+        assert message in capsys.readouterr().err
     assert main([*command, "other.npy", "--processes", "0"]) == 2
     assert "--processes must be at least 1, got 0." in capsys.readouterr().err

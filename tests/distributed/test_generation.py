@@ -382,6 +382,17 @@ def test_the_command(command, given, with_broken, tmp_path, capsys):
     assert len(listed(out)) == 3 + len(NOT_UTF8)
 
 
+def test_images_of_a_table_that_are_not_there_are_listed(workers, given, tmp_path):
+    rows = [(given / "people" / name, "a") for name in ("cam0/00.png", "cam0/gone.png", "cam0/01.png")]
+    with (tmp_path / "people.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "identity"), *rows])
+    out = tmp_path / "out"
+    done = generate_on(workers, [tmp_path / "people.csv"], out, progress=False, **OPTIONS)
+    assert (done.written, list(done.broken)) == (4, [given / "people" / "cam0" / "gone.png"])
+    assert "No such file" in done.broken[given / "people" / "cam0" / "gone.png"]
+    assert list(listed(out)) == ["gone.png"]
+
+
 def test_a_full_disk(command, tmp_path, capsys, monkeypatch):
     write = Path.write_bytes
 

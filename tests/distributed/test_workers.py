@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,13 +42,13 @@ def inverses():
     return lambda x: 1 / x
 
 
-def seen_by_two(folder):
-    """A worker's function, whose first task waits until two workers are there."""
+def seen_by(folder, count):
+    """A worker's function, whose first task waits until so many workers are there."""
 
     def make():
         def work(x):
             (folder / str(os.getpid())).touch()
-            while len(list(folder.iterdir())) < 2:
+            while len(list(folder.iterdir())) < count:
                 time.sleep(0.01)
             return x, os.getpid()
 
@@ -56,11 +57,17 @@ def seen_by_two(folder):
     return make
 
 
+def wait_until_gone(pids):
+    """Until Ray has buried them, so that what they are asked next fails at once."""
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.05)
+
+
 def test_each_task_once_by_two_workers(two_nodes, tmp_path):
     with connected() as cluster:
         assert cluster.workers == 2
         assert cluster.takes == {"num_cpus": 1.0}
-        found = dict(results(cluster, seen_by_two(tmp_path), iter(range(20))))
+        found = dict(results(cluster, seen_by(tmp_path, 2), iter(range(20))))
     assert sorted(found) == list(range(20))
     assert all(found[i][0] == i for i in found)
     assert len({pid for _, pid in found.values()} - {os.getpid()}) == 2
@@ -131,6 +138,17 @@ def test_a_task_that_kills_its_workers_ends_the_run(two_nodes):
 
     with connected(workers=2) as cluster, pytest.raises(RuntimeError, match="3 workers died at task 4, the last of: "):
         list(results(cluster, deadly, range(8)))
+
+
+def test_workers_that_died_between_two_jobs(two_nodes, tmp_path, caplog):
+    with connected(workers=6) as cluster, Workers(cluster, seen_by(tmp_path, 6)) as workers:
+        pids = {pid for _, (_, pid) in workers.results(range(12))}
+        assert len(pids) == 6
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until_gone(pids)
+        assert [x for _, (x, _) in workers.results([7])] == [7]
+    assert caplog.text.count("a worker died while it had no task, and is replaced") == 6
 
 
 def test_workers_that_die_as_they_begin(two_nodes):

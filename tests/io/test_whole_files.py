@@ -20,7 +20,10 @@ def test_a_new_file(tmp_path):
     for taken in (path, link):
         with pytest.raises(FileExistsError, match=rf"^{taken} exists\. Choose another name\.$"):
             new_file(taken)
-        with pytest.raises(FileExistsError, match=rf"^{taken} exists\. Choose another name, or overwrite it\.$"):
+        with pytest.raises(
+            FileExistsError,
+            match=rf"^{taken} exists\. Choose another name, or overwrite it \(overwrite=True, --overwrite\)\.$",
+        ):
             new_file(taken, overwrite=False)
     with pytest.raises(FileNotFoundError, match=rf"^There is no folder {tmp_path}/no\.$"):
         new_file(tmp_path / "no" / "a.txt")

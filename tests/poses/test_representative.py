@@ -409,7 +409,10 @@ class TestCommand:
         for name in ("poses.json", "sheet.png"):
             (folder / name).write_text("mine", encoding="utf-8")
             assert main(command(made, "-n", "2", "--sheet", "sheet.png")) == 2
-            assert f"{name} exists. Choose another name, or overwrite it." in capsys.readouterr().err
+            assert (
+                f"{name} exists. Choose another name, or overwrite it (overwrite=True, --overwrite)."
+                in capsys.readouterr().err
+            )
             assert [path.name for path in folder.iterdir()] == [name]
             assert main(command(made, "-n", "2", "--sheet", "sheet.png", "--overwrite")) == 0
             assert b"mine" not in (folder / name).read_bytes()

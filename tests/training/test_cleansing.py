@@ -407,7 +407,10 @@ def test_nothing_is_replaced_unasked(cameras, capsys):
         (cameras / name).write_text("mine", encoding="utf-8")
         before = files(cameras)
         assert main([*COMMAND, "kept.csv", "--sheet", "sheet.png"]) == 2
-        assert f"{name} exists. Choose another name, or overwrite it." in capsys.readouterr().err
+        assert (
+            f"{name} exists. Choose another name, or overwrite it (overwrite=True, --overwrite)."
+            in capsys.readouterr().err
+        )
         assert files(cameras) == before
         assert main([*COMMAND, "kept.csv", "--sheet", "sheet.png", "--overwrite"]) == 0
         assert b"mine" not in (cameras / name).read_bytes()

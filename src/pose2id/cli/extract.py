@@ -60,7 +60,7 @@ def _extract(args: argparse.Namespace) -> None:
         unfinished.open("x", newline="", encoding="utf-8", errors="surrogateescape") as file,  # names are any bytes
     ):
         csv.writer(file).writerows([("path", "identity", "camera", "split"), *images])
-    print(f"wrote {args.out}: {features.shape[0]} images, {features.shape[1]} values each")
+    print(f"{args.out}: features of {features.shape[0]} images, {features.shape[1]} values each")
 
 
 def _features(args: argparse.Namespace, paths: list[Any]) -> Any:
@@ -70,11 +70,13 @@ def _features(args: argparse.Namespace, paths: list[Any]) -> Any:
 
         model = loaded_model(args)
         return extract(model.extractor, paths, args.out, key=model.digest, workers=args.workers, **options)
+    from pose2id import models  # noqa: PLC0415
     from pose2id.distributed import extraction  # noqa: PLC0415
     from pose2id.distributed.cluster import connected  # noqa: PLC0415
     from pose2id.io.checks import checked_count  # noqa: PLC0415
 
     processes = None if args.processes is None else checked_count(args.processes, "--processes")
+    models.check_name(args.model, args.transform)  # Ray takes seconds to start
     load = partial(_loaded_in, os.getcwd(), args.model, model_options(args))
     with connected(args.ray, processes) as cluster:
         return extraction.extract(cluster, load, paths, args.out, readers=args.workers, **options)
@@ -100,7 +102,12 @@ def _images(args: argparse.Namespace) -> Iterator[tuple[str, Any, Any, str]]:
         return
     from pose2id.datasets import open_dataset  # noqa: PLC0415
 
-    found = open_dataset(args.place)
+    try:
+        found = open_dataset(args.place)
+    except ValueError as error:
+        if not Path(args.place).is_dir():
+            raise
+        raise ValueError(f"{error} Or pass --all-images, for features of every image below {args.place}.") from error
     splits = (
         {"query": found.query} if found.gallery is found.query else {"query": found.query, "gallery": found.gallery}
     )

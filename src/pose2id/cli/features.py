@@ -49,8 +49,9 @@ def _enhance(args: argparse.Namespace) -> None:
         return _enhance_npy(args)
     given = [name for name in (*_DISTRIBUTED, "cameras") if getattr(args, name) not in (None, False)]
     if given:
-        kind = "an .npy file (N, D) of one set: query and gallery of other files are small enough for one process"
-        raise ValueError(f"input must be {kind}, with {given[0]}; got {args.input}.")
+        raise ValueError(
+            f"{given[0]} must be left out for {args.input}: it is for .npy files, of one set of features (N, D)."
+        )
     return _enhance_sides(args)
 
 
@@ -74,6 +75,8 @@ def _enhance_npy(args: argparse.Namespace) -> None:
         for name in names if wrong else ():
             if name in given:
                 raise ValueError(f"{name} must {where}.")
+    if "nprobe" in given and not args.approximate:
+        raise ValueError("nprobe must come with --approximate: an exact search has no lists.")
     if method != "nfc" and alone:
         raise ValueError(f"method must be 'nfc' for an .npy file without --workers or --ray, got {method!r}.")
     k1, k2 = (2 if k is None else k for k in (args.k1, args.k2))
@@ -99,7 +102,7 @@ def _cameras(path: str | None) -> Any:
     if path is None:
         return None
     if Path(path).suffix.lower() != ".npy" or not Path(path).is_file():
-        raise ValueError(f"cameras must be an .npy file of integers or strings, which is there, got {path}.")
+        raise ValueError(f"cameras must be an .npy file of one camera for each row, which is there, got {path}.")
     return read_array(Path(path))[:]
 
 

@@ -80,7 +80,7 @@ def _generate(args: argparse.Namespace) -> int:
     from pose2id import poses  # noqa: PLC0415
     from pose2id.ipg import batch as files  # noqa: PLC0415
 
-    images = files.collect_images(args.images, args.out)
+    images = files.collect_images(args.images, args.out, missing=by == "workers")
     chosen: Any = poses.standard() if args.poses == "standard" else None
     if args.poses == "random":
         chosen = poses.scrambled(seed=args.seed)
@@ -102,8 +102,10 @@ def _generate(args: argparse.Namespace) -> int:
         )
         if count:
             image = next(iter(images.values()))
+            from pose2id.io.checks import duration  # noqa: PLC0415
+
             seconds = files.seconds_per_picture(generator, image, chosen, sampling=sampling, batch_size=batch_size)
-            print(f"about {_duration(count * seconds)} on {generator.device}: {1 / seconds:.3g} pictures/s")
+            print(f"about {duration(count * seconds)} on {generator.device}: {1 / seconds:.3g} pictures/s")
         return 0
     done = files.generate_files(generator, args.images, args.out, grid=args.grid, batch_size=batch_size, **job)
     print(_written(args, done.written, done.kept))
@@ -184,12 +186,6 @@ def _load(weights: str, device: str | None, dtype: str | None, offload: bool, op
     generator = IdentityGenerator.from_pretrained(weights, device="cpu", **options)
     generator.enable_model_cpu_offload(device or "cuda")
     return generator
-
-
-def _duration(seconds: float) -> str:
-    """In the unit that shows one or two digits."""
-    unit, name = next(((u, n) for u, n in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * u), (1, "seconds"))
-    return f"{seconds / unit:.2g} {name}"
 
 
 def _convert(args: argparse.Namespace) -> None:

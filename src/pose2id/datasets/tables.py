@@ -98,7 +98,8 @@ def read_table(table: Any, *, root: str | os.PathLike[str] | None = None) -> Dat
             rows.columns.pop(role, None)
     _check_cells(rows)
     paths = [str(base / cell) for cell in rows.columns["path"]]
-    _check_paths(rows, paths)
+    _check_once(rows, paths)
+    _check_there(rows, paths, "Give root=")
     known = np.array([person != UNKNOWN for person in rows.columns["identity"]], dtype=bool)
     unknown = int((~known).sum())
     notes = rows.notes
@@ -117,16 +118,19 @@ def read_table(table: Any, *, root: str | os.PathLike[str] | None = None) -> Dat
     return Dataset(name, base, query, gallery, train, protocol, notes=notes)
 
 
-def listed_images(table: str | os.PathLike[str]) -> list[Path]:
+def listed_images(table: str | os.PathLike[str], *, missing: bool = False) -> list[Path]:
     """The images that a table lists, in its order, whoever is on them, without "unknown" ones, as in `read_table`.
 
-    A relative path starts from the table's folder. Raises as `read_table`, for paths and identities alone.
+    A relative path starts from the table's folder. Raises as `read_table`, for paths and identities alone; with
+    `missing` images need not be there.
     """
     path = Path(table).expanduser()
     rows = _from_csv(path)
     _check_cells(rows, ("path", "identity"))
     paths = [str(path.parent / cell) for cell in rows.columns["path"]]
-    _check_paths(rows, paths)
+    _check_once(rows, paths)
+    if not missing:
+        _check_there(rows, paths, "Mend the paths, which start from the table's folder")
     people = rows.columns["identity"]
     return [Path(image) for image, person in zip(paths, people, strict=True) if person != UNKNOWN]
 
@@ -239,17 +243,20 @@ def _check_cells(table: _Table, roles: Iterable[str] = tuple(ROLES)) -> None:
         raise table.fail(rule, strange, [splits[row] for row in strange])
 
 
-def _check_paths(table: _Table, paths: list[str]) -> None:
+def _check_once(table: _Table, paths: list[str]) -> None:
     first: dict[str, int] = {}
     for row, path in enumerate(paths):
         other = first.setdefault(os.path.normpath(path), row)
         if other != row:
             lines = f"{table.lines[other]} and {table.lines[row]}"
             raise ValueError(f"{table.where} must have one row per image, got {path} in {lines}.")
+
+
+def _check_there(table: _Table, paths: list[str], remedy: str) -> None:
     gone = [row for row, path in enumerate(paths) if not os.path.isfile(path)]
     if gone:
         shown = first_few([f"{paths[row]} ({table.lines[row]})" for row in gone])
-        raise FileNotFoundError(f"{table.where} must list images that are there; missing: {shown}. Give root=.")
+        raise FileNotFoundError(f"{table.where} must list images that are there; missing: {shown}. {remedy}.")
 
 
 def _rows_of_splits(table: _Table, known: NDArray[np.bool_]) -> dict[str, NDArray[np.int64]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import time
@@ -33,6 +34,8 @@ from pose2id.io.whole_files import folder_beside, new_file, write_npy
 from pose2id.neighbors.members import Compared, Links, in_blocks
 from pose2id.neighbors.search import distinct
 from pose2id.neighbors.space import Centred
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def nfc_file(
     exact: bool = False,
     block_rows: int | None = None,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> Done:
     """`pose2id.nfc` of an .npy file into another one, by the workers of a Ray cluster.
 
@@ -99,6 +103,7 @@ def nfc_file(
         exact: search exactly, even if early tasks tell that all take more than 24 hours.
         block_rows: rows of a block; None: at most 64 MiB of float32, and at least two blocks a worker.
         overwrite: replace an existing file.
+        progress: show bars of tasks on a terminal.
 
     Raises:
         ConnectionError: nothing answers at the address.
@@ -110,7 +115,7 @@ def nfc_file(
     """
     started = time.perf_counter()
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
-    checked_flags(approximate=approximate, exact=exact, normalize=normalize)
+    checked_flags(approximate=approximate, exact=exact, normalize=normalize, progress=progress)
     if approximate and exact:
         raise ValueError("exact must be False with approximate=True.")
     if nprobe is not None:
@@ -132,7 +137,7 @@ def nfc_file(
             kept, twin = distinct(z, k + 1, BLOCK_BYTES)
             rows = share(cluster, path, array, normalize, Centred(z, kept, BLOCK_BYTES).centre)
             with Workers(cluster, working(rows)) as pool:
-                search = Searching(pool, cluster.workers, kept, z.dim, k, block_rows, cluster.ray.put)
+                search = Searching(pool, kept, z.dim, k, block_rows, cluster.ray.put, progress=progress)
                 if approximate:
                     found, *about = search.approximate(k1, k2, nprobe)
                     done = dict(zip(("lists", "probes", "recall"), about, strict=True))
@@ -140,6 +145,7 @@ def nfc_file(
                     found = search.exact(math.inf if exact else LONGEST)
             nearest = torch.where(found < 0, -1, kept[found])
             nearest = nearest if twin is None else nearest[twin]
+    logger.info("summing neighbours, writing %s", target)
     summed(z, None, nearest, mutual_neighbors(nearest, k1, k2), normalize, None, target, replace=overwrite)
     why = f"nfc, k1 {k1}, k2 {k2}, whatever the evidence"
     return Done(target, z.n, cluster.workers, time.perf_counter() - started, reason=why, **done)
@@ -155,6 +161,7 @@ def enhance_file(
     workers: int | None = None,
     block_rows: int | None = None,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> Done:
     """The methods of `Centralizer.enhance` but NFC, of one set: its features become those of that gallery.
 
@@ -171,6 +178,7 @@ def enhance_file(
         workers: as in `nfc_file`.
         block_rows: as in `nfc_file`.
         overwrite: as in `nfc_file`.
+        progress: as in `nfc_file`.
 
     Raises:
         As `nfc_file`, but for times and recall.
@@ -178,16 +186,18 @@ def enhance_file(
     """
     started = time.perf_counter()
     checked_choice(method, "method", tuple(name for name in METHODS if name != "nfc"))
+    checked_flag(progress, "progress")
     if block_rows is not None:
         checked_count(block_rows, "block_rows")
     path, target = _files(features, out, overwrite)
     array = read_array(path)
+    if array.ndim == 2:  # or an error of its rows says so
+        cameras = camera_numbers({"camids": (camids, len(array))})[0]
     with connected(address, workers) as cluster, folder_beside(target) as folder:
         z = Rows(array, f"features of {path}", normalize=True)
         if z.n == 0:
             raise ValueError(f"features of {path} must hold at least one row, got an empty set.")
-        cameras = camera_numbers({"camids": (camids, z.n)})[0]
-        compared = functools.partial(_compared, cluster, block_rows)
+        compared = functools.partial(_compared, cluster, block_rows, progress)
         rows, links, why = _linked(z, path, cameras, method, folder, compared)
 
         def arrays() -> Iterator[NDArray[Any]]:
@@ -236,12 +246,14 @@ def _guarded(guard: Guard) -> Links | None:
 
 
 @contextmanager
-def _compared(cluster: Cluster, block: int | None, rows: Rows, path: Path, normalize: bool) -> Iterator[Compared]:
+def _compared(
+    cluster: Cluster, block: int | None, progress: bool, rows: Rows, path: Path, normalize: bool
+) -> Iterator[Compared]:
     """Rows of a file whose neighbours workers search."""
     centre = Centred(rows, torch.arange(rows.n, device="cpu"), BLOCK_BYTES).centre
     shared = share(cluster, path, read_array(path), normalize, centre)
     with Workers(cluster, working(shared)) as pool:
-        yield ComparedByWorkers(rows, pool, block, cluster.workers)
+        yield ComparedByWorkers(rows, pool, block, progress)
 
 
 def _stored(path: Path, like: Rows, parts: Iterator[Tensor]) -> tuple[Rows, Path]:

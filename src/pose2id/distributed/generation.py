@@ -109,8 +109,9 @@ def generate_on(
     """`pose2id.ipg.generate_files` with many workers: the same files, up to the last digits of other machines.
 
     This process reads the images and writes the files, none of which the workers need to see. Images that cannot be
-    read, or that were generated, are left out and listed in `directory/broken.csv` (path, reason). A run that was
-    interrupted leaves whole files only, and the next one does what is missing.
+    read (of a table also those that are not there), or that were generated, are left out and listed in
+    `directory/broken.csv` (path, reason). A run that was interrupted leaves whole files only, and the next one does
+    what is missing.
 
     Args:
         workers: of `generation_workers`.
@@ -134,7 +135,7 @@ def generate_on(
     checked_flags(grid=grid, overwrite=overwrite)
     if not is_url(directory):
         check_folder(Path(directory))
-    found = collect_images(images, directory, root)
+    found = collect_images(images, directory, root, missing=True)
     settings = _Settings(list(checked_poses(poses)), sampling or Sampling(), batch_size)
     # No weights are needed here: a worker says what notes will say of them.
     ((_, (made_from, batch)),) = workers.results([partial(_agreed, settings=settings)])

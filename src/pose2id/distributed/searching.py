@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pose2id.centralization.nfc import mutual_neighbors
 from pose2id.distributed.shared_rows import SharedRows
 from pose2id.distributed.workers import Workers, in_order
-from pose2id.io.checks import BLOCK_BYTES
+from pose2id.io.checks import BLOCK_BYTES, duration
 from pose2id.io.rows import ChosenRows, Rows, blocks
 from pose2id.neighbors.engines import UnusableError, own_entry, usable_faiss
 from pose2id.neighbors.members import Compared
@@ -86,17 +87,19 @@ class _Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class _Queries:
-    """A task: rows that ask one block."""
+class _Asking:
+    """A task: rows that ask one block; `find` is `nearest_of_queries` or `near_queries`."""
 
+    rows: slice  # of the lists
     asking: NDArray[np.int64]
     block: slice
     index: NDArray[np.int64]
     k: int
+    find: Callable[..., tuple[Tensor, ...]]
 
     def run(self, rows: SharedRows) -> Any:
         read = rows.read(self.index, self.asking)
-        return _sent(nearest_of_queries(read, len(self.asking), self.k, rows.centre))
+        return _sent(self.find(read, len(self.asking), self.k, rows.centre))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,21 +176,6 @@ class _Candidates:
         return _sent(first_lists(positions, exact, k=self.k))
 
 
-@dataclass(frozen=True, eq=False)
-class _Members:
-    """A task: rows that ask some members of the set."""
-
-    rows: slice
-    asking: NDArray[np.int64]
-    block: slice
-    index: NDArray[np.int64]
-    k: int
-
-    def run(self, rows: SharedRows) -> Any:
-        read = rows.read(self.index, self.asking)
-        return _sent(near_queries(read, len(self.asking), self.k, rows.centre))
-
-
 class ComparedByWorkers(Compared):
     """`Compared` whose lists are searched by workers, those of one process bit for bit.
 
@@ -195,22 +183,23 @@ class ComparedByWorkers(Compared):
         rows: all rows, L2-normalised.
         pool: workers that read them.
         block: rows of a block; None: as in `block_rows`.
-        count: how many workers there are.
+        progress: show bars of tasks on a terminal.
     """
 
-    def __init__(self, rows: Rows, pool: Workers, block: int | None, count: int) -> None:
+    def __init__(self, rows: Rows, pool: Workers, block: int | None, progress: bool) -> None:
         super().__init__(rows)
-        self._pool, self._block = pool, block or block_rows(rows.n, rows.dim, count)
+        self._pool, self._block = pool, block or block_rows(rows.n, rows.dim, pool.count)
+        self._progress = progress
 
     def _members(self, rows: Rows, members: Tensor, asking: Tensor, count: int) -> tuple[Tensor, Tensor]:
         kept = members[distinct(ChosenRows(rows, members), count, BLOCK_BYTES)[0]]
         nearest = NearestSoFar(len(asking), count, values=2)
         tasks = [
-            _Members(part, asking[part].numpy(), block, kept[block].numpy(), count)
+            _Asking(part, asking[part].numpy(), block, kept[block].numpy(), count, near_queries)
             for part in blocks(len(asking), self._block)
             for block in blocks(len(kept), self._block)
         ]
-        for place, found in self._pool.results(tasks):
+        for place, found in shown(self._pool.results(tasks), "lists", len(tasks), self._progress):
             positions, *values = _received(found)
             nearest.add(tasks[place].rows, _moved(positions, tasks[place].block.start), *values)
         return kept[nearest.positions], nearest.values[1]
@@ -255,20 +244,28 @@ class Searching:
 
     Args:
         pool: the workers.
-        count: how many there are.
         kept: indices of the rows in the file, ascending.
         dim: columns.
         k: length of the lists, less than n.
         block: rows of a block; None: by what a block may take and by the number of workers.
         put: puts an array where workers can have it.
+        progress: show bars of tasks on a terminal.
     """
 
     def __init__(
-        self, pool: Workers, count: int, kept: Tensor, dim: int, k: int, block: int | None, put: Callable[[Any], Any]
+        self,
+        pool: Workers,
+        kept: Tensor,
+        dim: int,
+        k: int,
+        block: int | None,
+        put: Callable[[Any], Any],
+        *,
+        progress: bool = False,
     ) -> None:
-        self._pool, self._count, self._kept, self._k, self._put = pool, count, kept.numpy(), k, put
+        self._pool, self._kept, self._k, self._put, self._progress = pool, kept.numpy(), k, put, progress
         self.n = len(kept)
-        self.block = min(self.n, block or block_rows(self.n, dim, count))
+        self.block = min(self.n, block or block_rows(self.n, dim, pool.count))
         self._blocks = list(blocks(self.n, self.block))
 
     def exact(self, longest: float) -> Tensor:
@@ -280,13 +277,13 @@ class Searching:
         nearest, tasks = NearestSoFar(self.n, self._k), list(self._pairs())
         products = sum(task.products for task in tasks)
         # Each worker's first task starts libraries and reads from a cold disk.
-        timed = min(self._count + _TIMED, math.ceil(len(tasks) / 2))
+        timed = min(self._pool.count + _TIMED, math.ceil(len(tasks) / 2))
         times: list[float] = []
-        for task, (seconds, found) in self._results(tasks):
+        for task, (seconds, found) in self._results(tasks, "pairs of blocks"):
             times.append(seconds / task.products)
             if len(times) == timed:
-                typical = statistics.median(times[self._count :] or times)
-                self._check_time(len(tasks), typical * products / self._count, longest)
+                typical = statistics.median(times[self._pool.count :] or times)
+                self._check_time(len(tasks), typical * products / self._pool.count, longest)
             positions, exact = _received(found)
             m = task.first.stop - task.first.start
             if task.first == task.second:
@@ -303,11 +300,13 @@ class Searching:
                 yield _Pair(first, second, index, self._k)
 
     def _check_time(self, tasks: int, seconds: float, longest: float) -> None:
+        workers = self._pool.count
         logger.info(
-            "exact: %d tasks of %d rows by %d workers, about %.2g hours", tasks, self.block, self._count, seconds / 3600
+            "exact: pairs of %d-row blocks, %d in all, by %d workers: about %s",
+            *(self.block, tasks, workers, duration(seconds)),
         )
         if seconds > longest:
-            given = f"about {seconds / 3600:.3g} hours for {self.n} rows on {self._count} workers"
+            given = f"about {seconds / 3600:.3g} hours for {self.n} rows on {workers} workers"
             remedy = "Pass approximate=True, exact=True to wait all the same, or more workers"
             raise RuntimeError(
                 f"exact must be True for a search of more than {longest / 3600:g} hours; {given}. {remedy}."
@@ -323,11 +322,13 @@ class Searching:
         drawn = torch.randperm(self.n, generator=torch.Generator().manual_seed(0), device="cpu")
         sample = drawn[: min(_SAMPLE, self.n // 2)], drawn[-min(_SAMPLE, self.n - self.n // 2) :]
         centroids = self._train(number, drawn.numpy())
+        logger.info("approximate: a sample's exact mutual edges")
         edges = self._edges(torch.cat(sample), k1, k2)
         if probes is None:
             chosen = edges[torch.isin(edges[:, 0], sample[0])]
             probes = self._probes(chosen, centroids)
         probes = min(probes, number)
+        logger.info("approximate: each row looks at %d of %d lists", probes, number)
         positions = self._in_lists(centroids, probes)
         row, rank = torch.nonzero(mutual_neighbors(positions, k1, k2)[sample[1]], as_tuple=True)
         own = sample[1][row]
@@ -335,7 +336,7 @@ class Searching:
         exact = edges[torch.isin(edges[:, 0], sample[1])]
         right = int(torch.isin(exact[:, 0] * self.n + exact[:, 1], found).sum())
         recall = Recall(len(sample[1]), len(exact), right, len(found) - right)
-        logger.info("approximate: %d of %d lists looked at, %s", probes, number, recall)
+        logger.info("approximate: %s", recall)
         if recall.share < RECALL:
             remedy = f"Pass nprobe={min(2 * probes, number)}, or leave approximate out; nothing is written"
             raise RuntimeError(
@@ -347,8 +348,10 @@ class Searching:
         """Centroids (number, D) of centred rows."""
         faiss = usable_faiss(gpu=False)
         rows = np.sort(drawn[: _TRAINED * number])
+        logger.info("approximate: training %d lists on %d rows", number, len(rows))
         index = [self._kept[rows[part]] for part in blocks(len(rows), self.block)]
-        x = np.concatenate(list(in_order(self._pool.results([_Read(part) for part in index]))))
+        parts = self._shown([_Read(part) for part in index], "reading")
+        x = np.concatenate(list(in_order(parts)))
         means = faiss.Kmeans(x.shape[1], number, niter=_ROUNDS, min_points_per_centroid=1, seed=0)
         means.train(x)
         return np.asarray(means.centroids, dtype=np.float32)
@@ -366,10 +369,13 @@ class Searching:
     def _of(self, asking: Tensor) -> Tensor:
         """(B, k) exact nearest others of some rows."""
         nearest, index = NearestSoFar(len(asking), self._k + 1), self._kept[asking.numpy()]
-        tasks = [_Queries(index, block, self._kept[block], self._k + 1) for block in self._blocks]
-        for task, found in self._results(tasks):
+        tasks = [
+            _Asking(slice(None), index, block, self._kept[block], self._k + 1, nearest_of_queries)
+            for block in self._blocks
+        ]
+        for task, found in self._results(tasks, "sample"):
             positions, exact = _received(found)
-            nearest.add(slice(None), _moved(positions, task.block.start), exact)
+            nearest.add(task.rows, _moved(positions, task.block.start), exact)
         return nearest.positions[~own_entry(nearest.positions, asking)].view(len(asking), -1)
 
     def _probes(self, edges: Tensor, centroids: NDArray[np.float32]) -> int:
@@ -379,7 +385,7 @@ class Searching:
         ends, place = edges.flatten().unique(return_inverse=True)
         most = min(len(centroids), _MOST_PROBES)
         task = _Assigned(self._kept[ends.numpy()], self._put(centroids), most)
-        ((_, order),) = self._results([task])
+        ((_, order),) = self._results([task], "sample")
         of, ranks = torch.from_numpy(np.array(order)).long(), place.view(-1, 2)
         # Which rank the list of the other end has for each; the last one where it is further down.
         there = [of[ranks[:, a]] == of[ranks[:, b], :1] for a, b in ((0, 1), (1, 0))]
@@ -391,7 +397,8 @@ class Searching:
         near = self._near(centroids, probes)
         nearest = NearestSoFar(self.n, self._k)
         # One by one, as workers ask: each holds copies of its rows' candidates.
-        for place, found in self._pool.results(self._candidates(block, near[block]) for block in self._blocks):
+        tasks = (self._candidates(block, near[block]) for block in self._blocks)
+        for place, found in self._shown(tasks, "exact order", len(self._blocks)):
             nearest.add(self._blocks[place], *_received(found))
         return nearest.positions
 
@@ -401,32 +408,25 @@ class Searching:
         shared = self._put(centroids)
         looks = np.empty((self.n, probes), dtype=np.int32)
         tasks = [_Assigned(self._kept[block], shared, probes) for block in self._blocks]
-        for at, found in zip(self._blocks, in_order(self._pool.results(tasks)), strict=True):
+        for at, found in zip(self._blocks, in_order(self._shown(tasks, "choosing lists")), strict=True):
             looks[at] = found
         of = looks[:, 0].copy()
         members, starts = np.argsort(of, kind="stable"), np.searchsorted(np.sort(of), np.arange(len(centroids) + 1))
         bounds = faiss.matrix_bucket_sort_inplace(looks, nbucket=len(centroids), nt=torch.get_num_threads())
         asking = looks.reshape(-1)
 
-        def lists() -> Iterator[_InLists]:
-            group: list[tuple[Any, Any]] = []
-            size = 0
-            for at in _neighboring(centroids):
-                here = members[starts[at] : starts[at + 1]]
-                # Which rows look at a list comes out of the sort in any order.
-                there = np.sort(asking[bounds[at] : bounds[at + 1]]).astype(np.int64)
-                if not len(here) or not len(there):
-                    continue
-                group.append((here, there))
-                size += len(here) + len(there)
-                if size >= _LOOKS * self.block:
-                    yield self._task(group)
-                    group, size = [], 0
-            if group:
-                yield self._task(group)
+        def task(group: list[int]) -> _InLists:
+            # Which rows look at a list comes out of the sort in any order.
+            there = [np.sort(asking[bounds[at] : bounds[at + 1]]).astype(np.int64) for at in group]
+            return self._in_group([members[starts[at] : starts[at + 1]] for at in group], there)
 
+        here, there = np.diff(starts), np.diff(np.asarray(bounds))
+        order = [at for at in _neighboring(centroids) if here[at] and there[at]]
+        # As many lists as have so many members and rows that look at them.
+        ends = np.cumsum([here[at] + there[at] for at in order]) // (_LOOKS * self.block)
+        groups = [[order[i] for i in np.flatnonzero(ends == end)] for end in np.unique(ends)]
         near = NearestSoFar(self.n, self._k + _EXTRA)
-        for _, (rows, found) in self._pool.results(lists()):
+        for _, (rows, found) in self._shown(map(task, groups), "searching lists", len(groups)):
             near.add(torch.from_numpy(np.array(rows)), *_received(found))
         return near.positions
 
@@ -435,14 +435,28 @@ class Searching:
         rows = np.unique(np.concatenate([np.arange(block.start, block.stop), candidates[candidates >= 0]]))
         return _Candidates(block, rows, self._kept[rows], candidates, self._k)
 
-    def _task(self, group: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> _InLists:
-        rows = np.unique(np.concatenate([part for both in group for part in both]))
-        members, asking = ([np.searchsorted(rows, part) for part in parts] for parts in zip(*group, strict=True))
-        return _InLists(rows, self._kept[rows], members, asking, self._k + 1 + _EXTRA)
+    def _in_group(self, members: list[NDArray[np.int64]], asking: list[NDArray[np.int64]]) -> _InLists:
+        rows = np.unique(np.concatenate([*members, *asking]))
+        here, there = ([np.searchsorted(rows, part) for part in parts] for parts in (members, asking))
+        return _InLists(rows, self._kept[rows], here, there, self._k + 1 + _EXTRA)
 
-    def _results(self, tasks: list[Any]) -> Iterator[tuple[Any, Any]]:
-        for place, found in self._pool.results(tasks):
+    def _results(self, tasks: list[Any], what: str) -> Iterator[tuple[Any, Any]]:
+        for place, found in self._shown(tasks, what):
             yield tasks[place], found
+
+    def _shown(self, tasks: Iterable[Any], what: str, total: int | None = None) -> Iterator[tuple[int, Any]]:
+        total = len(tasks) if isinstance(tasks, list) else total
+        return shown(self._pool.results(tasks), what, total, self._progress)
+
+
+def shown(
+    results: Iterator[tuple[int, Any]], what: str, total: int | None, progress: bool
+) -> Iterator[tuple[int, Any]]:
+    """The results of tasks, with a bar on a terminal."""
+    bar: Iterator[tuple[int, Any]] = iter(
+        tqdm(results, desc=what, total=total, unit="task", disable=None if progress else True)
+    )
+    return bar
 
 
 def check_faiss() -> None:

@@ -80,6 +80,7 @@ class Workers:
 
     def _run(self, tasks: Iterator[tuple[int, Any]], ahead: int | None) -> Iterator[tuple[int, Any]]:
         waiting = _Ahead(tasks, ahead)
+        self._replace_idle()
         self._hand_out(waiting)
         # Before a worker has begun nothing can be handed out.
         while any(self._held.values()) or (self._starting and not self._held):
@@ -88,9 +89,25 @@ class Workers:
                 self._begin(done)
             elif (result := self._take(done)) is not None:
                 yield result
+            if self._again:
+                self._replace_idle()
             self._hand_out(waiting)
         if not self._held:
             raise self._full or RuntimeError("no worker is left.")
+
+    def _replace_idle(self) -> None:
+        """Replace workers that died while they had no task: the next one they were handed would be taken for guilty."""
+        asked = {worker.check.remote(pose2id.__version__): worker for worker, held in self._held.items() if not held}
+        if not asked:
+            return
+        # No answer within a second is of one that is still at a task that was given up.
+        for answer in self._ray.wait(list(asked), num_returns=len(asked), timeout=1)[0]:
+            try:
+                self._ray.get(answer)
+            except self._ray.exceptions.RayError as error:
+                del self._held[asked[answer]]
+                logger.warning("a worker died while it had no task, and is replaced: %s", _first_line(error))
+                self._start()
 
     def _hand_out(self, tasks: _Ahead) -> None:
         # One each, then a second, so that the last tasks are spread.
@@ -172,14 +189,17 @@ class Workers:
     def _replace(self, place: int | None, when: str, error: Exception) -> None:
         """Start another worker for one that died."""
         self._deaths[place] = self._deaths.get(place, 0) + 1
-        why = (str(error) or type(error).__name__).splitlines()[0]
         if self._deaths[place] < _DEATHS:
-            logger.warning("a worker died %s, and is replaced: %s", when, why)
+            logger.warning("a worker died %s, and is replaced: %s", when, _first_line(error))
             self._start()
         elif place is None and (self._held or self._starting):
-            logger.warning("a worker died %s, and is not replaced: %s", when, why)
+            logger.warning("a worker died %s, and is not replaced: %s", when, _first_line(error))
         else:
             raise RuntimeError(f"{_DEATHS} workers died {when}, the last of: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:

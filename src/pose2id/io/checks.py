@@ -268,6 +268,12 @@ def first_few(names: Iterable[Any], total: int | None = None, most: int = 3, sep
     return separator.join([*shown, f"... and {hidden} more"] if hidden else shown)
 
 
+def duration(seconds: float) -> str:
+    """In the unit that shows one or two digits."""
+    unit, name = next(((u, n) for u, n in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * u), (1, "seconds"))
+    return f"{seconds / unit:.2g} {name}"
+
+
 def _kind(value: Any) -> Any:
     return value.dtype if hasattr(value, "dtype") else type(value).__name__
 

@@ -53,7 +53,8 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool | None = None, suf
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {Path(path).parent}.")
     if exists and not (overwrite is not None and checked_flag(overwrite, "overwrite")):
-        raise FileExistsError(f"{path} exists. Choose another name{'' if overwrite is None else ', or overwrite it'}.")
+        replaced = "" if overwrite is None else ", or overwrite it (overwrite=True, --overwrite)"
+        raise FileExistsError(f"{path} exists. Choose another name{replaced}.")
     return target
 
 

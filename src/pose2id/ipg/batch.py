@@ -60,6 +60,8 @@ def collect_images(
     images: Iterable[str | os.PathLike[str]],
     without: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
+    *,
+    missing: bool = False,
 ) -> dict[str, Path]:
     """Name to file, in order, of image files, of those that tables list, and of those below directories.
 
@@ -68,13 +70,14 @@ def collect_images(
     images count but "unknown" ones.
 
     A file's name is its path without suffix: below `root`, else below the directory, or the last part for a file given
-    by itself. Images of a table are named from `common_folder` on. Two files of one name are errors.
+    by itself. Images of a table are named from `common_folder` on; with `missing` they need not be there. Two files of
+    one name are errors.
     """
     if isinstance(images, (str, os.PathLike)):
         raise TypeError(f"images must be a sequence of files and directories, got {images!r}. Wrap it in a list.")
     found: dict[str, Path] = {}
     for given in map(Path, images):
-        files, start = _files_of(given, without)
+        files, start = _files_of(given, without, missing)
         below = Path(os.path.abspath(start if root is None else root))
         for path in files:
             absolute = Path(os.path.abspath(path))  # a table's paths may have ".." in them
@@ -465,12 +468,12 @@ class Job:
         )
 
 
-def _files_of(given: Path, without: str | os.PathLike[str] | None) -> tuple[list[Path], Path]:
+def _files_of(given: Path, without: str | os.PathLike[str] | None, missing: bool) -> tuple[list[Path], Path]:
     """Files, and the folder below which their paths are names."""
     if not given.exists():
         raise FileNotFoundError(f"images must be files or directories; there is no {given}.")
     if given.is_file() and given.suffix.lower() in TABLES:
-        listed = listed_images(given)
+        listed = listed_images(given, missing=missing)
         return listed, common_folder(given.parent, listed)
     if not given.is_dir():
         return [given], given.parent

@@ -115,7 +115,8 @@ class IdentityTokens(nn.Module):
             if num_tokens * dim != feature_dim:
                 rule = "a multiple of cross_attention_dim without IFR, num_tokens times as many"
                 given = f"feature_dim {feature_dim} (of the identity encoder), cross_attention_dim {dim} (of the UNets)"
-                raise ValueError(f"feature_dim must be {rule}, got {given}, num_tokens {num_tokens}.")
+                remedy = "Take UNets whose cross_attention_dim divides feature_dim"
+                raise ValueError(f"feature_dim must be {rule}, got {given}, num_tokens {num_tokens}. {remedy}.")
             self.config["ifr"] = False  # else not named: older versions read the configuration of IFR
             return
         # The names of the published state dict.
