@@ -2,14 +2,18 @@
 
     python benchmarks/scale.py                                        # exact 20,000 and 60,000, approximate 100,000
     python benchmarks/scale.py --exact 1000000 --approximate 10000000 --ray auto --folder /shared
+    python benchmarks/scale.py --exact 100000 --approximate 100000 --no-alone --plan 1000000 100000000
 
 Features are drawn as in benchmarks/gallery.py. "one process" is `nfc(out=)` of the same file, whose result an exact
 search must equal bit for bit. Memory is the peak of the process that asks, beside the one that it had after imports.
+`--plan` reckons larger runs from the phases of each size, by what each phase's work grows with; run that size to check.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import multiprocessing
 import resource
 import statistics
@@ -24,6 +28,7 @@ from gallery import Drawn
 from pose2id import nfc
 from pose2id.distributed.cluster import connected
 from pose2id.distributed.enhancement import nfc_file
+from pose2id.distributed.searching import block_rows
 from pose2id.distributed.workers import Workers
 
 
@@ -40,12 +45,64 @@ def alone(source: Path, out: Path) -> dict[str, Any]:
     return {"s": time.perf_counter() - start, "MB": peak() - before}
 
 
+# The log's line with which a phase begins: who does it, and how it grows. Lists are 4 roots of n, of n rows in all.
+PHASES = {
+    "reading": ("this process", lambda n: n),
+    "exact: pairs": ("workers", lambda n: n**2),
+    "approximate: training": ("this process", lambda n: n),  # rows and lists grow with a root of n each
+    "approximate: exact mutual": ("workers", lambda n: n),
+    "approximate: choosing": ("workers", lambda n: n**1.5),
+    "approximate: searching": ("workers", lambda n: n**1.5),  # with as many probes
+    "approximate: candidates": ("workers", lambda n: n),
+    "summing": ("this process", lambda n: n),
+}
+
+
+class Phases(logging.Handler):
+    """When each phase began, and what the log says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[tuple[str, float]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note the time of a phase's first line."""
+        message = record.getMessage()
+        print(f"    {message}", flush=True)
+        self.begun += [(name, time.perf_counter()) for name in PHASES if message.startswith(name)]
+
+    def seconds(self, end: float) -> dict[str, float]:
+        """Of each phase: until the next one began."""
+        ends = [*(at for _, at in self.begun[1:]), end]
+        return {name: later - at for (name, at), later in zip(self.begun, ends, strict=True)}
+
+
 def many(source: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Many workers."""
     nfc(np.eye(3))
+    phases = Phases()
+    logging.getLogger("pose2id").addHandler(phases)
+    logging.getLogger("pose2id").setLevel(logging.INFO)
     before, start = peak(), time.perf_counter()
     done = nfc_file(source, out, **options)
-    return {"s": time.perf_counter() - start, "MB": peak() - before, "said": str(done)}
+    end = time.perf_counter()
+    return {"s": end - start, "MB": peak() - before, "said": str(done), "phases": phases.seconds(end)}
+
+
+def plan(n: int, dim: int, measured: int, phases: dict[str, float], workers: int, planned: int) -> None:
+    """Print what n rows take of so many workers like those that were measured."""
+    print(f"  {n:,} x {dim} by {planned} workers, reckoned from {measured:,} by {workers}:")
+    for name, seconds in phases.items():
+        who, work = PHASES[name]
+        all_of_them = seconds * work(n) / work(measured) * (workers if who == "workers" else 1)
+        taken = all_of_them / (planned if who == "workers" else 1)
+        print(f"    {name:26s} {who:12s} {taken:14,.0f} s")
+    block = block_rows(n, dim, planned)
+    count = math.ceil(n / block)
+    pairs = count * (count + 1) // 2
+    print(
+        f"    exact: {count:,} blocks of {block:,} rows, {pairs:,} tasks, {pairs * 8 * block * dim / 1e12:,.1f} TB read"
+    )
 
 
 def empty(tasks: int, address: str | None, workers: int | None) -> dict[str, Any]:
@@ -86,6 +143,8 @@ def main() -> None:
     parser.add_argument("--nprobe", type=int)
     parser.add_argument("--ray", help="address of a cluster")
     parser.add_argument("--no-alone", action="store_true", help="not in one process")
+    parser.add_argument("--plan", type=int, nargs="*", default=[], help="rows of larger runs, reckoned from each size")
+    parser.add_argument("--plan-workers", type=int, default=2, help="how many those have (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where files lie, seen by all machines")
     options = parser.parse_args()
     cluster = {"address": options.ray, "workers": options.workers}
@@ -99,7 +158,12 @@ def main() -> None:
                 if not options.no_alone:
                     print(f"  one process: {apart(alone, source, one)}", flush=True)
                 given = {"exact": True} if how == "exact" else {"approximate": True, "nprobe": options.nprobe}
-                print(f"  workers: {apart(many, source, other, {**cluster, **given})}", flush=True)
+                done = apart(many, source, other, {**cluster, **given})
+                phases = done.pop("phases")
+                print(f"  workers: {done}", flush=True)
+                print("  phases, s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items()))
+                for larger in options.plan:
+                    plan(larger, options.dim, n, phases, options.workers, options.plan_workers)
                 if not options.no_alone:
                     print(f"  the same file: {same(one, other)}", flush=True)
                 for path in Path(folder).iterdir():

@@ -1,7 +1,8 @@
 """The Hugging Face Hub in miniature, on 127.0.0.1, for its real client to talk to.
 
-It answers what downloads and uploads of models need as the Hub does (paths, status, headers, error codes), and breaks
-off where it is told to. It serves every file itself: no redirects to a storage server, no Xet.
+It answers what downloads and uploads of models, and the client's file system (hf://), need as the Hub does (paths,
+status, headers, error codes), and breaks off where it is told to. It serves every file itself: no redirects to a
+storage server, no Xet.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Request(NamedTuple):
@@ -72,12 +73,12 @@ class Hub:
             self._server.server_close()
             self._server = None
 
-    def add(self, repo: str, files: Mapping[str, bytes], revision: str = "main") -> str:
-        """A new commit of a branch or tag, which has these files and those of the commit before; its hash."""
+    def add(self, repo: str, files: Mapping[str, bytes], revision: str = "main", without: Collection[str] = ()) -> str:
+        """A new commit of a branch or tag: these files and those of the commit before, but for some; its hash."""
         commits, refs = self._commits.setdefault(repo, {}), self._refs.setdefault(repo, {})
         before = self.files(repo, revision) if revision in refs else {}
         commit = hashlib.sha1(f"{repo} {len(commits)}".encode()).hexdigest()
-        commits[commit] = {**before, **files}
+        commits[commit] = {**{name: before[name] for name in before if name not in without}, **files}
         refs[revision] = commit
         return commit
 
@@ -114,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._record()
-        self._resolve()
+        api = re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/]+)/?(.*))?", urlsplit(self.path).path)
+        return self._resolve() if api is None else self._information(*(unquote(part or "") for part in api.groups()))
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -129,9 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, None, "Invalid username or password.")
         if self.path == "/api/repos/create":
             return self._create(json.loads(body))
-        route = re.fullmatch(r"/api/models/(.+)/(preupload|commit)/([^/]+)", self.path)
+        route = re.fullmatch(r"/api/models/(.+)/(preupload|commit|paths-info)/([^/]+)", self.path)
         if route is None or not self.hub.has(route[1]):
             return self._error(404, "RepoNotFound", "Repository not found")
+        if route[2] == "paths-info":
+            wanted, files = parse_qs(body.decode())["paths"], self.hub.files(route[1], unquote(route[3]))
+            return self._json(200, [self._entry(name, files) for name in wanted if name in files])
         return self._preupload(json.loads(body)) if route[2] == "preupload" else self._commit(route, body)
 
     def log_message(self, *_: Any) -> None:
@@ -139,6 +144,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _record(self) -> None:
         self.hub.requests.append(Request(self.command, unquote(self.path), self.headers))
+
+    def _information(self, repo: str, kind: str, revision: str, folder: str) -> None:
+        """Of a repository; or the files and folders in one of its folders, in pages of two."""
+        if not self.hub.has(repo):
+            return self._error(404 if "Authorization" in self.headers else 401, "RepoNotFound", "Repository not found")
+        commit = self.hub.commit(repo, revision or "main")
+        if commit is None:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if kind != "tree":
+            return self._json(200, {"id": repo, "sha": commit, "siblings": []})
+        files, start = self.hub.files(repo, commit), f"{folder}/" if folder else ""
+        names = sorted({start + name[len(start) :].partition("/")[0] for name in files if name.startswith(start)})
+        if folder and not names:
+            return self._error(404, "EntryNotFound", f"{folder} does not exist")
+        first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+        link = f'<{self.hub.endpoint}{urlsplit(self.path).path}?cursor={first + 2}>; rel="next"'
+        more = {"Link": link} if first + 2 < len(names) else {}
+        return self._json(200, [self._entry(name, files) for name in names[first : first + 2]], more)
+
+    def _entry(self, name: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+        if name not in files:
+            return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest()}
+        oid = hashlib.sha1(files[name]).hexdigest()
+        return {"type": "file", "path": name, "size": len(files[name]), "oid": oid}
 
     def _resolve(self) -> None:
         if self.hub.refusal is not None:
@@ -157,19 +186,21 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send_file(content, commit, self.hub.next_cut(repo, file) if self.command == "GET" else None)
 
     def _send_file(self, content: bytes, commit: str, cut: _Cut | None) -> None:
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted else 0
-        if wanted and start >= len(content):
-            self._error(416, None, "Range not satisfiable", {"Content-Range": f"bytes */{len(content)}"})
+        etag = hashlib.sha1(content).hexdigest()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, whole = int(wanted[1]) if wanted else 0, len(content)
+        if wanted and start >= whole:
+            self._error(416, None, "Range not satisfiable", {"Content-Range": f"bytes */{whole}"})
             return
+        content = content[: int(wanted[2]) + 1] if wanted and wanted[2] else content
         body = content[start:] if cut is None else content[start : max(start, cut.end)]
         announced = len(body) if cut and cut.how == "short" else len(content) - start
-        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if wanted else {}
+        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{whole}"} if wanted else {}
         headers |= {
             "Content-Length": str(announced),
             "Content-Type": "application/octet-stream",
             "Accept-Ranges": "bytes",
-            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "ETag": f'"{etag}"',
             "X-Repo-Commit": commit,
         }
         if self.command == "GET":
@@ -199,7 +230,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo, revision = route[1], unquote(route[3])
         lines = [json.loads(line) for line in body.splitlines()]
         files = [line["value"] for line in lines if line["key"] == "file"]
-        commit = self.hub.add(repo, {file["path"]: base64.b64decode(file["content"]) for file in files}, revision)
+        gone = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+        contents = {file["path"]: base64.b64decode(file["content"]) for file in files}
+        commit = self.hub.add(repo, contents, revision, gone)
         url = f"{self.hub.endpoint}/{repo}/commit/{commit}"
         self._json(200, {"success": True, "commitOid": commit, "commitUrl": url})
 

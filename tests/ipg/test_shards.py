@@ -24,6 +24,7 @@ import tiny
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from huggingface_hub import HfFileSystem
 from PIL import Image
 
 from pose2id import Centralizer, Extractor, PictureFolder, poses
@@ -68,8 +69,14 @@ def folder(generator, people, tmp_path_factory):
 _numbers = itertools.count()
 
 
-@pytest.fixture(params=["memory", "file"])
-def url(request, tmp_path):
+@pytest.fixture(params=["memory", "file", "hf"])
+def url(request, tmp_path, hub, monkeypatch):
+    """A folder that is not there yet; that of the Hub in a repository in which who has this token may write."""
+    if request.param == "hf":
+        monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+        hub.add("anna/pictures", {"README.md": b""})
+        HfFileSystem.clear_instance_cache()
+        return "hf://anna/pictures/deep/out"
     return f"memory://of-test-{next(_numbers)}/out" if request.param == "memory" else f"file://{tmp_path}/deep/out"
 
 
@@ -298,7 +305,10 @@ def test_a_shard_without_index_is_not_there(memory):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Make copies to files behind URLs fail in their middle: those that `when(path)` says; gives all paths."""
+    """Make copies to files behind URLs fail in their middle: those that `when(path)` says; gives all paths.
+
+    The Hub gets small files in one request, which fails.
+    """
 
     def fail(when, error):
         def copy(source, target, length):
@@ -309,7 +319,14 @@ def failing(monkeypatch):
                 raise error
             copyfileobj(source, target, length)
 
-        copyfileobj, tried = shutil.copyfileobj, []
+        def request(filesystem, path, content):
+            tried.append(path)
+            if when(path):
+                raise error
+            pipe_file(filesystem, path, content)
+
+        copyfileobj, pipe_file, tried = shutil.copyfileobj, HfFileSystem.pipe_file, []
+        monkeypatch.setattr(HfFileSystem, "pipe_file", request)
         monkeypatch.setattr(urls, "shutil", SimpleNamespace(copyfileobj=copy))
         monkeypatch.setattr(urls, "_WAITS", (0, 0, 0))
         return tried
@@ -325,7 +342,8 @@ def test_nothing_is_left_of_a_shard_that_fails(url, failing, where):
     with pytest.raises(OSError, match=rf"pictures-000001-[0-9a-f]{{8}}\{where} cannot be written: KilledError"):
         fill(url, "b")
     assert len(tried) == (1 if where == ".tar" else 2)
-    assert all("/.pictures-" in path for path in tried)  # under their names they appear whole
+    # Under their names they appear whole: the Hub's files do.
+    assert all(("/.pictures-" in path) != url.startswith("hf") for path in tried)
     assert listed(url) == before
 
 
@@ -357,6 +375,19 @@ def test_a_list_beside_them_is_whole_or_as_before(url, failing):
     shards.write_beside("list.csv", None)
     shards.write_beside("list.csv", None)
     assert listed(url) == {}
+
+
+@pytest.mark.parametrize("url", ["hf"], indirect=True)
+def test_what_is_too_large_for_one_request(url, failing, monkeypatch):
+    monkeypatch.setattr(urls, "_AT_ONCE", 0)
+    fill(url, "a")
+    before = listed(url)
+    assert set(before) == {"pictures-000000.tar", "pictures-000000.json"}
+    failing(lambda path: ".tar" in path, KilledError())
+    with pytest.raises(OSError, match="cannot be written: KilledError"):
+        fill(url, "b")
+    assert listed(url) == before
+    assert [*Shards(url)] == ["a"]
 
 
 def test_a_run_that_fails_keeps_whole_images(generator, people, memory, monkeypatch, folder):

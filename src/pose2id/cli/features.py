@@ -16,6 +16,7 @@ def add_command(commands: Any) -> None:
     """The command with its options."""
     told = (
         "pose2id.centralizer",
+        "pose2id.distributed.enhancement",
         "pose2id.distributed.searching",
         "pose2id.distributed.cluster",
     )  # which method ran, and on what evidence

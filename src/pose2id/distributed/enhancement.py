@@ -129,6 +129,7 @@ def nfc_file(
     if approximate:
         check_faiss()
     with connected(address, workers) as cluster:
+        logger.info("reading %s", path)
         z = Rows(array, f"features of {path}", normalize=normalize)
         done: dict[str, Any] = {}
         k = min(max(k1, k2), z.n - 1)

@@ -275,6 +275,7 @@ class Searching:
             RuntimeError: early tasks tell that all would take more than `longest` seconds.
         """
         nearest, tasks = NearestSoFar(self.n, self._k), list(self._pairs())
+        logger.info("exact: pairs of blocks of %d rows, %d tasks", self.block, len(tasks))
         products = sum(task.products for task in tasks)
         # Each worker's first task starts libraries and reads from a cold disk.
         timed = min(self._pool.count + _TIMED, math.ceil(len(tasks) / 2))
@@ -301,10 +302,7 @@ class Searching:
 
     def _check_time(self, tasks: int, seconds: float, longest: float) -> None:
         workers = self._pool.count
-        logger.info(
-            "exact: pairs of %d-row blocks, %d in all, by %d workers: about %s",
-            *(self.block, tasks, workers, duration(seconds)),
-        )
+        logger.info("exact: %d tasks by %d workers take about %s", tasks, workers, duration(seconds))
         if seconds > longest:
             given = f"about {seconds / 3600:.3g} hours for {self.n} rows on {workers} workers"
             remedy = "Pass approximate=True, exact=True to wait all the same, or more workers"
@@ -322,13 +320,13 @@ class Searching:
         drawn = torch.randperm(self.n, generator=torch.Generator().manual_seed(0), device="cpu")
         sample = drawn[: min(_SAMPLE, self.n // 2)], drawn[-min(_SAMPLE, self.n - self.n // 2) :]
         centroids = self._train(number, drawn.numpy())
-        logger.info("approximate: a sample's exact mutual edges")
+        logger.info("approximate: exact mutual edges of a sample of %d rows", sum(map(len, sample)))
         edges = self._edges(torch.cat(sample), k1, k2)
         if probes is None:
             chosen = edges[torch.isin(edges[:, 0], sample[0])]
             probes = self._probes(chosen, centroids)
         probes = min(probes, number)
-        logger.info("approximate: each row looks at %d of %d lists", probes, number)
+        logger.info("approximate: choosing %d of %d lists for each row", probes, number)
         positions = self._in_lists(centroids, probes)
         row, rank = torch.nonzero(mutual_neighbors(positions, k1, k2)[sample[1]], as_tuple=True)
         own = sample[1][row]
@@ -396,6 +394,7 @@ class Searching:
     def _in_lists(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
         near = self._near(centroids, probes)
         nearest = NearestSoFar(self.n, self._k)
+        logger.info("approximate: candidates by exact distance, %d tasks", len(self._blocks))
         # One by one, as workers ask: each holds copies of its rows' candidates.
         tasks = (self._candidates(block, near[block]) for block in self._blocks)
         for place, found in self._shown(tasks, "exact order", len(self._blocks)):
@@ -425,6 +424,7 @@ class Searching:
         # As many lists as have so many members and rows that look at them.
         ends = np.cumsum([here[at] + there[at] for at in order]) // (_LOOKS * self.block)
         groups = [[order[i] for i in np.flatnonzero(ends == end)] for end in np.unique(ends)]
+        logger.info("approximate: searching the lists, %d tasks", len(groups))
         near = NearestSoFar(self.n, self._k + _EXTRA)
         for _, (rows, found) in self._shown(map(task, groups), "searching lists", len(groups)):
             near.add(torch.from_numpy(np.array(rows)), *_received(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 _WAITS = (0.5, 1.0, 2.0)  # seconds before a file is written again
 # Where a folder is made by what lies in it, and mkdir makes buckets, of misspelt names too. A file appears whole there.
 _STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf"}
+_AT_ONCE = 4 << 20  # bytes that stores take in one request
 
 
 def is_url(name: Any) -> bool:
@@ -57,23 +59,31 @@ def opened(url: str) -> tuple[Any, str]:
 
 
 def write(filesystem: Any, path: str, content: IO[bytes]) -> None:
-    """Write a file, and its folder, where there are any: whole or not at all; tried again 3 times after an OSError."""
+    """Write a file, and its folder, where there are any: whole or not at all; tried again 3 times after an OSError.
+
+    A file that is replaced stays as it was until then; in stores this holds for 4 MiB at most.
+    """
     folder, _, name = path.rpartition("/")
     protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
     store = bool(protocols & _STORES)
     unfinished = path if store else f"{folder}/.{name}.{secrets.token_hex(4)}"
+    at_once = store and content.seek(0, os.SEEK_END) <= _AT_ONCE
     for wait in (*_WAITS, None):
         try:
             if not store:
                 filesystem.makedirs(folder, exist_ok=True)
             content.seek(0)
-            with filesystem.open(unfinished, "wb") as target:
-                shutil.copyfileobj(content, target, 1 << 20)
+            if at_once:
+                filesystem.pipe_file(path, content.read())
+            else:
+                with filesystem.open(unfinished, "wb") as target:
+                    shutil.copyfileobj(content, target, 1 << 20)
             if not store:
                 filesystem.mv(unfinished, path)
         except BaseException as error:
-            with suppress(Exception):
-                filesystem.rm_file(unfinished)
+            if not at_once:
+                with suppress(Exception):
+                    filesystem.rm_file(unfinished)
             if wait is None or not isinstance(error, OSError):
                 raise
             logger.warning("%s is written again in %s s: %s", path, wait, error)
