@@ -147,14 +147,14 @@ def peak_above(call: Callable) -> float:
     return peak - before - sum(array.nbytes for array in arrays if isinstance(array, np.ndarray)) / 1e6
 
 
-def anonymous_above(call: Callable) -> float:
+def anonymous_above(call: Callable, every: float = 0.002) -> float:
     """MB of anonymous memory (no pages of files) at the peak of the call, above what was there before; sampled."""
     before = peak = resident("RssAnon")
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.002):
+        while not done.wait(every):
             peak = max(peak, resident("RssAnon"))
 
     thread = threading.Thread(target=watch)

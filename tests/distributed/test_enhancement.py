@@ -57,7 +57,7 @@ def run_here(monkeypatch):
 
     class Pool:
         def __init__(self, cluster, make):
-            self._work = pickle.loads(pickle.dumps(make))()
+            self._work, self.count = pickle.loads(pickle.dumps(make))(), cluster.workers
 
         def results(self, tasks):
             tasks = list(enumerate(tasks))
@@ -338,15 +338,18 @@ def test_commands(two_nodes, rng, tmp_path, capsys):
     np.testing.assert_array_equal(np.load(alone), expected)
 
 
-def test_the_command_takes_cameras(two_nodes, rng, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("method", "why"), [("guarded", "guarded, 2 cameras centred, gate 1.00."), ("auto", "cameras")]
+)
+def test_the_command_takes_cameras(two_nodes, rng, tmp_path, capsys, method, why):
     x, camids = people(rng, 300, 2)
     source, out = files(tmp_path, x)
     np.save(tmp_path / "cameras.npy", camids)
-    words = ["--cameras", str(tmp_path / "cameras.npy"), "--workers", "1", "--method", "guarded"]
+    words = ["--cameras", str(tmp_path / "cameras.npy"), "--workers", "1", "--method", method]
     assert main(["enhance", str(source), str(out), *words]) == 0
-    alone = Centralizer(method="guarded").enhance(x[:1], x, gallery_camids=camids, camera_statistics="gallery")[1]
+    alone = Centralizer(method=method).enhance(x[:1], x, gallery_camids=camids, camera_statistics="gallery")[1]
     np.testing.assert_array_equal(np.load(out), alone)
-    assert "guarded, 2 cameras centred, gate 1.00." in capsys.readouterr().out
+    assert why in capsys.readouterr().out
 
 
 @LISTS

@@ -414,10 +414,14 @@ class Searching:
         bounds = faiss.matrix_bucket_sort_inplace(looks, nbucket=len(centroids), nt=torch.get_num_threads())
         asking = looks.reshape(-1)
 
+        read: list[int] = []
+
         def task(group: list[int]) -> _InLists:
             # Which rows look at a list comes out of the sort in any order.
             there = [np.sort(asking[bounds[at] : bounds[at + 1]]).astype(np.int64) for at in group]
-            return self._in_group([members[starts[at] : starts[at + 1]] for at in group], there)
+            made = self._in_group([members[starts[at] : starts[at + 1]] for at in group], there)
+            read.append(len(made.rows))
+            return made
 
         here, there = np.diff(starts), np.diff(np.asarray(bounds))
         order = [at for at in _neighboring(centroids) if here[at] and there[at]]
@@ -428,6 +432,7 @@ class Searching:
         near = NearestSoFar(self.n, self._k + _EXTRA)
         for _, (rows, found) in self._shown(map(task, groups), "searching lists", len(groups)):
             near.add(torch.from_numpy(np.array(rows)), *_received(found))
+        logger.info("approximate: workers read each row %.1f times for that", sum(read) / self.n)
         return near.positions
 
     def _candidates(self, block: slice, found: Tensor) -> _Candidates:
