@@ -162,7 +162,7 @@ def code_bases(given, monkeypatch):
 @pytest.fixture
 def a_cluster(page, request):
     """Ray, running and connected, where a page needs it: starting it for each command takes long."""
-    if page.name == "distributed.md":
+    if page.name in ("distributed.md", "README.md"):
         request.getfixturevalue("two_nodes")
 
 
