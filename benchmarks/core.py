@@ -159,9 +159,11 @@ def anonymous_above(call: Callable, every: float = 0.002) -> float:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    call()
-    done.set()
-    thread.join()
+    try:
+        call()
+    finally:
+        done.set()
+        thread.join()
     return peak - before
 
 

@@ -383,14 +383,20 @@ def test_the_command(command, given, with_broken, tmp_path, capsys):
 
 
 def test_images_of_a_table_that_are_not_there_are_listed(workers, given, tmp_path):
-    rows = [(given / "people" / name, "a") for name in ("cam0/00.png", "cam0/gone.png", "cam0/01.png")]
+    # One of them elsewhere: the others' names don't depend on it.
+    gone = [given / "people" / "cam0" / "gone.png", Path("/gone") / "cam0" / "00.png"]
+    rows = [(path, "a") for path in (given / "people" / "cam0" / "00.png", *gone, given / "people" / "cam1" / "01.png")]
     with (tmp_path / "people.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "identity"), *rows])
     out = tmp_path / "out"
     done = generate_on(workers, [tmp_path / "people.csv"], out, progress=False, **OPTIONS)
-    assert (done.written, list(done.broken)) == (4, [given / "people" / "cam0" / "gone.png"])
-    assert "No such file" in done.broken[given / "people" / "cam0" / "gone.png"]
-    assert list(listed(out)) == ["gone.png"]
+    assert (done.written, list(done.broken)) == (4, gone)
+    assert all("No such file" in done.broken[path] for path in gone)
+    assert list(listed(out)) == ["gone.png", "00.png"]
+    assert below(out) == {"broken.csv", *(f"pose{m}/{name}.png" for m in (1, 2) for name in ("cam0/00", "cam1/01"))}
+    (tmp_path / "gone.csv").write_text("path,identity\ngone.png,a\n")
+    with pytest.raises(FileNotFoundError, match=r"gone\.csv must list images that are there; missing: .*gone\.png"):
+        generate_on(workers, [tmp_path / "gone.csv"], out, progress=False, **OPTIONS)
 
 
 def test_a_full_disk(command, tmp_path, capsys, monkeypatch):

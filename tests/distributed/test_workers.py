@@ -136,11 +136,15 @@ def test_a_task_that_kills_its_workers_ends_the_run(two_nodes):
         # By then what was done before has been told.
         return lambda x: time.sleep(0.5) or os._exit(1) if x == 3 else x
 
-    with connected(workers=2) as cluster, pytest.raises(RuntimeError, match="3 workers died at task 4, the last of: "):
+    with (
+        connected(workers=2) as cluster,
+        pytest.raises(RuntimeError, match=r"3 workers died at task 4\. Give each .*The last died of: "),
+    ):
         list(results(cluster, deadly, range(8)))
 
 
-def test_workers_that_died_between_two_jobs(two_nodes, tmp_path, caplog):
+def test_workers_that_died_between_two_jobs(two_nodes, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("pose2id.distributed.workers._ANSWER", 30)
     with connected(workers=6) as cluster, Workers(cluster, seen_by(tmp_path, 6)) as workers:
         pids = {pid for _, (_, pid) in workers.results(range(12))}
         assert len(pids) == 6
@@ -272,18 +276,25 @@ def test_cores_for_each_worker(machines, workers, each):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "workers", "count", "share"),
-    [([2, 1], None, 3, 1), ([2], 3, 3, 1 / 2), ([1], 4, 4, 1 / 4), ([8], 8, 8, 1)],
+    ("gpus", "cores", "workers", "count", "takes"),
+    [
+        ([2, 1], 8, None, 3, (1, 4)),
+        ([2], 8, 3, 3, (1 / 2, 2)),
+        ([1], 8, 4, 4, (1 / 4, 2)),
+        ([8], 8, 8, 8, (1, 1)),
+        ([8], 4, 8, 8, (1, 0.5)),
+        ([1], 0, 1, 1, (1, 0)),
+    ],
 )
-def test_gpus_for_each_worker(gpus, workers, count, share):
+def test_gpus_for_each_worker(gpus, cores, workers, count, takes):
     class Ray:
         def nodes(self):
-            machines = [{"CPU": 8, "GPU": n} for n in gpus]
+            machines = [{"CPU": cores, "GPU": n} for n in gpus]
             return [{"Alive": True, "Resources": each} for each in [{"CPU": 4}, *machines]]
 
     cluster = Cluster(Ray(), workers)
     assert cluster.workers == count
-    assert cluster.takes == {"num_cpus": 0, "num_gpus": share}
+    assert cluster.takes == {"num_gpus": takes[0], "num_cpus": takes[1]}
 
 
 def test_another_version_on_a_worker(two_nodes, monkeypatch):

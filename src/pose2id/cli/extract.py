@@ -52,6 +52,7 @@ def _extract(args: argparse.Namespace) -> None:
 
     if args.model is None:
         raise ValueError("--model must be given.")
+    new_file(args.out, overwrite=True, suffixes=(".npy",))
     listed = new_file(f"{args.out}.csv", overwrite=True)
     images = list(_images(args))
     features = _features(args, [path for path, *_ in images])

@@ -80,6 +80,7 @@ def _generate(args: argparse.Namespace) -> int:
     from pose2id import poses  # noqa: PLC0415
     from pose2id.ipg import batch as files  # noqa: PLC0415
 
+    files.check_place(args.out, args.grid)
     images = files.collect_images(args.images, args.out, missing=by == "workers")
     chosen: Any = poses.standard() if args.poses == "standard" else None
     if args.poses == "random":

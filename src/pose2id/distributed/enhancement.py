@@ -117,7 +117,7 @@ def nfc_file(
     k1, k2 = checked_count(k1, "k1"), checked_count(k2, "k2")
     checked_flags(approximate=approximate, exact=exact, normalize=normalize, progress=progress)
     if approximate and exact:
-        raise ValueError("exact must be False with approximate=True.")
+        raise ValueError("exact must be False with approximate=True, which looks in lists. Leave one of them out.")
     if nprobe is not None:
         checked_count(nprobe, "nprobe")
         if not approximate:

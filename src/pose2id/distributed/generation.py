@@ -22,10 +22,10 @@ from pose2id.distributed.workers import Workers
 from pose2id.io.beside import Beside
 from pose2id.io.checks import checked_flag, checked_flags
 from pose2id.io.images import content_key, image_from_bytes
-from pose2id.io.urls import is_url
-from pose2id.io.whole_files import check_folder, whole_file
+from pose2id.io.whole_files import whole_file
 from pose2id.ipg.batch import (
     Job,
+    check_place,
     collect_images,
     encoded,
     generator_note,
@@ -133,8 +133,7 @@ def generate_on(
     """
     checked_flag(progress, "progress")
     checked_flags(grid=grid, overwrite=overwrite)
-    if not is_url(directory):
-        check_folder(Path(directory))
+    check_place(directory, grid)
     found = collect_images(images, directory, root, missing=True)
     settings = _Settings(list(checked_poses(poses)), sampling or Sampling(), batch_size)
     # No weights are needed here: a worker says what notes will say of them.

@@ -336,7 +336,8 @@ class Searching:
         recall = Recall(len(sample[1]), len(exact), right, len(found) - right)
         logger.info("approximate: %s", recall)
         if recall.share < RECALL:
-            remedy = f"Pass nprobe={min(2 * probes, number)}, or leave approximate out; nothing is written"
+            more = f"Pass nprobe={min(2 * probes, number)}, or leave" if probes < number else "Leave"
+            remedy = f"{more} approximate out; nothing is written"
             raise RuntimeError(
                 f"nprobe must give a recall of at least {RECALL}, got nprobe={probes}, {recall}. {remedy}."
             )
@@ -394,11 +395,12 @@ class Searching:
     def _in_lists(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
         near = self._near(centroids, probes)
         nearest = NearestSoFar(self.n, self._k)
-        logger.info("approximate: candidates by exact distance, %d tasks", len(self._blocks))
-        # One by one, as workers ask: each holds copies of its rows' candidates.
-        tasks = (self._candidates(block, near[block]) for block in self._blocks)
-        for place, found in self._shown(tasks, "exact order", len(self._blocks)):
-            nearest.add(self._blocks[place], *_received(found))
+        # One by one, as workers ask: each holds its rows' candidates, all of them another row in the worst case.
+        parts = list(blocks(self.n, max(1, 2 * self.block // (near.shape[1] + 1))))
+        logger.info("approximate: candidates by exact distance, %d tasks", len(parts))
+        tasks = (self._candidates(part, near[part]) for part in parts)
+        for place, found in self._shown(tasks, "exact order", len(parts)):
+            nearest.add(parts[place], *_received(found))
         return nearest.positions
 
     def _near(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
@@ -407,8 +409,8 @@ class Searching:
         shared = self._put(centroids)
         looks = np.empty((self.n, probes), dtype=np.int32)
         tasks = [_Assigned(self._kept[block], shared, probes) for block in self._blocks]
-        for at, found in zip(self._blocks, in_order(self._shown(tasks, "choosing lists")), strict=True):
-            looks[at] = found
+        for place, found in self._shown(tasks, "choosing lists"):
+            looks[self._blocks[place]] = found
         of = looks[:, 0].copy()
         members, starts = np.argsort(of, kind="stable"), np.searchsorted(np.sort(of), np.arange(len(centroids) + 1))
         bounds = faiss.matrix_bucket_sort_inplace(looks, nbucket=len(centroids), nt=torch.get_num_threads())

@@ -94,9 +94,19 @@ def _seen_by_all(cluster: Cluster, path: str, mine: _Look | None) -> bool:
 
     ask = ray.remote(num_cpus=0)(_look())
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    found = ray.get([ask.options(scheduling_strategy=strategy).remote(path) for strategy in strategies])
-    return all(theirs == mine for theirs in found)
+    answers = {
+        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path)
+        for node in nodes
+    }
+    for node, answer in answers.items():
+        try:
+            if ray.get(answer) != mine:
+                return False
+        except ray.exceptions.RayError:
+            # One that has gone meanwhile has no say; of any other nothing is known.
+            if any(other["NodeID"] == node and other["Alive"] for other in ray.nodes()):
+                return False
+    return True
 
 
 def _look() -> Callable[[str], _Look | None]:

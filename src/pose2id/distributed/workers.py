@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 _AHEAD = 2  # tasks that a worker holds: the next one is there when one ends
 _DEATHS = 3  # of workers: while one task was theirs, or before they had begun
 _PATIENCE = 30  # seconds without any worker, before that is said
+_ANSWER = 1  # seconds for a worker without a task to say that it lives
 
 
 class Workers:
@@ -49,6 +50,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for worker in [*self._starting.values(), *self._held]:
             self._ray.kill(worker)
+        del self._make  # what it refers to may fill the object store
 
     def _start(self) -> None:
         worker = self._worker.options(**self._cluster.takes, max_restarts=0, max_task_retries=0).remote()
@@ -93,19 +95,20 @@ class Workers:
                 self._replace_idle()
             self._hand_out(waiting)
         if not self._held:
-            raise self._full or RuntimeError("no worker is left.")
+            remedy = "Look into the log for what became of them, and start again"
+            raise self._full or RuntimeError(f"workers must be left while there are tasks, and all are gone. {remedy}.")
 
     def _replace_idle(self) -> None:
         """Replace workers that died while they had no task: the next one they were handed would be taken for guilty."""
         asked = {worker.check.remote(pose2id.__version__): worker for worker, held in self._held.items() if not held}
         if not asked:
             return
-        # No answer within a second is of one that is still at a task that was given up.
-        for answer in self._ray.wait(list(asked), num_returns=len(asked), timeout=1)[0]:
+        # Who does not answer in time may still be at a task that was given up.
+        for answer in self._ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER)[0]:
             try:
                 self._ray.get(answer)
             except self._ray.exceptions.RayError as error:
-                del self._held[asked[answer]]
+                self._given_up(asked[answer])
                 logger.warning("a worker died while it had no task, and is replaced: %s", _first_line(error))
                 self._start()
 
@@ -131,6 +134,8 @@ class Workers:
             done, _ = self._ray.wait(waited_for, num_returns=1, timeout=None if some else _PATIENCE)
             if done:
                 return done[0]
+            if self._checked.intersection(self._starting.values()):
+                continue  # they are there, and load what they work with
             if self._full is not None:
                 raise self._full
             free = {name: self._ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}
@@ -195,7 +200,8 @@ class Workers:
         elif place is None and (self._held or self._starting):
             logger.warning("a worker died %s, and is not replaced: %s", when, _first_line(error))
         else:
-            raise RuntimeError(f"{_DEATHS} workers died {when}, the last of: {error}") from error
+            remedy = "Give each worker more memory (fewer workers), or look at what they were at"
+            raise RuntimeError(f"{_DEATHS} workers died {when}. {remedy}. The last died of: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -29,7 +29,7 @@ from pose2id.io.beside import Beside
 from pose2id.io.checks import checked_count, checked_flag, checked_flags, first_few
 from pose2id.io.images import content_key, image_files, load_image
 from pose2id.io.rows import blocks
-from pose2id.io.urls import is_url
+from pose2id.io.urls import is_url, opened
 from pose2id.io.whole_files import check_folder, whole_file
 from pose2id.ipg.folder import NOTE, read_note
 from pose2id.ipg.generator import IdentityGenerator
@@ -70,8 +70,8 @@ def collect_images(
     images count but "unknown" ones.
 
     A file's name is its path without suffix: below `root`, else below the directory, or the last part for a file given
-    by itself. Images of a table are named from `common_folder` on; with `missing` they need not be there. Two files of
-    one name are errors.
+    by itself. Images of a table are named from `common_folder` on. With `missing` some of these need not be there, and
+    the others have the names that they have without them. Two files of one name are errors.
     """
     if isinstance(images, (str, os.PathLike)):
         raise TypeError(f"images must be a sequence of files and directories, got {images!r}. Wrap it in a list.")
@@ -81,9 +81,10 @@ def collect_images(
         below = Path(os.path.abspath(start if root is None else root))
         for path in files:
             absolute = Path(os.path.abspath(path))  # a table's paths may have ".." in them
-            if not absolute.is_relative_to(below):
+            inside = absolute.is_relative_to(below)
+            if not inside and not (missing and not path.exists()):
                 raise ValueError(f"images must be below root, {below}, got {path}.")
-            name = absolute.relative_to(below).with_suffix("").as_posix()
+            name = absolute.relative_to(below if inside else absolute.anchor).with_suffix("").as_posix()
             if name in found:
                 raise ValueError(f"images must have different names, got {found[name]} and {path}. Pass their folder.")
             found[name] = path
@@ -97,6 +98,16 @@ def common_folder(folder: str | os.PathLike[str], images: Iterable[str | os.Path
     parents = {os.path.dirname(os.path.abspath(image)) for image in images}
     inside = all(Path(parent).is_relative_to(os.path.abspath(folder)) for parent in parents)
     return Path(folder) if inside else Path(os.path.commonpath(parents))
+
+
+def check_place(directory: str | os.PathLike[str], grid: bool) -> None:
+    """Raise for what is no place for pictures, as far as a look at its name and at what is there tells."""
+    if not is_url(directory):
+        check_folder(Path(directory))
+    elif grid:
+        raise ValueError(f"grid must be False for a URL, whose shards have no contact sheets, got {directory}.")
+    else:
+        opened(os.fspath(directory))
 
 
 def generate_files(
@@ -337,14 +348,12 @@ class Job:
         checked_flags(grid=grid, overwrite=overwrite)
         processes = checked_count(share[1], "share's count")
         process = checked_count(share[0], "share's index", least=0, most=processes - 1)
-        if is_url(directory) and grid:
-            raise ValueError(f"grid must be False for a URL, whose shards have no contact sheets, got {directory}.")
+        check_place(directory, grid)
         self.place = os.fspath(directory)
         self.shards = Shards(directory) if is_url(directory) else None
         self._writer = None if self.shards is None else ShardWriter(self.shards)
         # Pictures in shards go by their paths below the URL.
         self.directory = Path(directory if self.shards is None else "")
-        check_folder(self.directory)
         self.names, self.paths, self.overwrite = list(found), list(found.values()), overwrite
         self.poses = load_poses(poses)
         if self.shards is None:
@@ -474,7 +483,10 @@ def _files_of(given: Path, without: str | os.PathLike[str] | None, missing: bool
         raise FileNotFoundError(f"images must be files or directories; there is no {given}.")
     if given.is_file() and given.suffix.lower() in TABLES:
         listed = listed_images(given, missing=missing)
-        return listed, common_folder(given.parent, listed)
+        there = [path for path in listed if path.is_file()]
+        if not there:
+            listed_images(given)  # whose error says so
+        return listed, common_folder(given.parent, there)
     if not given.is_dir():
         return [given], given.parent
     left_out = None if without is None or is_url(without) else Path(without).resolve()

@@ -393,7 +393,8 @@ class _Unfinished:
             try:
                 shards.write_beside(f"{name}.tar", self.file)
                 shards.write_beside(f"{name}.json", io.BytesIO(json.dumps(index).encode()))
-            except BaseException:
+            except Exception:
+                # Not after an interruption: a store may go on with the index, and needs the shard then.
                 for end in (".json", ".tar"):
                     with suppress(Exception):  # must not hide the first
                         shards.filesystem.rm_file(f"{shards.path}/{name}{end}")
