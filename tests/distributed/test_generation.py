@@ -385,7 +385,7 @@ def test_the_command(command, given, with_broken, tmp_path, capsys):
 def test_images_of_a_table_that_are_not_there_are_listed(workers, given, tmp_path):
     # One of them elsewhere: the others' names don't depend on it.
     gone = [given / "people" / "cam0" / "gone.png", Path("/gone") / "cam0" / "00.png"]
-    rows = [(path, "a") for path in (given / "people" / "cam0" / "00.png", *gone, given / "people" / "cam1" / "01.png")]
+    rows = [(path, "a") for path in (given / "people" / "cam0" / "00.png", *gone, given / "people" / "cam1" / "01.jpg")]
     with (tmp_path / "people.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "identity"), *rows])
     out = tmp_path / "out"
