@@ -95,12 +95,11 @@ def plan(n: int, dim: int, measured: int, phases: dict[str, float], workers: int
         all_of_them = seconds * work(n) / work(measured) * (workers if who == "workers" else 1)
         taken = all_of_them / (planned if who == "workers" else 1)
         print(f"    {name:26s} {who:12s} {taken:14,.0f} s")
-    block = block_rows(n, dim, planned)
-    count = math.ceil(n / block)
-    pairs = count * (count + 1) // 2
-    print(
-        f"    exact: {count:,} blocks of {block:,} rows, {pairs:,} tasks, {pairs * 8 * block * dim / 1e12:,.1f} TB read"
-    )
+    if "exact: pairs" in phases:
+        block = block_rows(n, dim, planned)
+        count = math.ceil(n / block)
+        pairs = count * (count + 1) // 2
+        print(f"    {count:,} blocks of {block:,} rows, {pairs:,} tasks, {pairs * 8 * block * dim / 1e9:,.0f} GB read")
 
 
 def empty(tasks: int, address: str | None, workers: int | None) -> dict[str, Any]:

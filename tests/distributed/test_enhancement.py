@@ -21,6 +21,7 @@ from pose2id.centralization.nfc import mutual_neighbors
 from pose2id.cli import main
 from pose2id.distributed import enhancement, searching, shared_rows
 from pose2id.distributed.enhancement import enhance_file, nfc_file
+from pose2id.distributed.searching import Searching
 from pose2id.neighbors.search import nearest_neighbors
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -238,6 +239,26 @@ def test_all_lists_are_exact(here, rng, tmp_path):
     assert done.recall.share == 1
     assert done.recall.false == 0
     assert done.probes == done.lists
+
+
+@LISTS
+def test_looks_in_rounds_find_the_same(here, approximate, tmp_path, monkeypatch):
+    _, source, out, done = approximate
+    monkeypatch.setattr(searching, "_LOOK_BYTES", 4 * done.probes * (done.rows // 3))
+    rounds = []
+    looks = Searching._looks
+    monkeypatch.setattr(Searching, "_looks", lambda *args: rounds.append(args[1]) or looks(*args))
+    assert str(nfc_file(source, tmp_path / "out.npy", approximate=True).recall) == str(done.recall)
+    assert len(rounds) >= 4  # each row's own list, and three rounds or more
+    assert (tmp_path / "out.npy").read_bytes() == out.read_bytes()
+
+
+def test_keys_order_by_distance_and_then_by_position():
+    distances = np.array([[0.5, 0.25, 0.25, 1e-30, -0.0, -1e-9, np.inf]], np.float32)
+    positions = np.array([[7, 2**31 + 3, 4, 9, 6, 5, 1]])
+    keys = searching._keys(distances, positions)
+    assert searching._positions(np.sort(keys, axis=1)).tolist() == [[5, 6, 9, 4, 2**31 + 3, 7, 1]]
+    assert searching._positions(np.array([searching._NONE, 3])).tolist() == [-1, 3]
 
 
 @LISTS

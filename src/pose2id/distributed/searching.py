@@ -36,6 +36,8 @@ _TIMED = 5  # tasks tell how long all take
 _LISTS, _TRAINED, _ROUNDS = 4, 64, 10  # lists a root of n, rows a list to train with, and how often
 _SAMPLE = 1000  # rows whose exact mutual edges are found, to choose how many lists are looked at, and again to measure
 _WANTED = 0.975  # of a sample's mutual edges must be in the lists that are looked at
+_LOOK_BYTES = 8 << 30  # of the lists that rows look at, in one round
+_NONE = np.iinfo(np.int64).max  # no candidate
 _LOOKS = 8  # times a block's rows, looks at lists in a task: most rows look at several of them
 _MOST_PROBES = 1024  # that are chosen unasked
 RECALL = 0.9  # of mutual edges: with less, nothing is written
@@ -139,8 +141,8 @@ class _InLists:
     asking: list[NDArray[np.int64]]
     count: int
 
-    def run(self, rows: SharedRows) -> tuple[NDArray[np.int64], Any]:
-        """Positions of rows that look, and so many candidates of each, by float32 products."""
+    def run(self, rows: SharedRows) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Positions of rows that look, so many candidates of each (`_keys`), and how many rows were read."""
         faiss = usable_faiss(gpu=False)
         x = _centred(rows, self.index)[1].numpy()
         asked = np.unique(np.concatenate(self.asking))
@@ -150,8 +152,7 @@ class _InLists:
             heap.add_result_subset(np.searchsorted(asked, asking), distances, members[found])
         heap.finalize()
         none = (asked[:, None] == heap.I) | (heap.I < 0)
-        found = np.where(none, -1, self.rows[heap.I]), np.where(none, np.inf, heap.D.astype(np.float64))
-        return self.rows[asked], found
+        return self.rows[asked], np.where(none, _NONE, _keys(heap.D, self.rows[heap.I])), len(self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,52 +394,64 @@ class Searching:
         return int(needed[min(len(needed) - 1, math.ceil(_WANTED * len(needed)))])
 
     def _in_lists(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
+        """(n, k) positions of the nearest in lists, by exact distance."""
         near = self._near(centroids, probes)
         nearest = NearestSoFar(self.n, self._k)
         # One by one, as workers ask: each holds its rows' candidates, all of them another row in the worst case.
         parts = list(blocks(self.n, max(1, 2 * self.block // (near.shape[1] + 1))))
         logger.info("approximate: candidates by exact distance, %d tasks", len(parts))
-        tasks = (self._candidates(part, near[part]) for part in parts)
+        tasks = (self._candidates(part, _positions(near[part])) for part in parts)
         for place, found in self._shown(tasks, "exact order", len(parts)):
             nearest.add(parts[place], *_received(found))
         return nearest.positions
 
-    def _near(self, centroids: NDArray[np.float32], probes: int) -> Tensor:
-        """Candidates of each row, by float32 products."""
+    def _near(self, centroids: NDArray[np.float32], probes: int) -> NDArray[np.int64]:
+        """(n, k + some) candidates of each row, by float32 distances: see `_keys`."""
         faiss = usable_faiss(gpu=False)
         shared = self._put(centroids)
-        looks = np.empty((self.n, probes), dtype=np.int32)
-        tasks = [_Assigned(self._kept[block], shared, probes) for block in self._blocks]
-        for place, found in self._shown(tasks, "choosing lists"):
-            looks[self._blocks[place]] = found
-        of = looks[:, 0].copy()
-        members, starts = np.argsort(of, kind="stable"), np.searchsorted(np.sort(of), np.arange(len(centroids) + 1))
-        bounds = faiss.matrix_bucket_sort_inplace(looks, nbucket=len(centroids), nt=torch.get_num_threads())
-        asking = looks.reshape(-1)
+        own = self._looks(slice(0, self.n), shared, 1)[:, 0]
+        members, starts = np.argsort(own, kind="stable"), np.searchsorted(np.sort(own), np.arange(len(centroids) + 1))
+        near = np.full((self.n, self._k + _EXTRA), _NONE)
+        order, read = _neighboring(centroids), 0
+        # So many rows at a time as what they look at may take: more rounds read the lists' members more often.
+        for part in blocks(self.n, max(1, _LOOK_BYTES // (4 * probes))):
+            looks = self._looks(part, shared, probes)
+            bounds = np.asarray(
+                faiss.matrix_bucket_sort_inplace(looks, nbucket=len(centroids), nt=torch.get_num_threads())
+            )
+            groups = self._groups(order, np.diff(starts), np.diff(bounds))
+            logger.info("approximate: searching the lists, %d tasks", len(groups))
+            tasks = (
+                self._in_group(
+                    [members[starts[at] : starts[at + 1]] for at in group],
+                    # Which rows look at a list comes out of the sort in any order.
+                    [part.start + np.sort(looks.flat[bounds[at] : bounds[at + 1]]).astype(np.int64) for at in group],
+                )
+                for group in groups
+            )
+            for _, (rows, keys, count) in self._shown(tasks, "searching lists", len(groups)):
+                near[rows] = np.sort(np.concatenate([near[rows], keys], 1), axis=1)[:, : near.shape[1]]
+                read += count
+        logger.info("approximate: workers read each row %.1f times for that", read / self.n)
+        return near
 
-        read: list[int] = []
+    def _looks(self, part: slice, centroids: Any, probes: int) -> NDArray[np.int32]:
+        """(B, probes) lists that are nearest to some rows."""
+        looks = np.empty((part.stop - part.start, probes), dtype=np.int32)
+        places = list(blocks(len(looks), self.block))
+        of_part = self._kept[part]
+        tasks = [_Assigned(of_part[place], centroids, probes) for place in places]
+        for at, found in self._shown(tasks, "choosing lists"):
+            looks[places[at]] = found
+        return looks
 
-        def task(group: list[int]) -> _InLists:
-            # Which rows look at a list comes out of the sort in any order.
-            there = [np.sort(asking[bounds[at] : bounds[at + 1]]).astype(np.int64) for at in group]
-            made = self._in_group([members[starts[at] : starts[at + 1]] for at in group], there)
-            read.append(len(made.rows))
-            return made
+    def _groups(self, order: list[int], members: NDArray[Any], asking: NDArray[Any]) -> list[list[int]]:
+        """Lists that make a task: as many, in order, as have so many members and rows that look at them."""
+        order = [at for at in order if members[at] and asking[at]]
+        ends = np.cumsum([members[at] + asking[at] for at in order]) // (_LOOKS * self.block)
+        return [[order[i] for i in np.flatnonzero(ends == end)] for end in np.unique(ends)]
 
-        here, there = np.diff(starts), np.diff(np.asarray(bounds))
-        order = [at for at in _neighboring(centroids) if here[at] and there[at]]
-        # As many lists as have so many members and rows that look at them.
-        ends = np.cumsum([here[at] + there[at] for at in order]) // (_LOOKS * self.block)
-        groups = [[order[i] for i in np.flatnonzero(ends == end)] for end in np.unique(ends)]
-        logger.info("approximate: searching the lists, %d tasks", len(groups))
-        near = NearestSoFar(self.n, self._k + _EXTRA)
-        for _, (rows, found) in self._shown(map(task, groups), "searching lists", len(groups)):
-            near.add(torch.from_numpy(np.array(rows)), *_received(found))
-        logger.info("approximate: workers read each row %.1f times for that", sum(read) / self.n)
-        return near.positions
-
-    def _candidates(self, block: slice, found: Tensor) -> _Candidates:
-        candidates = found.numpy()
+    def _candidates(self, block: slice, candidates: NDArray[np.int64]) -> _Candidates:
         rows = np.unique(np.concatenate([np.arange(block.start, block.stop), candidates[candidates >= 0]]))
         return _Candidates(block, rows, self._kept[rows], candidates, self._k)
 
@@ -464,6 +477,17 @@ def shown(
         tqdm(results, desc=what, total=total, unit="task", disable=None if progress else True)
     )
     return bar
+
+
+def _keys(distances: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One number for a squared distance and a position, which orders by both: bits of floats that are not negative."""
+    bits = (np.maximum(distances, 0) + np.float32(0)).view(np.int32).astype(np.int64)
+    return np.asarray((bits << 32) | positions)
+
+
+def _positions(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions in keys, -1 where there is none."""
+    return np.where(keys == _NONE, -1, keys & 0xFFFFFFFF)
 
 
 def check_faiss() -> None:
