@@ -42,9 +42,9 @@ def alone(source: Path, out: Path) -> dict[str, Any]:
 
 
 _EVERY = 0.05  # seconds between two looks at memory
-# The log's line with which a phase begins: the power of n with which the work of the workers grows (None: there is none),
-# and that of this process. Lists are 4 roots of n, of n rows in all. From 100,000 to 1,000,000 drawn rows the lists that
-# a row looks at grew from 85 to 170, and the tasks that read it from 18 to 66.
+# The log's line with which a phase begins: the power of n with which the work of the workers grows (None: there is
+# none), and that of this process. Lists are 4 roots of n, of n rows in all. From 100,000 to 1,000,000 drawn rows the
+# lists that a row looks at grew from 85 to 170, and the tasks that read it from 18 to 66.
 PHASES = {
     "reading": (None, 1),
     "exact: pairs": (2, 2),
