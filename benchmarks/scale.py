@@ -28,7 +28,7 @@ from gallery import Drawn
 
 from pose2id import nfc
 from pose2id.distributed.cluster import connected
-from pose2id.distributed.enhancement import nfc_file
+from pose2id.distributed.enhancement import enhance_file, nfc_file
 from pose2id.distributed.searching import block_rows
 from pose2id.distributed.workers import Workers
 
@@ -96,6 +96,15 @@ def many(source: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     return {"s": time.perf_counter() - start, "MB": held, "said": str(done[0]), "phases": phases.seconds()}
 
 
+def with_cameras(source: Path, out: Path, camids: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The safe default with cameras, by many workers."""
+    done: list[Any] = []
+    start = time.perf_counter()
+    held = core.anonymous_above(lambda: done.append(enhance_file(source, out, camids, **options)), _EVERY)
+    kb = 1000 * held / len(camids)
+    return {"s": time.perf_counter() - start, "MB": held, "kB a row": kb, "said": str(done[0])}
+
+
 def plan(n: int, dim: int, measured: int, phases: dict[str, tuple[float, float]], workers: int, planned: int) -> None:
     """Print what n rows take of so many workers like those that were measured."""
     print(f"  {n:,} x {dim} by {planned} workers, reckoned from {measured:,} by {workers}:")
@@ -144,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exact", type=int, nargs="*", default=[20_000, 60_000], help="rows")
     parser.add_argument("--approximate", type=int, nargs="*", default=[100_000], help="rows")
+    parser.add_argument("--cameras", type=int, nargs="*", default=[], help="rows; the safe default with 6 cameras")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--nprobe", type=int)
@@ -175,6 +185,11 @@ def main() -> None:
                     print(f"  the same file: {same(one, other)}", flush=True)
                 for path in Path(folder).iterdir():
                     path.unlink()
+        for n in options.cameras:
+            features, camids = Drawn(n, options.dim).images(n)
+            np.save(Path(folder) / "in.npy", features)
+            done = apart(with_cameras, Path(folder) / "in.npy", Path(folder) / f"{n}_out.npy", camids, cluster)
+            print(f"\n{n:,} x {options.dim}, 6 cameras, workers: {done}", flush=True)
 
 
 if __name__ == "__main__":
