@@ -168,7 +168,7 @@ def enhance_file(
 
     The same, bit for bit, as `enhance` of it with camera_statistics="gallery". Features, and their centred and mapped
     copies in a hidden folder beside `out`, stay on disk; lists and links are held by this process, up to about 3 kB a
-    row for each camera and 10 kB in all.
+    row for each camera (16 kB with six).
 
     Args:
         features: as in `nfc_file`.
