@@ -463,19 +463,23 @@ def room(two_nodes, workers):
 
 def test_an_interrupted_command_leaves_whole_files_and_goes_on(two_nodes, room, workers, given, tmp_path):
     out, soon = tmp_path / "out", time.monotonic() + 300
-    words = ("--ray", two_nodes.address, "--workers", 1, "--steps", STEPS)
-    with started(given, tmp_path, words=words) as process:
-        while not any(out.rglob("*.png")) and process.poll() is None and time.monotonic() < soon:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=300)
-    names = below(out)
+    for steps in (STEPS, 5 * STEPS, 25 * STEPS):
+        words = ("--ray", two_nodes.address, "--workers", 1, "--steps", steps)
+        with started(given, tmp_path, words=words) as process:
+            while not any(out.rglob("*.png")) and process.poll() is None and time.monotonic() < soon:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=300)
+        names = below(out)
+        if len(names) < 2 * IMAGES:
+            break
+        shutil.rmtree(out)  # the interruption came too late on a busy machine
     assert 0 < len(names) < 2 * IMAGES, said
     assert (process.returncode, said.splitlines()[-1]) == (130, "pose2id: interrupted"), said
     assert "Traceback" not in said
     assert not [name for name in names if Path(name).name.startswith(".")]
-    assert all(read_note(out / name)["num_inference_steps"] == STEPS for name in names)
-    done = run(workers, given, out, sampling=Sampling(steps=STEPS, size=(16, 8)))
+    assert all(read_note(out / name)["num_inference_steps"] == steps for name in names)
+    done = run(workers, given, out, sampling=Sampling(steps=steps, size=(16, 8)))
     assert (done.written, done.kept) == (2 * IMAGES - len(names), len(names))
 
 
