@@ -7,6 +7,7 @@ storage server, no Xet.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import hashlib
 import json
@@ -44,8 +45,12 @@ class Hub:
     """
 
     def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._address = free.getsockname()
+        # Bound for as long as this process lives: nobody else gets the port while the server does not listen there.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self._address = self._reserved.getsockname()
+        atexit.register(self._reserved.close)
         self.endpoint = "http://{}:{}".format(*self._address)
         self._server: ThreadingHTTPServer | None = None
         self.clear()

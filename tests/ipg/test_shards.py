@@ -70,11 +70,11 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(params=["memory", "file", "hf"])
-def url(request, tmp_path, hub, monkeypatch):
+def url(request, tmp_path, monkeypatch):
     """A folder that is not there yet; that of the Hub in a repository in which who has this token may write."""
     if request.param == "hf":
         monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
-        hub.add("anna/pictures", {"README.md": b""})
+        request.getfixturevalue("hub").add("anna/pictures", {"README.md": b""})
         HfFileSystem.clear_instance_cache()
         return "hf://anna/pictures/deep/out"
     return f"memory://of-test-{next(_numbers)}/out" if request.param == "memory" else f"file://{tmp_path}/deep/out"
