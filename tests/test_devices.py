@@ -565,7 +565,7 @@ def test_train(folder, capsys):
     ],
 )
 @pytest.mark.filterwarnings(*COMPILES)
-def test_benchmarks(script, words, printed, folder, monkeypatch, capsys, fresh_accelerate):
+def test_benchmarks(script, words, printed, folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"{script}.py", *words.split()])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"), run_name="__main__")

@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from miniature import UNET, assert_equal, losses, miniature, people, state, weights
 
 from pose2id import IdentityGenerator
@@ -20,12 +19,6 @@ from pose2id.training.run import train
 from pose2id.training.table import read_table
 
 SHORT = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1, "validation_images": 0}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
