@@ -33,15 +33,21 @@ from pose2id.distributed.searching import block_rows
 from pose2id.distributed.workers import Workers
 
 
+def measured(call: Any) -> dict[str, Any]:
+    """Seconds and MB of a call, and what it says of itself."""
+    said: list[str] = []
+    start = time.perf_counter()
+    held = core.anonymous_above(lambda: said.append(str(call())), every=0.05)
+    return {"s": time.perf_counter() - start, "MB": held, "said": said[0]}
+
+
 def alone(source: Path, out: Path) -> dict[str, Any]:
     """One process, and what it had before."""
     nfc(np.eye(3))
-    start = time.perf_counter()
-    held = core.anonymous_above(lambda: nfc(np.load(source, mmap_mode="r"), out=out), _EVERY)
-    return {"s": time.perf_counter() - start, "MB": held}
+    found = measured(lambda: nfc(np.load(source, mmap_mode="r"), out=out))
+    return {"s": found["s"], "MB": found["MB"]}
 
 
-_EVERY = 0.05  # seconds between two looks at memory
 # The log's line with which a phase begins: the power of n with which the work of the workers grows (None: there is
 # none), and that of this process. Lists are 4 roots of n, of n rows in all. From 100,000 to 1,000,000 drawn rows the
 # lists that a row looks at grew from 85 to 170, and the tasks that read it from 18 to 66.
@@ -90,19 +96,14 @@ def many(source: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     phases = Phases()
     logging.getLogger("pose2id").addHandler(phases)
     logging.getLogger("pose2id").setLevel(logging.INFO)
-    done: list[Any] = []
-    start = time.perf_counter()
-    held = core.anonymous_above(lambda: done.append(nfc_file(source, out, **options)), _EVERY)
-    return {"s": time.perf_counter() - start, "MB": held, "said": str(done[0]), "phases": phases.seconds()}
+    found = measured(lambda: nfc_file(source, out, **options))
+    return {**found, "phases": phases.seconds()}
 
 
 def with_cameras(source: Path, out: Path, camids: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The safe default with cameras, by many workers."""
-    done: list[Any] = []
-    start = time.perf_counter()
-    held = core.anonymous_above(lambda: done.append(enhance_file(source, out, camids, **options)), _EVERY)
-    kb = 1000 * held / len(camids)
-    return {"s": time.perf_counter() - start, "MB": held, "kB a row": kb, "said": str(done[0])}
+    found = measured(lambda: enhance_file(source, out, camids, **options))
+    return {**found, "kB a row": 1000 * found["MB"] / len(camids)}
 
 
 def plan(n: int, dim: int, measured: int, phases: dict[str, tuple[float, float]], workers: int, planned: int) -> None:

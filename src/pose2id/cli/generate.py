@@ -70,7 +70,7 @@ def add_commands(commands: Any) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     # Before gigabytes are downloaded.
-    from pose2id.io.checks import checked_count  # noqa: PLC0415
+    from pose2id.io.checks import checked_count, duration  # noqa: PLC0415
     from pose2id.ipg.sampling import Sampling  # noqa: PLC0415
 
     by = _checked_together(args)
@@ -103,8 +103,6 @@ def _generate(args: argparse.Namespace) -> int:
         )
         if count:
             image = next(iter(images.values()))
-            from pose2id.io.checks import duration  # noqa: PLC0415
-
             seconds = files.seconds_per_picture(generator, image, chosen, sampling=sampling, batch_size=batch_size)
             print(f"about {duration(count * seconds)} on {generator.device}: {1 / seconds:.3g} pictures/s")
         return 0

@@ -62,11 +62,11 @@ class Cluster:
         self.workers = workers or gpus or max(1, len(cores))
         # What Ray gives out for one worker, on one machine: a GPU, or where there are more workers, a part of one; and
         # as many cores as are there for that, which are the threads that it computes with.
-        share = 1 / math.ceil(self.workers / gpus) if gpus else 0.0
-        of_a_gpu = [node.get("CPU", 0) / node["GPU"] for node in nodes if node.get("GPU", 0) > 0]
-        each = share * min(of_a_gpu, default=0)
-        self.takes = {"num_gpus": share, "num_cpus": float(int(each)) if each > 1 else each}
-        if not gpus:
+        if gpus:
+            share = 1 / math.ceil(self.workers / gpus)
+            each = share * min(node.get("CPU", 0) / node["GPU"] for node in nodes if node.get("GPU", 0) > 0)
+            self.takes = {"num_gpus": share, "num_cpus": float(int(each)) if each > 1 else each}
+        else:
             self.takes = {"num_cpus": _cores_each(cores, self.workers)}
 
 

@@ -87,7 +87,7 @@ def nfc_file(
 
     Exact, the file is that of `nfc(features, k1, k2, out=out)` bit for bit, whatever the workers and blocks. This
     process holds lists of neighbours, about 250 bytes a row, and 4 more for each list that an approximate search looks
-    at; features stay on disk.
+    at (8 GiB of these at most); features stay on disk.
 
     Args:
         features: .npy file of (N, D) float16, float32 or float64 features of one set. Machines that see the same file

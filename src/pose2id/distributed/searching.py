@@ -473,10 +473,7 @@ def shown(
     results: Iterator[tuple[int, Any]], what: str, total: int | None, progress: bool
 ) -> Iterator[tuple[int, Any]]:
     """The results of tasks, with a bar on a terminal."""
-    bar: Iterator[tuple[int, Any]] = iter(
-        tqdm(results, desc=what, total=total, unit="task", disable=None if progress else True)
-    )
-    return bar
+    yield from tqdm(results, desc=what, total=total, unit="task", disable=None if progress else True)
 
 
 def _keys(distances: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.int64]:
